@@ -1,7 +1,8 @@
 """Causal attention with grouped heads, blind across documents: three bodies behind one signature.
 
-`xla` runs everywhere and is the reference. `cudnn` is NVIDIA's flash kernel: no [T, T] scores, but it knows no documents, so a mask must be
-written out. `splash` is the TPU's kernel: it takes segment ids and skips blocks above the diagonal.
+`xla` runs everywhere and is the reference. `cudnn` is NVIDIA's flash kernel: no [T, T] scores, but through JAX it knows no
+documents, so a mask must be written out. `splash` is the TPU's kernel: it takes segment ids and skips blocks above
+the diagonal.
 """
 
 import functools
@@ -34,7 +35,7 @@ def attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, segment_ids_BxT=None, *, implemen
     [B, T, H, K] in the queries' dtype (softmax in float32). Rows of padding are finite and mean nothing.
 
   Raises:
-    UserError: an unknown or impossible implementation, or a document mask that would have to be written out beyond 2,048 tokens.
+    UserError: an unknown or impossible implementation, or a written-out document mask beyond 2,048 tokens.
   """
   check_implementation(implementation)
   if implementation == 'auto':
@@ -129,7 +130,7 @@ def _document_mask(segment_ids_BxT, implementation: str):
   if n_tokens > MAX_DENSE_MASK:
     raise UserError(
       f'attention={implementation} would write out a {n_tokens} x {n_tokens} document mask for each row (the limit is '
-      f"{MAX_DENSE_MASK} tokens); set data.mask_documents=False, shorten data.seq_len, or use an accelerator's kernel (splash on TPU)"
+      f'{MAX_DENSE_MASK} tokens); set data.mask_documents=False, shorten data.seq_len, or use attention=splash on a TPU'
     )
   return segment_ids_BxT[:, None, :, None] == segment_ids_BxT[:, None, None, :]
 

@@ -1,9 +1,10 @@
 """One decoder for Llama-3 and Qwen3 style models: RMSNorm, rotary positions, grouped heads, SwiGLU.
 
-It ends at the final norm. The head's weight goes to the loss, which forms logits a chunk of tokens at a time (kdjax/losses/fused.py), so
-logits are never whole. `Model` is the face that the rest of kdjax sees: a hashable value and plain dicts of arrays, no NNX types.
+It ends at the final norm. The head's weight goes to the loss, which forms logits a chunk of tokens at a time
+(kdjax/losses/fused.py), so logits are never whole. `Model` is the face that the rest of kdjax sees: a hashable value and
+plain dicts of arrays, no NNX types.
 
-Shapes: B rows, T tokens, D d_model, H query heads, G key/value heads, K head_dim, F d_ff, L layers, V the padded vocabulary.
+Shapes: B rows, T tokens, D d_model, H query heads, G key/value heads, K head_dim, L layers, V the padded vocabulary.
 """
 
 import dataclasses
@@ -27,7 +28,17 @@ REMAT = {
   'full': jax.checkpoint_policies.nothing_saveable,
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-COUNTS = ('vocab_size', 'pad_vocab_to', 'd_model', 'n_layers', 'd_ff', 'n_heads', 'n_kv_heads', 'head_dim', 'scan_unroll')
+SIZES = (
+  'vocab_size',
+  'pad_vocab_to',
+  'd_model',
+  'n_layers',
+  'd_ff',
+  'n_heads',
+  'n_kv_heads',
+  'head_dim',
+  'scan_unroll',
+)
 INIT_STD = 0.02  # also of tied embeddings: logits then start within about 0.2 nats of uniform at every named size
 
 
@@ -141,7 +152,7 @@ class Model:
     check(self.config)
 
   def init(self, key):
-    """Fresh parameters: a nested dict of arrays in `config.param_dtype`. The same key gives the same weights on any mesh."""
+    """Fresh parameters: a nested dict of arrays in `config.param_dtype`. A key gives the same weights on any mesh."""
     return nnx.to_pure_dict(nnx.state(Decoder(self.config, nnx.Rngs(params=key)), nnx.Param))
 
   def abstract(self):
@@ -156,7 +167,7 @@ class Model:
     n_tokens = tokens_BxT.shape[1]
     if n_tokens > self.config.max_seq_len:
       raise UserError(
-        f'model: {n_tokens} tokens are longer than max_seq_len = {self.config.max_seq_len}; raise it or shorten the window'
+        f'model: {n_tokens} tokens exceed max_seq_len = {self.config.max_seq_len}; raise it or shorten the window'
       )
     return nnx.merge(_graph(self.config), params)(tokens_BxT, segment_ids_BxT)
 
@@ -176,7 +187,7 @@ def build(config: ModelConfig) -> Model:
 
 def check(config: ModelConfig) -> None:
   c = config
-  for name in COUNTS:
+  for name in SIZES:
     if getattr(c, name) < 1:
       hint = '; take it from the tokenizer' if name == 'vocab_size' else ''
       raise UserError(f'model: {name} = {getattr(c, name)} must be at least 1{hint}')
@@ -218,7 +229,7 @@ def rotate(x_BxTxHxK, angles_TxK):
 
 
 def _scale_frequencies(frequencies, scaling: RopeScaling):
-  """Llama 3.1: slow the long waves by `factor`, keep the short ones, blend between (the reference code's `apply_scaling`)."""
+  """Llama 3.1: slows the long waves by `factor`, keeps the short ones, blends between (`apply_scaling` in Meta's code)."""
   if scaling.factor == 1.0:
     return frequencies
   turns = scaling.original_max_len * frequencies / (2 * math.pi)  # in the length trained on

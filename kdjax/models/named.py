@@ -58,7 +58,8 @@ NAMED: dict[str, ModelConfig] = {
   'llama3-1.7b': _llama3(2048, 16, 8192),
   'llama3-3.8b': _llama3(3072, 28, 8192),
   'llama3-8b': _llama3(4096, 32, 14_336),
-  # The paper's second family. Only 0.3B's shape is the paper's; the other three are ours, chosen for the total (0.6B is the published Qwen3-0.6B).
+  # The paper's second family. Only 0.3B's shape is the paper's. The other three are OURS, chosen for the right totals:
+  # 0.6B is the published Qwen3-0.6B, 0.15B and 1B follow 0.3B's proportions.
   'qwen3-0.15b': _qwen3(512, 24, 1536, 8, 4, 64),
   'qwen3-0.3b': _qwen3(768, 24, 2304, 12, 4, 64),
   'qwen3-0.6b': _qwen3(1024, 28, 3072, 16, 8, 128),

@@ -1,0 +1,134 @@
+"""What a run costs, by arithmetic: parameters, FLOPs a token, the distillation ledger, and the chips' peaks.
+
+These are model FLOPs: two for each multiply-add of a matrix product, the backward pass twice the forward, no recomputation.
+The causal attention term counts the half of the scores that the mask keeps. A vocabulary counts as it is stored: padded.
+"""
+
+import dataclasses
+
+from kdjax.config import ModelConfig
+
+# Dense bf16 FLOP/s of one chip, from the makers' data sheets, by a part of its device_kind; the first match counts.
+PEAKS = (
+  ('TPU v4', 275e12),
+  ('TPU v5 lite', 197e12),
+  ('TPU v5e', 197e12),
+  ('TPU v5', 459e12),
+  ('TPU v6 lite', 918e12),
+  ('TPU v6e', 918e12),
+  ('TPU7x', 2307e12),
+  ('TPU v7x', 2307e12),
+  ('A100', 312e12),
+  ('H100 PCIe', 756e12),
+  ('H100 NVL', 835e12),
+  ('H100', 989e12),
+  ('H200', 989e12),
+  ('B200', 2250e12),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+  """How many parameters, and where. A tied head has none of its own."""
+
+  non_embedding: int
+  embedding: int
+  head: int
+
+  @property
+  def total(self) -> int:
+    return self.non_embedding + self.embedding + self.head
+
+
+def count_params(config: ModelConfig) -> Params:
+  c = config
+  norms = c.n_layers * (2 * c.d_model + 2 * c.head_dim * c.qk_norm) + c.d_model
+  table = c.padded_vocab_size * c.d_model
+  return Params(non_embedding=_block_matmul_params(c) + norms, embedding=table, head=0 if c.tied else table)
+
+
+def forward_flops(config: ModelConfig, seq_len: int, attention: bool = True) -> float:
+  """FLOPs of one token's forward pass, the mean over a window of `seq_len` tokens; `attention`: with its causal term."""
+  c = config
+  matmul = 2.0 * (_block_matmul_params(c) + c.d_model * c.padded_vocab_size)
+  return matmul + (2.0 * c.n_layers * seq_len * c.n_heads * c.head_dim if attention else 0.0)
+
+
+def training_flops(config: ModelConfig, seq_len: int, attention: bool = True) -> float:
+  """FLOPs of one token's forward and backward pass."""
+  return 3 * forward_flops(config, seq_len, attention)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+  """The FLOPs of one distilled student, by what they were spent on.
+
+  `total` with its two switches is Eq. 9 of Busbridge et al. 2025, "Distillation Scaling Laws":
+  `3 F(N_S) D_S + F(N_T) (d_logits D_S + d_pretraining 3 D_T)`. A teacher that exists anyway costs its logits only; one whose
+  logits are stored already costs nothing.
+  """
+
+  student: float
+  logits: float  # the teacher's forward passes over the student's tokens
+  pretraining: float  # the teacher's own training
+
+  def total(self, *, count_logits: bool, count_pretraining: bool) -> float:
+    return self.student + count_logits * self.logits + count_pretraining * self.pretraining
+
+
+def ledger(
+  student: ModelConfig,
+  teacher: ModelConfig,
+  student_tokens: float,
+  teacher_tokens: float,
+  seq_len: int,
+  attention: bool = True,
+) -> Ledger:
+  return Ledger(
+    student=training_flops(student, seq_len, attention) * student_tokens,
+    logits=forward_flops(teacher, seq_len, attention) * student_tokens,
+    pretraining=training_flops(teacher, seq_len, attention) * teacher_tokens,
+  )
+
+
+def distillation_flops(
+  student: ModelConfig,
+  teacher: ModelConfig,
+  student_tokens: float,
+  teacher_tokens: float,
+  seq_len: int,
+  *,
+  count_logits: bool,
+  count_pretraining: bool,
+  attention: bool = True,
+) -> float:
+  """The total of the ledger under one of its four scenarios."""
+  entries = ledger(student, teacher, student_tokens, teacher_tokens, seq_len, attention)
+  return entries.total(count_logits=count_logits, count_pretraining=count_pretraining)
+
+
+def matched_tokens(
+  student: ModelConfig,
+  teacher: ModelConfig,
+  student_tokens: float,
+  teacher_tokens: float,
+  seq_len: int,
+  *,
+  count_logits: bool,
+  count_pretraining: bool,
+  attention: bool = True,
+) -> float:
+  """Tokens on which an LM-only student spends the same FLOPs as the distilled one does in all."""
+  entries = ledger(student, teacher, student_tokens, teacher_tokens, seq_len, attention)
+  total = entries.total(count_logits=count_logits, count_pretraining=count_pretraining)
+  return student_tokens * total / entries.student
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """Dense bf16 FLOP/s of one chip of a `jax.Device.device_kind`; None where it is not known (a CPU, say)."""
+  return next((peak for part, peak in PEAKS if part.lower() in device_kind.lower()), None)
+
+
+def _block_matmul_params(c: ModelConfig) -> int:
+  attention = 2 * c.d_model * (c.n_heads + c.n_kv_heads) * c.head_dim
+  return c.n_layers * (attention + 3 * c.d_model * c.d_ff)
