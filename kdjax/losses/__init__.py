@@ -1,0 +1,21 @@
+"""Losses of pretraining with distillation: the dense reference, the fused loss, the teacher's targets, the schedules of alpha."""
+
+from kdjax.losses.dense import dense_loss
+from kdjax.losses.fused import Student, fused_loss, fused_losses, token_losses
+from kdjax.losses.schedules import AlphaState, alpha_at, alpha_state
+from kdjax.losses.targets import LogitTargets, ModelTargets, Targets, UnigramTargets
+
+__all__ = [
+  'AlphaState',
+  'LogitTargets',
+  'ModelTargets',
+  'Student',
+  'Targets',
+  'UnigramTargets',
+  'alpha_at',
+  'alpha_state',
+  'dense_loss',
+  'fused_loss',
+  'fused_losses',
+  'token_losses',
+]

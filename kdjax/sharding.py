@@ -1,0 +1,85 @@
+"""The mesh and both models' sharding rules, in one screen.
+
+Three axes, outermost first: `replica` (data parallel, across slices), `fsdp` (data parallel, weights sharded), `tensor` (heads, ffn and
+vocabulary sharded). All are `Auto`: the compiler places the collectives, except in the loss, which says its own (kdjax/losses/fused.py).
+"""
+
+import math
+import re
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kdjax.config import MeshConfig
+from kdjax.errors import UserError
+
+AXES = ('replica', 'fsdp', 'tensor')
+BATCH_AXES = ('replica', 'fsdp')
+BATCH = P(BATCH_AXES)  # rows of a batch, [B, ...]
+
+# A parameter's path -> its spec; the first match counts. Stacked blocks have the layer axis first, never sharded.
+RULES = (
+  (r'embed/embedding', P('tensor', 'fsdp')),  # [V, D]
+  (r'head/kernel', P('fsdp', 'tensor')),  # [D, V]
+  (r'blocks/attn/[qkv]/kernel', P(None, 'fsdp', 'tensor')),  # [L, D, H*K]
+  (r'blocks/attn/o/kernel', P(None, 'tensor', 'fsdp')),  # [L, H*K, D]
+  (r'blocks/mlp/(gate|up)/kernel', P(None, 'fsdp', 'tensor')),  # [L, D, F]
+  (r'blocks/mlp/down/kernel', P(None, 'tensor', 'fsdp')),  # [L, F, D]
+  (r'.*/scale', P()),
+)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+  """A (replica, fsdp, tensor) mesh over all devices. Raises UserError where the shape does not fit their number."""
+  devices = jax.devices() if devices is None else devices
+  shape = [config.replica, config.fsdp, config.tensor]
+  known = math.prod(n for n in shape if n > 0)
+  if -1 in shape and len(devices) % known == 0:
+    shape[shape.index(-1)] = len(devices) // known
+  if math.prod(shape) != len(devices):
+    asked = ' x '.join(f'{axis} {n}' for axis, n in zip(AXES, shape, strict=True))
+    raise UserError(
+      f'mesh: {asked} does not divide the {len(devices)} devices here; set --config.mesh.* so that the product is {len(devices)}'
+    )
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def path_name(path) -> str:
+  """A key path of a nested dict as 'a/b/c'."""
+  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path)
+
+
+def param_shardings(params, mesh: Mesh):
+  """A tree of NamedShardings for a tree of parameters (or of their ShapeDtypeStructs)."""
+
+  def sharding(path, leaf) -> NamedSharding:
+    name = path_name(path)
+    spec = next((spec for pattern, spec in RULES if re.fullmatch(pattern, name)), None)
+    if spec is None:
+      raise UserError(f'sharding: no rule matches the parameter {name} {leaf.shape}; add one to RULES in kdjax/sharding.py')
+    for dim, axis in zip(leaf.shape, spec, strict=False):
+      if axis is not None and dim % mesh.shape[axis]:
+        raise UserError(
+          f'mesh: {axis} = {mesh.shape[axis]} does not divide {dim} of {name} {leaf.shape}; change --config.mesh.{axis} or the model'
+        )
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
+def mesh_in_use() -> jax.sharding.AbstractMesh | None:
+  """The ambient mesh where it has more than one device, else None."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh if mesh is not None and not mesh.empty and mesh.size > 1 else None
+
+
+def constrain(x_BxTxD):
+  """Keeps hidden states sharded by rows: without this an embedding sharded over `fsdp` replicates the batch."""
+  if mesh_in_use() is None:
+    return x_BxTxD
+  return jax.lax.with_sharding_constraint(x_BxTxD, P(BATCH_AXES, *(None,) * (x_BxTxD.ndim - 1)))
