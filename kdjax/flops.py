@@ -1,14 +1,16 @@
-"""What a run costs, by arithmetic: parameters, FLOPs a token, the distillation ledger, and the chips' peaks.
+"""What a run costs, by arithmetic: parameters, FLOPs a token, the distillation ledger, and the devices' peaks.
 
-These are model FLOPs: two for each multiply-add of a matrix product, the backward pass twice the forward, no recomputation.
-The causal attention term counts the half of the scores that the mask keeps. A vocabulary counts as it is stored: padded.
+These are model FLOPs: two for each multiply-add of a matrix product, the backward pass twice the forward, nothing for
+recomputation. The causal attention term counts the half of the scores that the mask keeps. A vocabulary counts as it is
+stored: padded.
 """
 
 import dataclasses
 
 from kdjax.config import ModelConfig
 
-# Dense bf16 FLOP/s of one chip, from the makers' data sheets, by a part of its device_kind; the first match counts.
+# Dense bf16 FLOP/s of one `jax.Device`, from the makers' data sheets, by a part of its device_kind; first match counts.
+# A TPU7x chip (2,307e12) is two devices.
 PEAKS = (
   ('TPU v4', 275e12),
   ('TPU v5 lite', 197e12),
@@ -16,8 +18,7 @@ PEAKS = (
   ('TPU v5', 459e12),
   ('TPU v6 lite', 918e12),
   ('TPU v6e', 918e12),
-  ('TPU7x', 2307e12),
-  ('TPU v7x', 2307e12),
+  ('TPU7x', 1153.5e12),
   ('A100', 312e12),
   ('H100 PCIe', 756e12),
   ('H100 NVL', 835e12),
@@ -48,7 +49,7 @@ def count_params(config: ModelConfig) -> Params:
 
 
 def forward_flops(config: ModelConfig, seq_len: int, attention: bool = True) -> float:
-  """FLOPs of one token's forward pass, the mean over a window of `seq_len` tokens; `attention`: with its causal term."""
+  """FLOPs of one token's forward pass, on average in a window of `seq_len`; `attention`: with its causal term."""
   c = config
   matmul = 2.0 * (_block_matmul_params(c) + c.d_model * c.padded_vocab_size)
   return matmul + (2.0 * c.n_layers * seq_len * c.n_heads * c.head_dim if attention else 0.0)
@@ -64,8 +65,8 @@ class Ledger:
   """The FLOPs of one distilled student, by what they were spent on.
 
   `total` with its two switches is Eq. 9 of Busbridge et al. 2025, "Distillation Scaling Laws":
-  `3 F(N_S) D_S + F(N_T) (d_logits D_S + d_pretraining 3 D_T)`. A teacher that exists anyway costs its logits only; one whose
-  logits are stored already costs nothing.
+  `3 F(N_S) D_S + F(N_T) (d_logits D_S + d_pretraining 3 D_T)`. A teacher that exists anyway costs its logits only; one
+  whose logits are stored already costs nothing.
   """
 
   student: float
@@ -125,7 +126,7 @@ def matched_tokens(
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """Dense bf16 FLOP/s of one chip of a `jax.Device.device_kind`; None where it is not known (a CPU, say)."""
+  """Dense bf16 FLOP/s of one device, by its `device_kind`; None where it is not known (a CPU, say)."""
   return next((peak for part, peak in PEAKS if part.lower() in device_kind.lower()), None)
 
 

@@ -1,8 +1,8 @@
 """Causal attention with grouped heads, blind across documents: three bodies behind one signature.
 
-`xla` runs everywhere and is the reference. `cudnn` is NVIDIA's flash kernel: no [T, T] scores, but through JAX it knows no
-documents, so a mask must be written out. `splash` is the TPU's kernel: it takes segment ids and skips blocks above
-the diagonal.
+`xla` runs everywhere and is the reference. `cudnn` is NVIDIA's flash kernel: no [T, T] scores, but `jax.nn` gives it no
+segment ids, so a document mask must be written out. `splash` is the TPU's kernel: it takes segment ids and skips blocks
+above the diagonal.
 """
 
 import functools

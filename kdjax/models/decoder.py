@@ -1,8 +1,8 @@
 """One decoder for Llama-3 and Qwen3 style models: RMSNorm, rotary positions, grouped heads, SwiGLU.
 
 It ends at the final norm. The head's weight goes to the loss, which forms logits a chunk of tokens at a time
-(kdjax/losses/fused.py), so logits are never whole. `Model` is the face that the rest of kdjax sees: a hashable value and
-plain dicts of arrays, no NNX types.
+(kdjax/losses/fused.py), so logits are never whole. `Model` is the face that the rest of kdjax sees: a hashable value
+and plain dicts of arrays, no NNX types.
 
 Shapes: B rows, T tokens, D d_model, H query heads, G key/value heads, K head_dim, L layers, V the padded vocabulary.
 """
@@ -229,7 +229,7 @@ def rotate(x_BxTxHxK, angles_TxK):
 
 
 def _scale_frequencies(frequencies, scaling: RopeScaling):
-  """Llama 3.1: slows the long waves by `factor`, keeps the short ones, blends between (`apply_scaling` in Meta's code)."""
+  """Llama 3.1 slows the long waves by `factor`, keeps the short ones and blends between (Meta's `apply_scaling`)."""
   if scaling.factor == 1.0:
     return frequencies
   turns = scaling.original_max_len * frequencies / (2 * math.pi)  # in the length trained on
