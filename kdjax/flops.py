@@ -12,6 +12,7 @@ from kdjax.config import ModelConfig
 # Dense bf16 FLOP/s of one `jax.Device`, from the makers' data sheets, by a part of its device_kind; first match counts.
 # A TPU7x chip (2,307e12) is two devices.
 PEAKS = (
+  ('TPU v4 lite', 138e12),
   ('TPU v4', 275e12),
   ('TPU v5 lite', 197e12),
   ('TPU v5e', 197e12),

@@ -14,7 +14,7 @@ from typing import Any
 
 from kdjax.errors import UserError
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _CHUNK = 1 << 22
 
@@ -29,6 +29,11 @@ class StoreDamaged(UserError):
 def digest(data: bytes, size: int = 8) -> str:
   """Hexadecimal blake2b of `data`, `size` bytes long."""
   return hashlib.blake2b(data, digest_size=size).hexdigest()
+
+
+def new_digest() -> 'hashlib._Hash':
+  """An empty hash with `update` and `hexdigest`, for streams."""
+  return hashlib.blake2b(digest_size=8)
 
 
 def file_digest(path: str | os.PathLike) -> str:
@@ -128,7 +133,7 @@ def building(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     _flush(temporary)
     _rename(temporary, folder)
   except OSError as error:
-    if error.errno in _NO_SPACE:
+    if error.errno in NO_SPACE:
       raise UserError(f'no space left to write {folder}; free some, or set data.cache to a larger disk') from error
     raise
   finally:
