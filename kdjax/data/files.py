@@ -112,8 +112,8 @@ def check_files(folder: pathlib.Path, files: dict[str, dict], hash_up_to: int | 
 def building(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Gives a temporary sibling to write into and renames it to `folder` once the block has ended well.
 
-  Everything is flushed to disk before the rename, so a kill or a power cut leaves either the whole folder or none. If the block
-  raises, the temporary folder is removed. What killed builders left behind is removed first.
+  Everything is flushed to disk before the rename, so a kill or a power cut leaves either the whole folder or none. If
+  the block raises, the temporary folder is removed. What killed builders left behind is removed first.
 
   Raises:
     FileExistsError: `folder` exists, now or when it comes to renaming (another builder was faster). It is left alone.
@@ -126,8 +126,8 @@ def building(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
     temporary, lock = _temporary_sibling(folder)
-  except PermissionError as error:
-    raise UserError(f'cannot write to {folder.parent}: {error.strerror}; choose another folder') from error
+  except OSError as error:
+    raise UserError(f'cannot write to {folder.parent}: {error.strerror}; mend that, or set data.cache') from error
   try:
     yield temporary
     _flush(temporary)
@@ -210,4 +210,3 @@ def _rename(temporary: pathlib.Path, folder: pathlib.Path) -> None:
     os.fsync(descriptor)
   finally:
     os.close(descriptor)
-

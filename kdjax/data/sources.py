@@ -1,8 +1,9 @@
 """Where text comes from: a source's name -> a stream of documents.
 
-A source is `embedded:<name>` (text that ordinary Python packages carry, so that a first run downloads nothing), a path, a glob, or several
-of these with commas between them. A `.txt` file is one document; a `.jsonl` or `.json` file has one object a line. Each may be compressed
-(`.gz`, `.xz`, `.zst`). Files are read in the order of their paths, so the stream is the same every time.
+A source is `embedded:<name>` (text that ordinary Python packages carry, so that a first run downloads nothing), a path,
+a glob, or several of these with commas between them. A `.txt` file is one document; a `.jsonl` or `.json` file has one
+object a line. Each may be compressed (`.gz`, `.xz`, `.zst`). Files are read in the order of their paths, so the stream
+is the same every time.
 """
 
 import dataclasses
@@ -30,12 +31,13 @@ _PREFIX = 'embedded:'
 _NOT_CODE = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
 _OPENERS: dict[str, Callable[[pathlib.Path], BinaryIO]] = {
   '': lambda path: path.open('rb'),
-  '.gz': lambda path: gzip.open(path, 'rb'),
-  '.xz': lambda path: lzma.open(path, 'rb'),
+  '.gz': lambda path: gzip.open(path, 'rb'),  # noqa: SIM115 (the caller closes it)
+  '.xz': lambda path: lzma.open(path, 'rb'),  # noqa: SIM115
   '.zst': lambda path: io.BufferedReader(
     zstandard.ZstdDecompressor().stream_reader(path.open('rb'), read_across_frames=True, closefd=True)
   ),
 }
+_FIELDS = 'data.text_field (or eval.ood_text_field)'
 _SUFFIXES = '.txt, .jsonl or .json, each also with .gz, .xz or .zst'
 
 
@@ -43,7 +45,8 @@ def documents(source: str, text_field: str = 'text') -> Iterator[str]:
   """Streams the documents' texts, in a fixed order.
 
   Args:
-    source: `embedded:speeches|dialogue|code|reference`, a path, a glob (`**` goes into folders), or several with commas between them.
+    source: `embedded:speeches|dialogue|code|reference`, a path, a glob (`**` goes into folders),
+      or several with commas between them.
     text_field: the field of a JSON line that holds its text.
 
   Raises:
@@ -83,7 +86,8 @@ def _match(pattern: str) -> list[pathlib.Path]:
   paths = [pathlib.Path(name) for name in names if os.path.isfile(name)]
   if not paths:
     raise UserError(
-      f'data source {pattern!r} matches no file (seen from {os.getcwd()}); mend the path, or use one of {_embedded_names()}'
+      f'data source {pattern!r} matches no file (seen from {os.getcwd()}); '
+      f'mend the path, or use one of {_embedded_names()}'
     )
   for path in paths:
     _kind(path)
@@ -126,12 +130,12 @@ def _json_texts(lines: BinaryIO, path: pathlib.Path, text_field: str) -> Iterato
     except ValueError as error:
       raise UserError(f'{where}: not JSON ({error}); each line must be one JSON object') from error
     if not isinstance(record, dict):
-      raise UserError(f'{where}: a JSON {type(record).__name__} where an object was expected; each line must be one JSON object')
+      raise UserError(f'{where}: not a JSON object but a {type(record).__name__}; each line must be one JSON object')
     if text_field not in record:
-      raise UserError(f'{where}: no field {text_field!r}; it has {sorted(record)}; set the text_field to one of them')
+      raise UserError(f'{where}: no field {text_field!r}; it has {sorted(record)}; set {_FIELDS} to one of them')
     if not isinstance(record[text_field], str):
       kind = type(record[text_field]).__name__
-      raise UserError(f'{where}: field {text_field!r} holds a {kind}, not a string; set the text_field to another one')
+      raise UserError(f'{where}: field {text_field!r} holds a {kind}, not a string; set {_FIELDS} to another one')
     yield _without_surrogates(record[text_field], where)
 
 
@@ -139,8 +143,8 @@ def _decode(data: bytes, path: pathlib.Path, position: int) -> str:
   try:
     return data.decode('utf-8')
   except UnicodeDecodeError as error:
-    at = position + error.start
-    raise UserError(f'{path}: not UTF-8 at byte {at:,} (0x{data[error.start]:02x}); convert the file to UTF-8') from error
+    where = f'byte {position + error.start:,} (0x{data[error.start]:02x})'
+    raise UserError(f'{path}: not UTF-8 at {where}; convert the file to UTF-8') from error
 
 
 def _without_surrogates(text: str, where: str) -> str:
@@ -148,7 +152,9 @@ def _without_surrogates(text: str, where: str) -> str:
   try:
     text.encode('utf-8')
   except UnicodeEncodeError as error:
-    raise UserError(f'{where}: character {error.start:,} of the text is half a surrogate pair; remove that line') from error
+    raise UserError(
+      f'{where}: character {error.start:,} of the text is half a surrogate pair; mend that line'
+    ) from error
   return text
 
 
@@ -214,7 +220,8 @@ def _read_dialogues(path: pathlib.Path) -> Iterator[str]:
     turns = [message for turn in dialogue['messages'] for message in turn if message['text'].strip()]
     speakers = list(dict.fromkeys(turn['sender'] for turn in turns))
     if len(speakers) > 1:  # many were opened and never answered
-      yield '\n'.join(f'{chr(ord("A") + speakers.index(turn["sender"]) % 26)}: {turn["text"].strip()}' for turn in turns)
+      letters = {speaker: chr(ord('A') + i) for i, speaker in enumerate(speakers)}
+      yield '\n'.join(f'{letters[turn["sender"]]}: {turn["text"].strip()}' for turn in turns)
 
 
 def _read_article(path: pathlib.Path) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Text <-> token ids: raw bytes, a byte-level BPE trained here, or any Hugging Face `tokenizers` file.
 
-A document's tokens never contain the separator that starts each document in a store, whatever its text says: special tokens that occur in
-text are encoded as plain text.
+A document's tokens never contain the separator that starts each document in a store, whatever its text says: special
+tokens that occur in text are encoded as plain text.
 """
 
 import json
@@ -70,7 +70,7 @@ class Tokenizer:
     try:
       text = pathlib.Path(path).expanduser().read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
-      raise UserError(f'tokenizer {path} cannot be read ({error}); give bpe, bytes, or the path of a tokenizer.json') from error
+      raise UserError(f'tokenizer {path} cannot be read ({error}); give bpe, bytes or a tokenizer.json') from error
     return cls(text, separator, str(path))
 
   @classmethod
@@ -87,7 +87,7 @@ class Tokenizer:
     return tokenizer
 
   def save(self, folder: str | os.PathLike) -> None:
-    """Writes the tokenizer into a folder, which is made if need be. Hugging Face libraries can read its `tokenizer.json`."""
+    """Writes the tokenizer into a folder, which is made if need be. Other libraries can read its `tokenizer.json`."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if self._model_json is None:
@@ -108,7 +108,10 @@ class Tokenizer:
     encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
     ids = [np.asarray(e.ids, np.int32) for e in encoded]
     if any((i == self.separator_id).any() for i in ids):
-      raise UserError(f'{self._name}: {self.separator!r} is an ordinary token, found inside a text; set data.separator to a special one')
+      raise UserError(
+        f'{self._name}: the separator {self.separator!r} is an ordinary token, found inside a text; '
+        'set data.separator to a special one'
+      )
     return ids
 
   def decode(self, ids: Sequence[int]) -> str:

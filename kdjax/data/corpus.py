@@ -1,0 +1,308 @@
+"""A corpus: one source's tokenizer, its three splits and the out-of-domain sets, built once and opened ever after.
+
+Documents are split by a hash of their content, so a document's split depends on nothing but its text and the seed, and
+the same text is never in two splits. Within a split they are ordered by a second hash: a slice of a store by share of
+documents is then a random sample of the split, and one contiguous range of tokens.
+
+    <cache>/<key>/corpus.json  tokenizer/  train/  validation/  test/  ood/<name>/validation/  ood/<name>/test/
+
+The text is streamed, two times (three to train a tokenizer). What is held in memory is the token ids of one source's
+kept documents, two bytes each (four above 65,536 ids), 200 or so bytes for each document, and the text of its test split.
+"""
+
+import dataclasses
+import hashlib
+import json
+import lzma
+import pathlib
+import re
+from collections.abc import Iterable, Iterator
+
+import tqdm
+from absl import logging
+
+from kdjax.config import DataConfig, EvalConfig
+from kdjax.data import files
+from kdjax.data.files import StoreDamaged
+from kdjax.data.sources import documents, signature
+from kdjax.data.store import VERSION as STORE_VERSION
+from kdjax.data.store import TokenStore, token_dtype, write_store
+from kdjax.data.tokenizer import Tokenizer, train_bpe
+from kdjax.errors import UserError
+
+VERSION = 1
+SPLITS = ('train', 'validation', 'test')
+_META = 'corpus.json'
+_GROUP_BYTES = 1 << 22  # of text that is tokenised at once, on all cores
+# What a corpus is made from. The other fields say how it is read, and one corpus serves all their values.
+_DATA_FIELDS = ('source', 'text_field', 'separator', 'validation_fraction', 'test_fraction', 'split_seed')
+_EVAL_FIELDS = ('ood', 'ood_text_field', 'ood_validation_fraction', 'max_bytes')
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSet:
+  """An out-of-domain set: `validation` is where its temperature is fitted, `test` is what is reported."""
+
+  validation: TokenStore
+  test: TokenStore
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """What `prepare` built. `meta` keeps the counts of documents read, dropped and kept, by source."""
+
+  folder: pathlib.Path
+  meta: dict
+  tokenizer: Tokenizer
+  train: TokenStore
+  validation: TokenStore
+  test: TokenStore
+  ood: dict[str, EvalSet]
+
+  @property
+  def xz9_bits_per_byte(self) -> float:
+    """What `xz -9` makes of the test split: the yardstick that any language model should beat."""
+    return self.meta['xz9_bits_per_byte']
+
+  @property
+  def fingerprint(self) -> str:
+    """Of the tokenizer and of every store's content; the same on any machine."""
+    return self.meta['fingerprint']
+
+
+def prepare(data: DataConfig, evals: EvalConfig, runs: str, progress: bool = True) -> Corpus:
+  """Opens the corpus of a config, and builds it first if it is not there, or is damaged.
+
+  Any number of processes may call this at once: each builds in a place of its own, the first to end wins, the others
+  use what it built.
+
+  Args:
+    runs: the corpus lives in `data.cache`, or in `<runs>/stores`. A local or shared file system, no object store.
+    progress: show a bar while building.
+
+  Raises:
+    UserError: the source cannot be read, a split or set is empty, the disk is full.
+  """
+  folder = pathlib.Path(data.cache or pathlib.Path(runs) / 'stores').expanduser() / _key(data, evals)
+  if folder.exists():
+    try:
+      return _open(folder)
+    except StoreDamaged as error:
+      logging.warning('rebuilding the token stores in %s: %s', folder, error)
+      files.discard(folder)
+  try:
+    with files.building(folder) as temporary:
+      _build(temporary, data, evals, progress)
+  except FileExistsError:
+    logging.info('another process has just built %s', folder)
+  return _open(folder)
+
+
+def _key(data: DataConfig, evals: EvalConfig) -> str:
+  fields = {name: getattr(data, name) for name in _DATA_FIELDS} | {name: getattr(evals, name) for name in _EVAL_FIELDS}
+  fields['tokenizer'] = _tokenizer_key(data)
+  fields['signatures'] = [signature(data.source), {name: signature(source) for name, source in evals.ood.items()}]
+  fields['versions'] = [VERSION, STORE_VERSION]
+  return files.digest(files.canonical(fields))
+
+
+def _tokenizer_key(data: DataConfig) -> list:
+  if data.tokenizer == 'bpe':
+    return ['bpe', data.vocab_size]
+  if data.tokenizer == 'bytes':
+    return ['bytes']
+  return [Tokenizer.from_file(data.tokenizer, data.separator).fingerprint]
+
+
+def _open(folder: pathlib.Path) -> Corpus:
+  meta = files.read_json(folder / _META)
+  if meta.get('version') != VERSION:
+    raise StoreDamaged(folder, f'has format version {meta.get("version")}, this is version {VERSION}')
+  tokenizer = Tokenizer.load(folder / 'tokenizer')
+  stores = {name: TokenStore.open(folder / name) for name in meta['stores']}
+  for name, store in stores.items():
+    if store.fingerprint != meta['stores'][name]:
+      raise StoreDamaged(folder / name, 'is the store of another corpus')
+  ood = {name: EvalSet(stores[f'ood/{name}/validation'], stores[f'ood/{name}/test']) for name in meta['ood']}
+  return Corpus(folder, meta, tokenizer, *(stores[split] for split in SPLITS), ood)
+
+
+def _build(folder: pathlib.Path, data: DataConfig, evals: EvalConfig, progress: bool) -> None:
+  _check_names(evals.ood)
+  plan = _plan_splits(data, evals, progress)
+  tokenizer = _make_tokenizer(data, plan)
+  tokenizer.save(folder / 'tokenizer')
+  counts = {'in-domain': plan.counts}
+  test_text = _write_splits(folder, plan, tokenizer, progress)
+  train_ids = frozenset(plan.splits['train'])
+  for name, source in evals.ood.items():
+    ood_plan = _plan_ood(name, source, evals, data.split_seed, train_ids, progress)
+    counts[name] = ood_plan.counts
+    _write_splits(folder / 'ood' / name, ood_plan, tokenizer, progress)
+  names = [*SPLITS, *(f'ood/{name}/{split}' for name in evals.ood for split in ('validation', 'test'))]
+  stores = {name: TokenStore.open(folder / name).fingerprint for name in names}
+  meta = {
+    'version': VERSION,
+    'ood': list(evals.ood),
+    'counts': counts,
+    'stores': stores,
+    'xz9_bits_per_byte': xz9_bits_per_byte(test_text),
+    'fingerprint': files.digest(files.canonical([tokenizer.fingerprint, stores])),
+    'data': {name: getattr(data, name) for name in (*_DATA_FIELDS, 'tokenizer', 'vocab_size')},
+    'eval': {name: getattr(evals, name) for name in _EVAL_FIELDS},
+  }
+  files.write_json(folder / _META, json.loads(json.dumps(meta)))
+
+
+def xz9_bits_per_byte(texts: Iterable[str]) -> float:
+  """Bits that `xz -9` needs for each byte of the texts, one after the other."""
+  text = ''.join(texts).encode()
+  # The dictionary of preset 9 is 64 MiB, for which xz takes 700 MB; one as large as the text finds the same matches.
+  size = min(64 << 20, max(4096, len(text)))
+  filters = [{'id': lzma.FILTER_LZMA2, 'preset': 9, 'dict_size': size}]
+  return 8 * len(lzma.compress(text, format=lzma.FORMAT_XZ, filters=filters)) / len(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """Which documents of a source go where: split -> {content hash: bytes}, in the order in which they are stored."""
+
+  source: str
+  text_field: str
+  splits: dict[str, dict[str, int]]
+  counts: dict[str, int]
+
+
+def _plan_splits(data: DataConfig, evals: EvalConfig, progress: bool) -> _Plan:
+  found, counts = _scan(data.source, data.text_field, progress)
+  shares = {'test': data.test_fraction, 'validation': data.validation_fraction}
+  splits = _split(found, shares, 'train', data.split_seed)
+  for split in ('validation', 'test'):
+    splits[split] = _cap(splits[split], evals.max_bytes)
+  for split in SPLITS:
+    if not splits[split]:
+      raise UserError(
+        f'the {split} split of data.source {data.source!r} is empty ({len(found)} distinct documents); '
+        'give more documents, or change data.validation_fraction, data.test_fraction or data.split_seed'
+      )
+  return _Plan(data.source, data.text_field, splits, counts | {f'{s}_documents': len(splits[s]) for s in SPLITS})
+
+
+def _plan_ood(name: str, source: str, evals: EvalConfig, seed: int, train_ids: frozenset[str], progress: bool) -> _Plan:
+  found, counts = _scan(source, evals.ood_text_field, progress)
+  distinct = {doc: n for doc, n in found.items() if doc not in train_ids}
+  splits = _split(distinct, {'validation': evals.ood_validation_fraction}, 'test', seed)
+  splits = {split: _cap(docs, evals.max_bytes) for split, docs in splits.items()}
+  for split, docs in splits.items():
+    if not docs:
+      raise UserError(
+        f'the {split} split of eval.ood.{name} ({source!r}) is empty '
+        f'({len(distinct)} distinct documents that are not in the training split); give more documents, or change eval.ood_validation_fraction or data.split_seed'
+      )
+  counts |= {'in_training_split': len(found) - len(distinct), **{f'{s}_documents': len(d) for s, d in splits.items()}}
+  return _Plan(source, evals.ood_text_field, splits, counts)
+
+
+def _scan(source: str, text_field: str, progress: bool) -> tuple[dict[str, int], dict[str, int]]:
+  """First pass: content hash -> bytes of each distinct document, and the counts of what was dropped."""
+  found, read, empty = {}, 0, 0
+  with _bar(f'reading {source}', progress) as bar:
+    for text in documents(source, text_field):
+      n_bytes = len(text.encode())
+      bar.update(n_bytes)
+      read += 1
+      if not text.strip():
+        empty += 1
+      else:
+        found.setdefault(_content_hash(text), n_bytes)
+  if not found:
+    raise UserError(f'data source {source!r} holds no text ({empty} of {read} documents are empty); give another one')
+  return found, {'read': read, 'empty': empty, 'duplicates': read - empty - len(found)}
+
+
+def _split(found: dict[str, int], shares: dict[str, float], rest: str, seed: int) -> dict[str, dict[str, int]]:
+  """Splits documents by a hash: each named share of them, and the rest; each split in the order of a second hash."""
+  splits = {name: {} for name in (*shares, rest)}
+  for doc in sorted(found, key=lambda doc: (_uniform(doc, seed, 'order'), doc)):
+    u = _uniform(doc, seed, 'split')
+    for name, share in (*shares.items(), (rest, 1.0)):
+      if u < share or name == rest:
+        splits[name][doc] = found[doc]
+        break
+      u -= share
+  return splits
+
+
+def _cap(docs: dict[str, int], max_bytes: int) -> dict[str, int]:
+  """The first whole documents that fit into `max_bytes` (0: all), and at least one."""
+  kept, total = {}, 0
+  for doc, n_bytes in docs.items():
+    total += n_bytes
+    if kept and max_bytes and total > max_bytes:
+      break
+    kept[doc] = n_bytes
+  return kept
+
+
+def _make_tokenizer(data: DataConfig, plan: _Plan) -> Tokenizer:
+  if data.tokenizer == 'bytes':
+    return Tokenizer()
+  if data.tokenizer != 'bpe':
+    return Tokenizer.from_file(data.tokenizer, data.separator)
+  wanted = dict(plan.splits['train'])
+  texts = documents(plan.source, plan.text_field)
+  return train_bpe((text for text in texts if wanted.pop(_content_hash(text), None) is not None), data.vocab_size)
+
+
+def _write_splits(folder: pathlib.Path, plan: _Plan, tokenizer: Tokenizer, progress: bool) -> list[str]:
+  """Second pass: tokenises the plan's documents and writes a store for each split. Gives the texts of the test split."""
+  wanted = {doc: n for docs in plan.splits.values() for doc, n in docs.items()}
+  tokens, dtype, texts = {}, token_dtype(tokenizer.vocab_size), {}
+  with _bar(f'tokenising {plan.source}', progress, sum(wanted.values())) as bar:
+    for group in _groups(plan, dict(wanted)):
+      for doc, ids in zip(group, tokenizer.encode_batch(list(group.values())), strict=True):
+        tokens[doc] = ids.astype(dtype)
+      texts |= {doc: text for doc, text in group.items() if doc in plan.splits['test']}
+      bar.update(sum(wanted[doc] for doc in group))
+  if len(tokens) < len(wanted):
+    raise UserError(f'data source {plan.source!r} changed while it was read; run again when nothing writes to it')
+  for split, docs in plan.splits.items():
+    stored = ((doc, n_bytes, tokens[doc]) for doc, n_bytes in docs.items())
+    write_store(folder / split, stored, tokenizer, {'source': plan.source, 'split': split, 'counts': plan.counts})
+  return [texts[doc] for doc in plan.splits['test']]
+
+
+def _groups(plan: _Plan, wanted: dict[str, int]) -> Iterator[dict[str, str]]:
+  """The texts of the wanted documents, each once, in groups of about 4 MB."""
+  group, size = {}, 0
+  for text in documents(plan.source, plan.text_field):
+    doc = _content_hash(text)
+    n_bytes = wanted.pop(doc, None)
+    if n_bytes is None:
+      continue
+    group[doc] = text
+    size += n_bytes
+    if size >= _GROUP_BYTES:
+      yield group
+      group, size = {}, 0
+  if group:
+    yield group
+
+
+def _check_names(ood: dict[str, str]) -> None:
+  for name in ood:
+    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]*', name):
+      raise UserError(f'eval.ood has a set named {name!r}; use letters, digits, "_", "-" and "." (it names a folder)')
+
+
+def _content_hash(text: str) -> str:
+  return files.digest(text.encode())
+
+
+def _uniform(doc: str, seed: int, purpose: str) -> float:
+  """A number in [0, 1) that depends on the document, the seed and the purpose."""
+  return int.from_bytes(hashlib.blake2b(f'{purpose}:{seed}:{doc}'.encode(), digest_size=8).digest()) / 2**64
+
+
+def _bar(title: str, progress: bool, total: int | None = None) -> tqdm.tqdm:
+  return tqdm.tqdm(desc=title, total=total, unit='B', unit_scale=True, disable=not progress, leave=False)
