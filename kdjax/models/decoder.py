@@ -121,7 +121,7 @@ class Decoder(nnx.Module):
     self.config = config
     self.embed = Embed(config, rngs)
     stack = nnx.vmap(Block, in_axes=(None, 0), out_axes=0)
-    self.blocks = stack(config, rngs.fork(split=config.n_layers))
+    self.blocks = stack(config, rngs.split(config.n_layers))
     self.final_norm = RMSNorm(config.d_model, config, rngs)
     if not config.tied:
       self.head = _linear(config.d_model, config.padded_vocab_size, config, rngs)
