@@ -111,7 +111,7 @@ class Embed(nnx.Module):
     self.embedding = nnx.Param(init(rngs.params(), shape, config.param_dtype))
 
   def __call__(self, tokens_BxT):
-    return self.embedding[...][tokens_BxT]
+    return jnp.asarray(self.embedding[...])[tokens_BxT]
 
 
 class Decoder(nnx.Module):
