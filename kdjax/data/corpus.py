@@ -7,7 +7,8 @@ documents is then a random sample of the split, and one contiguous range of toke
     <cache>/<key>/corpus.json  tokenizer/  train/  validation/  test/  ood/<name>/validation/  ood/<name>/test/
 
 The text is streamed, two times (three to train a tokenizer). What is held in memory is the token ids of one source's
-kept documents, two bytes each (four above 65,536 ids), 200 or so bytes for each document, and the text of its test split.
+kept documents, two bytes each (four above 65,536 ids), 200 or so bytes for each document, and the text of its test
+split.
 """
 
 import dataclasses
@@ -197,7 +198,8 @@ def _plan_ood(name: str, source: str, evals: EvalConfig, seed: int, train_ids: f
     if not docs:
       raise UserError(
         f'the {split} split of eval.ood.{name} ({source!r}) is empty '
-        f'({len(distinct)} distinct documents that are not in the training split); give more documents, or change eval.ood_validation_fraction or data.split_seed'
+        f'({len(distinct)} distinct documents that are not in the training split); '
+        'give more documents, or change eval.ood_validation_fraction or data.split_seed'
       )
   counts |= {'in_training_split': len(found) - len(distinct), **{f'{s}_documents': len(d) for s, d in splits.items()}}
   return _Plan(source, evals.ood_text_field, splits, counts)
@@ -255,7 +257,7 @@ def _make_tokenizer(data: DataConfig, plan: _Plan) -> Tokenizer:
 
 
 def _write_splits(folder: pathlib.Path, plan: _Plan, tokenizer: Tokenizer, progress: bool) -> list[str]:
-  """Second pass: tokenises the plan's documents and writes a store for each split. Gives the texts of the test split."""
+  """Second pass: tokenises the plan's documents and writes a store for each split. Returns the test texts."""
   wanted = {doc: n for docs in plan.splits.values() for doc, n in docs.items()}
   tokens, dtype, texts = {}, token_dtype(tokenizer.vocab_size), {}
   with _bar(f'tokenising {plan.source}', progress, sum(wanted.values())) as bar:

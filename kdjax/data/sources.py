@@ -33,12 +33,40 @@ _OPENERS: dict[str, Callable[[pathlib.Path], BinaryIO]] = {
   '': lambda path: path.open('rb'),
   '.gz': lambda path: gzip.open(path, 'rb'),  # noqa: SIM115 (the caller closes it)
   '.xz': lambda path: lzma.open(path, 'rb'),  # noqa: SIM115
-  '.zst': lambda path: io.BufferedReader(
-    zstandard.ZstdDecompressor().stream_reader(path.open('rb'), read_across_frames=True, closefd=True)
-  ),
+  '.zst': lambda path: io.BufferedReader(_ZstdFile(path)),
 }
 _FIELDS = 'data.text_field (or eval.ood_text_field)'
 _SUFFIXES = '.txt, .jsonl or .json, each also with .gz, .xz or .zst'
+
+
+class _ZstdFile(io.RawIOBase):
+  """Decompresses frame after frame. `zstandard`'s own reader takes a truncated file for a short one, in silence."""
+
+  def __init__(self, path: pathlib.Path):
+    self._file = path.open('rb')
+    self._frame = None
+    self._ready = b''
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    while not self._ready:
+      data = self._frame.unused_data if self._frame and self._frame.eof else b''
+      if not data and not (data := self._file.read(1 << 17)):
+        if self._frame and not self._frame.eof:
+          raise EOFError('it ends in mid-frame')
+        return 0
+      if self._frame is None or self._frame.eof:
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+      self._ready = self._frame.decompress(data)
+    n = min(len(buffer), len(self._ready))
+    buffer[:n], self._ready = self._ready[:n], self._ready[n:]
+    return n
+
+  def close(self) -> None:
+    self._file.close()
+    super().close()
 
 
 def documents(source: str, text_field: str = 'text') -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""Text on disk -> batches: sources, tokenizers, token stores, corpora, windows and batches in a seeded order."""

