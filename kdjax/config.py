@@ -206,3 +206,265 @@ class Config:
   max_skipped: int = 20  # non-finite steps in a row before the run stops
   deterministic: bool = True  # on GPU: XLA's deterministic reductions
   heartbeat_timeout: int = 60  # seconds after which a silent owner of a folder counts as gone
+
+
+MIXINGS = ('normalised', 'ce_plus_alpha_kd', 'one_minus_alpha_ce_plus_kd')
+ARMS = ('baseline', 'distilled', 'unigram')
+CHOICES = {
+  'scale': ('laptop', 'colab', 'paper'),
+  'model.dtype': ('auto', 'float32', 'bfloat16'),
+  'model.param_dtype': ('float32', 'bfloat16'),
+  'model.attention': ('auto', 'xla', 'cudnn', 'splash'),
+  'model.remat': ('none', 'full', 'dots'),
+  'optimizer.schedule': ('cosine', 'wsd'),
+  'alpha_schedule.kind': ('constant', 'linear', 'cosine', 'lr'),
+  'loss.kd': ('forward_kl', 'hard_label'),
+  'loss.mixing': MIXINGS,
+  'loss.rest': ('renormalise', 'other'),
+  'teacher.dtype': ('auto', 'float32', 'bfloat16'),
+}
+
+
+def default() -> ml_collections.ConfigDict:
+  """Every field with its default: where a config file starts."""
+  return ml_collections.ConfigDict(as_dict(Config()), convert_dict=True)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+  """A (nested) config dataclass as plain dicts; tuples stay."""
+  return dataclasses.asdict(config)
+
+
+def set_model(section: ml_collections.ConfigDict, model: ModelConfig) -> None:
+  """Puts a named model into a config's `teacher` or `student` section."""
+  section.model = ml_collections.ConfigDict(as_dict(model))
+
+
+def parse_arg(arg: str | None, **known: tuple[str, ...]) -> dict[str, str]:
+  """`scale=paper` after a config file's colon -> {'scale': 'paper'}; a missing key gets its first known value."""
+  values = {key: choices[0] for key, choices in known.items()}
+  for part in filter(None, (arg or '').split(',')):
+    key, _, value = part.partition('=')
+    if key not in known:
+      raise ConfigError([f"unknown argument '{key}' after the config file's colon{_nearest(key, known)}"])
+    if value not in known[key]:
+      raise ConfigError([f"unknown {key} '{value}'; known: {', '.join(known[key])}"])
+    values[key] = value
+  return values
+
+
+def override(config: ml_collections.ConfigDict, overrides: Mapping[str, str]) -> list[str]:
+  """Applies `{'student.alpha': '0.4'}` in place; returns the problems instead of raising at the first."""
+  problems = []
+  fields = dict(_leaves(Config, ''))
+  for key, text in overrides.items():
+    annotation = fields.get(key)
+    parent, _, leaf = key.rpartition('.')
+    if annotation is None and str(fields.get(parent)).startswith('dict'):
+      annotation = str  # a mapping's values are free: --config.eval.ood.NAME=SOURCE
+    if annotation is None:
+      problems.append(f'--config.{key}: no such field{_nearest(key, fields)}')
+      continue
+    try:
+      value = _parse(text, annotation)
+    except ValueError:
+      problems.append(f'--config.{key}: expected {_type_name(annotation)}, got {text!r}')
+      continue
+    node = config
+    for name in parent.split('.') if parent else ():
+      node = node[name]
+    with node.unlocked(), node.ignore_type():
+      node[leaf] = value
+  return problems
+
+
+def resolve(config: ml_collections.ConfigDict) -> Config:
+  """The ConfigDict as frozen dataclasses, checked. Raises ConfigError with every problem found."""
+  problems: list[str] = []
+  built = _build(Config, config.to_dict(), '', problems)
+  if not problems:
+    problems = list(_problems(built))
+  if problems:
+    raise ConfigError(problems)
+  return built
+
+
+def fingerprint(value: Any, length: int = 12) -> str:
+  """Hex hash of a JSON-able value (dataclasses welcome); the same everywhere."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    value = as_dict(value)
+  text = json.dumps(value, sort_keys=True, separators=(',', ':'))
+  return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def n_steps(section: TeacherConfig | StudentConfig, data: DataConfig) -> int:
+  """Optimizer steps that spend `section.tokens`."""
+  return max(1, round(section.tokens / (section.batch_size * data.seq_len)))
+
+
+def _leaves(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
+  """(dotted name, annotation) of each leaf field."""
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    annotation = hints[field.name]
+    if dataclasses.is_dataclass(annotation):
+      yield from _leaves(typing.cast(type, annotation), f'{prefix}{field.name}.')
+    else:
+      yield prefix + field.name, annotation
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+  hints = typing.get_type_hints(cls)
+  known = {field.name for field in dataclasses.fields(cls)}
+  problems += [f'{prefix}{key}: no such field{_nearest(key, known)}' for key in values if key not in known]
+  built = {}
+  for name in known & values.keys():
+    annotation, value = hints[name], values[name]
+    if dataclasses.is_dataclass(annotation):
+      if isinstance(value, Mapping):
+        built[name] = _build(typing.cast(type, annotation), value, f'{prefix}{name}.', problems)
+      else:
+        problems.append(f'{prefix}{name}: expected a section with fields, got {value!r}')
+      continue
+    try:
+      built[name] = _convert(value, annotation)
+    except ValueError:
+      problems.append(f'{prefix}{name}: expected {_type_name(annotation)}, got {value!r}')
+  return None if problems else cls(**built)
+
+
+def _convert(value: Any, annotation: Any) -> Any:
+  """A value from a config file as the field's type; ValueError where it is of another."""
+  origin = typing.get_origin(annotation)
+  if origin is tuple:
+    arguments = typing.get_args(annotation)
+    if not isinstance(value, tuple | list):
+      raise ValueError
+    kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+    if len(kinds) != len(value):
+      raise ValueError
+    return tuple(_convert(v, kind) for v, kind in zip(value, kinds, strict=True))
+  if origin is dict:
+    if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
+      raise ValueError
+    return dict(value)
+  if annotation is float and isinstance(value, int | float) and not isinstance(value, bool):
+    return float(value)
+  if annotation is int and isinstance(value, float) and value.is_integer():
+    return int(value)  # 1e9 tokens
+  if isinstance(value, annotation) and not (annotation is int and isinstance(value, bool)):
+    return value
+  raise ValueError
+
+
+def _parse(text: str, annotation: Any) -> Any:
+  """A command line's text as the field's type."""
+  if annotation is str:
+    return text
+  if annotation is bool:
+    return {'true': True, 'false': False, '1': True, '0': False}[text.lower()] if text.lower() in ('true', 'false', '1', '0') else _bad()
+  if annotation is int:
+    return _convert(float(text) if any(c in text.lower() for c in '.e') else int(text), int)
+  if annotation is float:
+    return float(text)
+  kinds = typing.get_args(annotation)
+  items = [item.strip().strip('\'"') for item in text.strip().strip('()[]').split(',') if item.strip()]
+  return _convert(tuple(_parse(item, kinds[0]) for item in items), annotation)
+
+
+def _bad() -> typing.NoReturn:
+  raise ValueError
+
+
+def _type_name(annotation: Any) -> str:
+  if isinstance(annotation, types.GenericAlias):
+    return str(annotation)
+  return {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false'}.get(annotation, str(annotation))
+
+
+def _nearest(key: str, known: typing.Iterable[str]) -> str:
+  near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+  return f'; did you mean {near[0]}?' if near else ''
+
+
+def _problems(config: Config) -> Iterator[str]:
+  """What is wrong with a config whose fields and types are right."""
+  flat = dict(_values(config, ''))
+  for key, value in flat.items():
+    choices = next((c for name, c in CHOICES.items() if key == name or key.endswith('.' + name)), None)
+    if choices and value not in choices:
+      yield f'{key}: unknown value {value!r}; known: {", ".join(choices)}'
+    if isinstance(value, float) and not math.isfinite(value):
+      yield f'{key}: must be finite, got {value}'
+  student, teacher, data, loss = config.student, config.teacher, config.data, config.loss
+  for key, alpha in (('student.alpha', student.alpha), ('student.alpha_schedule.final', student.alpha_schedule.final)):
+    if not 0 <= alpha <= 1:
+      yield f'{key}: must be in [0, 1], got {alpha:g}'
+  if not 0 <= student.alpha_schedule.begin <= student.alpha_schedule.end <= 1:
+    yield 'student.alpha_schedule: begin and end must satisfy 0 <= begin <= end <= 1'
+  if loss.temperature <= 0:
+    yield f'loss.temperature: must be above 0, got {loss.temperature:g}'
+  if loss.teacher_top_k < 0 or (loss.teacher_top_k > 1 and loss.teacher_top_k != int(loss.teacher_top_k)):
+    yield f'loss.teacher_top_k: must be 0 (all), a share in (0, 1) or a whole number, got {loss.teacher_top_k:g}'
+  if not 0 < loss.teacher_top_p <= 1:
+    yield f'loss.teacher_top_p: must be in (0, 1], got {loss.teacher_top_p:g}'
+  if loss.kd == 'hard_label' and (loss.teacher_top_k or loss.teacher_top_p < 1 or loss.temperature != 1):
+    yield 'loss.kd: hard_label has no temperature, top-k or top-p; leave them at their defaults'
+  if not student.arms or len(set(student.arms)) != len(student.arms) or set(student.arms) - set(ARMS):
+    yield f'student.arms: must be different ones of {", ".join(ARMS)}, got {", ".join(student.arms) or "none"}'
+  for name, section in (('student', student), ('teacher', teacher)):
+    yield from _section_problems(name, section, data)
+  for key in ('validation_fraction', 'test_fraction'):
+    if not 0 < getattr(data, key) < 1:
+      yield f'data.{key}: must be between 0 and 1, got {getattr(data, key):g}'
+  if data.validation_fraction + data.test_fraction >= 1:
+    yield 'data: validation_fraction + test_fraction leave no documents for training'
+  if not 0 < config.eval.ood_validation_fraction < 1:
+    yield f'eval.ood_validation_fraction: must be between 0 and 1, got {config.eval.ood_validation_fraction:g}'
+  window = config.eval.window or data.seq_len
+  for name, section in (('student', student), ('teacher', teacher)):
+    if window > section.model.max_seq_len:
+      yield f'eval.window: {window} tokens are more than {name}.model.max_seq_len = {section.model.max_seq_len}'
+  if config.eval.stride > window:
+    yield f'eval.stride: {config.eval.stride} is more than the window of {window} tokens'
+  for axis in ('replica', 'fsdp', 'tensor'):
+    size = getattr(config.mesh, axis)
+    if size < 1 and size != -1:
+      yield f'mesh.{axis}: must be a number of devices, or -1 for what is left, got {size}'
+  if [config.mesh.replica, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
+    yield 'mesh: only one axis can be -1 (what is left)'
+  positive = ('data.seq_len', 'data.vocab_size', 'data.threads', 'eval.batch_size', 'steps_per_call', 'max_skipped', 'heartbeat_timeout')
+  positive += ('eval.every_batches', 'checkpoint.keep')
+  for key in positive:
+    if flat[key] < 1:
+      yield f'{key}: must be at least 1, got {flat[key]}'
+
+
+def _section_problems(name: str, section: TeacherConfig | StudentConfig, data: DataConfig) -> Iterator[str]:
+  optimizer = section.optimizer
+  if data.seq_len > section.model.max_seq_len:
+    yield f'data.seq_len: {data.seq_len} tokens are more than {name}.model.max_seq_len = {section.model.max_seq_len}'
+  if section.batch_size < 1 or section.microbatches < 1 or section.batch_size % max(1, section.microbatches):
+    yield f'{name}.microbatches: {section.microbatches} does not divide {name}.batch_size = {section.batch_size}'
+  if section.tokens < section.batch_size * data.seq_len:
+    yield f'{name}.tokens: {section.tokens} is less than one step of {section.batch_size} x {data.seq_len} tokens'
+  if not 0 <= section.slice[0] < section.slice[1] <= 1:
+    yield f'{name}.slice: must satisfy 0 <= from < to <= 1, got {section.slice}'
+  if optimizer.learning_rate <= 0:
+    yield f'{name}.optimizer.learning_rate: must be above 0, got {optimizer.learning_rate:g}'
+  if optimizer.clip_norm <= 0:
+    yield f'{name}.optimizer.clip_norm: must be above 0, got {optimizer.clip_norm:g}'
+  for key in ('warmup_fraction', 'decay_fraction', 'final_fraction', 'b1', 'b2'):
+    if not 0 <= getattr(optimizer, key) <= 1:
+      yield f'{name}.optimizer.{key}: must be in [0, 1], got {getattr(optimizer, key):g}'
+  if optimizer.schedule == 'wsd' and optimizer.warmup_fraction + optimizer.decay_fraction > 1:
+    yield f'{name}.optimizer: warmup_fraction + decay_fraction are more than the whole run'
+
+
+def _values(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from _values(value, f'{prefix}{field.name}.')
+    else:
+      yield prefix + field.name, value

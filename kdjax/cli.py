@@ -1,0 +1,129 @@
+"""The commands' front: the config off the command line, and user errors as one line.
+
+`--config=FILE[:ARG]` names a Python file with `get_config(arg)`; `--config.a.b=VALUE` changes a field. What is left goes to argparse.
+Exit codes: 0 done, 2 the config or a file is wrong, 1 a run could not go on, 130 stopped by the user.
+"""
+
+import argparse
+import contextlib
+import difflib
+import importlib.util
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+
+import ml_collections
+
+from kdjax import config as config_lib
+from kdjax.config import Config
+from kdjax.errors import ConfigError, TrainingError, UserError
+
+log = logging.getLogger('kdjax')
+
+
+def load_config(spec: str, overrides: dict[str, str] | None = None) -> Config:
+  """`configs/weak2strong.py:scale=paper` and its overrides -> a checked Config. Raises ConfigError with every problem."""
+  path, _, arg = spec.partition(':')
+  config = _get_config(pathlib.Path(path), arg)
+  problems = config_lib.override(config, overrides or {})
+  try:
+    resolved = config_lib.resolve(config)
+  except ConfigError as e:
+    raise ConfigError(problems + e.problems) from None
+  if problems:
+    raise ConfigError(problems)
+  return resolved
+
+
+def split_args(argv: Sequence[str]) -> tuple[str | None, dict[str, str], list[str]]:
+  """(config spec, overrides, the rest). `--config X`, `--config=X`, `--config.a=v` and `--config.a v` all count."""
+  spec, overrides, rest = None, {}, []
+  args = iter(argv)
+  for arg in args:
+    if arg != '--config' and not arg.startswith(('--config=', '--config.')):
+      rest.append(arg)
+      continue
+    name, equals, value = arg.partition('=')
+    if not equals:
+      value = next(args, '')
+    if name == '--config':
+      spec = value
+    else:
+      overrides[name.removeprefix('--config.')] = value
+  return spec, overrides, rest
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str], needs_config: bool = True) -> tuple[Config | None, argparse.Namespace]:
+  """The config and the command's own options."""
+  spec, overrides, rest = split_args(argv)
+  args = parser.parse_args(rest)
+  if spec is None:
+    if overrides:
+      raise ConfigError([f'--config.{next(iter(overrides))}: there is no --config=FILE to change'])
+    if needs_config:
+      raise ConfigError(['--config=FILE is missing, e.g. --config=configs/weak2strong.py'])
+    return None, args
+  return load_config(spec, overrides), args
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+  """Prints a user's mistakes as lines on stderr, without a traceback, and exits."""
+  logging.basicConfig(level=logging.INFO, format='%(message)s')
+  for name in ('jax', 'absl', 'orbax', 'grain'):
+    logging.getLogger(name).setLevel(logging.ERROR)
+  try:
+    yield
+  except TrainingError as e:
+    _exit(e, 1)
+  except UserError as e:
+    _exit(e, 2)
+  except KeyboardInterrupt:
+    print('\nstopped', file=sys.stderr)
+    sys.exit(130)
+
+
+def _exit(error: UserError, code: int) -> None:
+  for line in str(error).splitlines():
+    print(line if line.startswith('config error') else f'error: {line}', file=sys.stderr)
+  sys.stderr.flush()
+  sys.exit(code)
+
+
+def _get_config(path: pathlib.Path, arg: str) -> ml_collections.ConfigDict:
+  if not path.is_file():
+    folder = path.parent if path.parent.is_dir() else pathlib.Path('.')
+    near = difflib.get_close_matches(path.name, [p.name for p in folder.glob('*.py')], n=1)
+    raise ConfigError([f'config file {path} does not exist' + (f'; did you mean {folder / near[0]}?' if near else '')])
+  spec = importlib.util.spec_from_file_location(f'kdjax_config_{path.stem}', path)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config(arg or None)
+  except UserError:
+    raise
+  except Exception as e:  # a config file is the user's code: whatever it raises is the user's to mend
+    raise ConfigError([f'{path}: {_where(e, path)}{type(e).__name__}: {e}']) from None
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ConfigError([f'{path}: get_config returned {type(config).__name__}, not a ConfigDict; start from kdjax.config.default()'])
+  return config
+
+
+def _where(error: Exception, path: pathlib.Path) -> str:
+  """'line 12: ', the innermost line of the config file on the way to the error."""
+  line, trace = getattr(error, 'lineno', None), error.__traceback__
+  while trace is not None:
+    if trace.tb_frame.f_code.co_filename == str(path):
+      line = trace.tb_lineno
+    trace = trace.tb_next
+  return f'line {line}: ' if line else ''
+
+
+def set_deterministic() -> None:
+  """Same bits for the same seed on GPU too: XLA's deterministic reductions. To be called before JAX touches a device."""
+  flags = os.environ.get('XLA_FLAGS', '')
+  if 'xla_gpu_deterministic_ops' not in flags:
+    os.environ['XLA_FLAGS'] = f'{flags} --xla_gpu_deterministic_ops=true'.strip()
