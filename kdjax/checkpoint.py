@@ -1,0 +1,231 @@
+"""Checkpoints that are verified: Orbax's atomic, asynchronous saves, with a checksum, shape and dtype for each leaf.
+
+Orbax survives a kill in mid-save but reads a flipped bit or another dtype in silence. Here each checkpoint carries, in its metadata, an
+order-sensitive integer sum of every leaf's bit pattern, computed on the devices that hold it. A restore sums again and walks back to the
+newest step that verifies, saying what it passed over and why.
+
+A checkpoint has the items `params`, `optimizer` (moments and counts), `counters` (step, alpha, skipped updates) and `meta`.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from kdjax.errors import TrainingError, UserError
+from kdjax.sharding import path_name
+from kdjax.step import TrainState
+
+log = logging.getLogger('kdjax')
+
+FORMAT = 1
+# What Orbax, TensorStore and the JSON parser raise on damaged files; each was seen, see tests/test_checkpoint.py.
+DAMAGE = (ValueError, KeyError, OSError, RuntimeError, TypeError, AttributeError, AssertionError)
+
+
+class CheckpointDamaged(UserError):
+  """No checkpoint of a folder verifies."""
+
+
+class Restored(NamedTuple):
+  state: TrainState
+  step: int
+
+
+class Checkpoints:
+  """One run's checkpoints.
+
+  Args:
+    folder: where the steps' folders live.
+    keep: how many of the newest stay.
+    keep_period: multiples of this many steps stay for good; 0: none.
+    read_only: an eval job's view; never writes or cleans up.
+  """
+
+  def __init__(self, folder: str | os.PathLike, keep: int = 2, keep_period: int = 0, read_only: bool = False):
+    self.folder = pathlib.Path(folder).absolute()
+    self._manager = ocp.CheckpointManager(
+      self.folder,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=None if read_only else keep,
+        keep_period=keep_period or None,
+        read_only=read_only,
+        create=not read_only,
+        cleanup_tmp_directories=not read_only,
+      ),
+    )
+
+  def steps(self) -> list[int]:
+    """Committed steps, oldest first."""
+    return sorted(self._manager.all_steps(read=True))
+
+  def save(self, step: int, state: TrainState, fingerprints: dict[str, str]) -> None:
+    """Starts a save; the device arrays may be donated once this returns. Overwrites a damaged checkpoint of the same step."""
+    items = _items(state)
+    meta = {'format': FORMAT, 'step': step, 'fingerprints': fingerprints, 'leaves': {k: _describe(v) for k, v in items.items()}}
+    if step in self.steps():
+      self.wait()
+      self._manager.delete(step)
+    args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    try:
+      self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(_sealed(meta))), force=True)
+    except OSError as e:
+      raise TrainingError(_full(self.folder, e)) from None
+
+  def wait(self) -> None:
+    """Until the save under way is on disk."""
+    try:
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+    except (OSError, ValueError, RuntimeError) as e:  # TensorStore tells of a full disk by a ValueError
+      raise TrainingError(_full(self.folder, e)) from None
+
+  def close(self) -> None:
+    self._manager.close()
+
+  def verified(self, abstract: TrainState, fingerprints: dict[str, str], among: Iterable[int] | None = None) -> Restored | None:
+    """The newest checkpoint (of the steps `among`) that verifies, on the abstract state's shardings; None where there is none at all.
+
+    Raises:
+      CheckpointDamaged: there are checkpoints, but none verifies.
+      UserError: a checkpoint is sound but of another run (its fingerprints differ).
+    """
+    steps = sorted(self.steps() if among is None else set(among) & set(self.steps()))
+    for step in reversed(steps):
+      try:
+        return Restored(self.restore(step, abstract, fingerprints), step)
+      except CheckpointDamaged as e:
+        log.warning('passing over checkpoint %d of %s: %s', step, self.folder, e)
+    if steps:
+      raise CheckpointDamaged(f'{self.folder}: none of the checkpoints {steps} verifies; delete the folder to start the run again')
+    return None
+
+  def restore(self, step: int, abstract: TrainState, fingerprints: dict[str, str] | None = None) -> TrainState:
+    """The whole state at a step, verified."""
+    wanted = _items(abstract)
+    found = self._read(step, wanted)
+    meta = found.pop('meta')
+    for name, value in (fingerprints or {}).items():
+      if meta['fingerprints'].get(name) != value:
+        raise UserError(
+          f'{self.folder}: checkpoint {step} was written with another {name} ({meta["fingerprints"].get(name)}, here {value}); '
+          'use another --workdir'
+        )
+    return TrainState(params=found['params'], opt_state=found['optimizer'], **found['counters'])
+
+  def restore_params(self, step: int, abstract_params) -> Any:
+    """The weights alone, verified: what the eval job and a teacher need."""
+    return self._read(step, {'params': abstract_params})['params']
+
+  def meta(self, step: int) -> dict[str, Any]:
+    """The metadata of a step. Raises CheckpointDamaged where it is not what was written."""
+    try:
+      meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
+    except DAMAGE as e:
+      raise CheckpointDamaged(f'its metadata cannot be read ({_first_line(e)})') from None
+    return _unsealed(meta)
+
+  def _read(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The items, verified against the metadata."""
+    meta = self.meta(step)
+    for name, item in wanted.items():
+      _check_shapes(meta['leaves'].get(name), item, f'{self.folder}, checkpoint {step}, {name}')
+    args = {name: ocp.args.StandardRestore(item) for name, item in wanted.items()}
+    try:
+      restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+    except DAMAGE as e:
+      raise CheckpointDamaged(f'it cannot be read ({_first_line(e)})') from None
+    items = {name: restored[name] for name in wanted}
+    for name, item in items.items():
+      for leaf, (_, _, checksum) in _describe(item).items():
+        if checksum != meta['leaves'][name][leaf][2]:
+          raise CheckpointDamaged(f'the checksum of {name}/{leaf} is not the one that was written')
+    return items | {'meta': meta}
+
+
+def checksums(tree) -> dict[str, int]:
+  """An order-sensitive 32-bit sum of each leaf's bit pattern: the same on any mesh, changed by any one flipped bit."""
+  return {name: int(value) for name, value in jax.device_get(_sums(_named(tree))).items()}
+
+
+def params_fingerprint(params) -> str:
+  """Short hash of a model's weights."""
+  return hashlib.sha256(json.dumps(checksums(params), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@jax.jit
+def _sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  return {name: _bit_sum(leaf) for name, leaf in leaves.items()}
+
+
+def _bit_sum(x: jax.Array) -> jax.Array:
+  """Sum over the elements of bits * (an odd number of the position), modulo 2^32: an odd factor loses no bit."""
+  unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+  bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+  position = jnp.zeros(x.shape, jnp.uint32)
+  for axis, size in enumerate(x.shape):
+    position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+  return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+  counters = {'step': state.step, 'alpha': state.alpha, 'skipped': state.skipped, 'skipped_in_row': state.skipped_in_row}
+  return {'params': state.params, 'optimizer': state.opt_state, 'counters': counters}
+
+
+def _named(tree) -> dict[str, Any]:
+  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _describe(item) -> dict[str, list]:
+  """leaf -> [dtype, shape, checksum]."""
+  sums = checksums(item)
+  return {name: [str(leaf.dtype), list(leaf.shape), sums[name]] for name, leaf in _named(item).items()}
+
+
+def _check_shapes(described: dict[str, list] | None, wanted, where: str) -> None:
+  """Raises UserError where a sound checkpoint is of another architecture or dtype."""
+  described = described or {}
+  leaves = _named(wanted)
+  for name in sorted(leaves.keys() | described.keys()):
+    if name not in described or name not in leaves:
+      side = 'it lacks' if name in leaves else 'it has'
+      raise UserError(f'{where}: it is of another architecture: {side} {name}; use another --workdir, or the config that wrote it')
+    dtype, shape, _ = described[name]
+    if (dtype, tuple(shape)) != (str(leaves[name].dtype), tuple(leaves[name].shape)):
+      raise UserError(
+        f'{where}: {name} is {dtype}{tuple(shape)}, the config says {leaves[name].dtype}{tuple(leaves[name].shape)}; '
+        'use another --workdir, or the config that wrote it'
+      )
+
+
+def _sealed(meta: dict[str, Any]) -> dict[str, Any]:
+  return {'digest': _digest(meta), **meta}
+
+
+def _unsealed(meta: Any) -> dict[str, Any]:
+  if not isinstance(meta, dict) or meta.pop('digest', None) != _digest(meta):
+    raise CheckpointDamaged('its metadata is not what was written')
+  return meta
+
+
+def _digest(meta: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _first_line(error: BaseException) -> str:
+  return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
+
+
+def _full(folder: pathlib.Path, error: BaseException) -> str:
+  return (
+    f'{folder}: a checkpoint could not be written ({_first_line(error)}); free some disk space and run the same command again: '
+    'it goes on from the last good checkpoint'
+  )

@@ -1,0 +1,288 @@
+"""The training loop of a cohort: students that share architecture, data and teacher, each with its own folder and checkpoints.
+
+The host only dispatches: it fetches the metrics of a call after the next one has been dispatched, so the device never waits for it.
+Where a run may start: its newest checkpoint that verifies, else from scratch.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kdjax import sharding
+from kdjax.checkpoint import Checkpoints, params_fingerprint
+from kdjax.data.batches import BatchStream, Windows, local_rows, to_global
+from kdjax.errors import TrainingError, UserError
+from kdjax.losses import AlphaState, fused_loss
+from kdjax.metrics import MetricWriter, Progress, Speed, memory_gib
+from kdjax.run import Heartbeat, RunFolder
+from kdjax.step import Recipe, Teacher, TrainState, init_state, make_step, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+  """One student of a cohort: its folder, what defines it (for run.json) and its alpha."""
+
+  folder: RunFolder
+  config: dict[str, Any]
+  alpha: AlphaState
+
+
+@dataclasses.dataclass(frozen=True)
+class Cohort:
+  """Everything that `fit` needs."""
+
+  title: str
+  members: tuple[Member, ...]
+  recipe: Recipe
+  teacher: Teacher
+  seed: int
+  stream: BatchStream
+  validation: Windows
+  total_steps: int
+  checkpoint_every: int
+  eval_every: int
+  eval_batches: int
+  keep: int
+  keep_period: int
+  max_skipped: int
+  heartbeat_timeout: float
+  fingerprints: dict[str, str]
+  threads: int = 2
+  prefetch: int = 4
+  progress: bool = True
+
+
+class Preempted(Exception):
+  """The run was asked to stop; it has saved and goes on with the same command."""
+
+
+def fit(cohort: Cohort, mesh: Mesh) -> None:
+  """Trains the cohort to its last step, from wherever it stands. Returns at once where it is done.
+
+  Raises:
+    TrainingError: too many non-finite steps in a row, a folder taken over, a checkpoint that could not be written.
+    UserError: a folder of another config or owned by a live trainer, damaged checkpoints.
+    Preempted: stopped by a signal, saved.
+  """
+  folders = [m.folder for m in cohort.members]
+  for member in cohort.members:
+    member.folder.check_config(member.config)
+  if all(folder.is_done() for folder in folders):
+    return
+  for folder in folders:
+    folder.claim(cohort.heartbeat_timeout)
+  heart = Heartbeat(folders, cohort.total_steps)
+  with heart.beating(), _stop_signal() as asked_to_stop, contextlib.ExitStack() as stack:
+    saves = [_closing(stack, Checkpoints(f.checkpoints, cohort.keep, cohort.keep_period)) for f in folders]
+    states, shardings, start = _start(cohort, saves, mesh)
+    try:
+      _train(cohort, mesh, states, shardings, start, saves, heart, asked_to_stop)
+    except Preempted:
+      heart.finish('preempted')
+      raise
+    heart.finish('done')
+
+
+def calls(start: int, total: int, size: int, *every: int) -> list[tuple[int, int]]:
+  """(first step, number of steps) of each call from `start` to `total`, cut at the multiples of each of `every`."""
+  out = []
+  while start < total:
+    ends = [total, start + size] + [(start // e + 1) * e for e in every if e]
+    out.append((start, min(ends) - start))
+    start = min(ends)
+  return out
+
+
+def _start(cohort: Cohort, saves: list[Checkpoints], mesh: Mesh) -> tuple[tuple[TrainState, ...], list[TrainState], int]:
+  """(states, their shardings, step): from the newest step at which every member's checkpoint verifies, else fresh."""
+  key = jax.random.key(cohort.seed)
+  states, shardings, abstract = [], [], []
+  for member in cohort.members:
+    init = lambda key, alpha=member.alpha: init_state(cohort.recipe, alpha, key)
+    shapes = jax.eval_shape(init, key)
+    shardings.append(state_shardings(cohort.recipe, shapes, mesh))
+    abstract.append(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings[-1]))
+  step = _common_step(saves, abstract, cohort.fingerprints)
+  for member, save, shape, placed in zip(cohort.members, saves, abstract, shardings, strict=True):
+    known = dict(cohort.fingerprints)
+    if step:
+      states.append(save.restore(step, shape, cohort.fingerprints))
+    else:
+      init = jax.jit(lambda key, alpha=member.alpha: init_state(cohort.recipe, alpha, key), out_shardings=placed)
+      states.append(init(key))
+      known['init'] = params_fingerprint(states[-1].params)
+    member.folder.record(member.config, known)
+  return tuple(states), shardings, step
+
+
+def _common_step(saves: list[Checkpoints], abstract: list[TrainState], fingerprints: dict[str, str]) -> int:
+  """The newest step that every member has and that verifies; 0: none has been saved by all."""
+  common = set.intersection(*(set(save.steps()) for save in saves))
+  while common:
+    newest = [save.verified(shape, fingerprints, common) for save, shape in zip(saves, abstract, strict=True)]
+    steps = {found.step for found in newest if found}
+    if len(steps) == 1:
+      return steps.pop()
+    common = {step for step in common if step <= min(steps)}
+  return 0
+
+
+def _train(cohort: Cohort, mesh, states, shardings, start: int, saves: list[Checkpoints], heart: Heartbeat, asked_to_stop) -> None:
+  recipe, stream, total = cohort.recipe, cohort.stream, cohort.total_steps
+  step_fn = make_step(recipe, shardings)
+  validate = _validation(cohort, mesh)
+  report = _Report(cohort, start)
+  stacked = NamedSharding(mesh, P(None, sharding.BATCH_AXES))
+  rows = local_rows(NamedSharding(mesh, P(sharding.BATCH_AXES)), stream.batch_size)
+  plan = calls(start, total, recipe.size, cohort.checkpoint_every, cohort.eval_every)
+  saved = start
+  with contextlib.closing(report):
+    for (first, n), local in zip(plan, stream.iterate(plan, recipe.size, rows, cohort.threads, cohort.prefetch), strict=True):
+      batches = to_global(local, rows, stacked, stream.batch_size)
+      states, metrics = step_fn(states, cohort.teacher, batches, n)
+      step = first + n
+      at_eval = cohort.eval_every and step % cohort.eval_every == 0 or step == total
+      report.next(first, n, metrics, [validate(s.params) for s in states] if at_eval else None)
+      heart.step(step)
+      stop = asked_to_stop(step)
+      if stop or step == total or (cohort.checkpoint_every and step % cohort.checkpoint_every == 0):
+        report.flush()
+        _save(cohort, saves, step, states)
+        saved = step
+      if stop and step < total:
+        for save in saves:
+          save.wait()
+        raise Preempted(f'{cohort.title}: stopped at step {saved} of {total}, saved; the same command goes on from there')
+    report.flush()
+    for save in saves:
+      save.wait()
+
+
+def _save(cohort: Cohort, saves: list[Checkpoints], step: int, states: Sequence[TrainState]) -> None:
+  for member, save, state in zip(cohort.members, saves, states, strict=True):
+    member.folder.check_owner()
+    save.save(step, state, cohort.fingerprints)
+
+
+def _validation(cohort: Cohort, mesh: Mesh) -> Callable[[Any], jax.Array]:
+  """params -> mean CE in nats over the first windows of the validation split."""
+  recipe, batch_size = cohort.recipe, cohort.stream.batch_size
+  rows = local_rows(NamedSharding(mesh, P(sharding.BATCH_AXES)), batch_size)
+  n = min(cohort.eval_batches, -(-len(cohort.validation) // batch_size))
+  local = {name: np.stack([np.stack([_window(cohort.validation, b * batch_size + r)[name] for r in rows]) for b in range(n)])
+           for name in ('tokens', 'labels', 'segment_ids')}
+  batches = to_global(local, rows, NamedSharding(mesh, P(None, sharding.BATCH_AXES)), batch_size)
+
+  def mean_ce(params, batches):
+    def body(total, batch):
+      hidden = recipe.student.hidden(params, batch['tokens'], batch['segment_ids'] if recipe.mask_documents else None)
+      weights = (batch['labels'] >= 0).astype(jnp.float32)
+      vocab_size = recipe.student.config.vocab_size
+      ce, _ = fused_loss(
+        hidden, recipe.student.head(params), batch['labels'], weights, loss=recipe.loss, vocab_size=vocab_size, diagnostics=False
+      )
+      return (total[0] + ce, total[1] + weights.sum()), None
+
+    (ce, count), _ = jax.lax.scan(body, (jnp.zeros(()), jnp.zeros(())), batches)
+    return ce / count
+
+  jitted = jax.jit(mean_ce)
+  return lambda params: jitted(params, batches)
+
+
+def _window(windows: Windows, i: int) -> dict[str, np.ndarray]:
+  """A window, or one of padding beyond the last."""
+  if i < len(windows):
+    return windows.window(i)
+  empty = np.zeros(windows.seq_len, np.int32)
+  return {'tokens': empty, 'labels': empty - 1, 'segment_ids': empty}
+
+
+class _Report:
+  """Writes a call's metrics once the next call has been dispatched, and stops a run that no longer learns."""
+
+  def __init__(self, cohort: Cohort, start: int):
+    self._cohort = cohort
+    self._pending: tuple[int, int, Any, Any] | None = None
+    writes = jax.process_index() == 0
+    self._writers = [MetricWriter(m.folder.path, start) for m in cohort.members] if writes else []
+    teacher = cohort.recipe.teacher if 'teacher' in cohort.recipe.targets else None
+    self._speed = Speed(cohort.recipe.student, len(cohort.members), teacher, cohort.stream.windows.seq_len)
+    self._bar = Progress(cohort.title, cohort.total_steps, start, enabled=cohort.progress)
+
+  def next(self, first: int, n: int, metrics, validation) -> None:
+    pending, self._pending = self._pending, (first, n, metrics, validation)
+    if pending:
+      self._write(*pending)
+    if validation is not None:
+      self.flush()
+
+  def flush(self) -> None:
+    if self._pending:
+      self._write(*self._pending)
+      self._pending = None
+    for writer in self._writers:
+      writer.flush()
+    self._speed.pause()
+
+  def close(self) -> None:
+    self._bar.close()
+    for writer in self._writers:
+      writer.close()
+
+  def _write(self, first: int, n: int, metrics, validation) -> None:
+    metrics, validation = jax.device_get((metrics, validation))
+    rates = self._speed(float(metrics[0]['tokens'][:n].sum())) | {'memory_gib': memory_gib()}
+    for k, writer in enumerate(self._writers):
+      for i in range(n):
+        values = {name: float(value[i]) for name, value in metrics[k].items()} | rates
+        if validation is not None and i == n - 1:
+          values['validation_ce'] = float(validation[k])
+        writer.write(first + i + 1, values)
+    names = [m.folder.name for m in self._cohort.members]
+    losses = {f'{name} ce': f'{m["ce"][n - 1]:.3f}' for name, m in zip(names, metrics, strict=True)}
+    kd = {f'{name} kd': f'{m["kd"][n - 1]:.3f}' for name, m in zip(names, metrics, strict=True) if 'kd' in m}
+    tokens = {'tok/s': f'{rates["tokens_per_second"]:,.0f}'} if 'tokens_per_second' in rates else {}
+    self._bar.update(n, **tokens, **losses, **kd)
+    for name, m in zip(names, metrics, strict=True):
+      if m['skipped_in_row'][:n].max() >= self._cohort.max_skipped:
+        raise TrainingError(
+          f'{name}: the loss or a gradient was not finite {self._cohort.max_skipped} steps in a row, up to step {first + n}; '
+          'the updates were left out and the last checkpoint is good; lower the learning rate or look at the data, then start again'
+        )
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[Callable[[int], bool]]:
+  """A function of the step that says whether the run has been asked to stop, the same on all processes.
+
+  One process: a handler for SIGTERM and SIGINT. Several: JAX's own preemption notice, which a handler of ours would switch off.
+  """
+  if jax.process_count() > 1:
+    yield multihost_utils.reached_preemption_sync_point
+    return
+  asked = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield lambda step: False
+    return
+  old = {s: signal.signal(s, lambda *_: asked.set()) for s in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield lambda step: asked.is_set()
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
+
+
+def _closing(stack: contextlib.ExitStack, saves: Checkpoints) -> Checkpoints:
+  stack.callback(saves.close)
+  return saves

@@ -1,0 +1,117 @@
+"""Where a run's numbers go: a JSONL line a step, TensorBoard events, a progress bar."""
+
+import json
+import os
+import pathlib
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+import tensorboardX
+import tqdm
+
+from kdjax import flops
+from kdjax.models import Model
+
+
+class MetricWriter:
+  """A run's metrics.jsonl and TensorBoard events from `step` on; lines of later steps, left by a killed run, are dropped."""
+
+  def __init__(self, folder: pathlib.Path, step: int):
+    self.path = folder / 'metrics.jsonl'
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = [line for line, record in _lines(self.path) if record['step'] <= step]
+    temporary = self.path.with_suffix('.tmp')
+    temporary.write_text(''.join(kept))
+    os.replace(temporary, self.path)
+    self._file = open(self.path, 'a')
+    self._board = tensorboardX.SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1 if step else None)
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+
+  def flush(self) -> None:
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+    self._board.close()
+
+
+def read_metrics(folder: pathlib.Path) -> list[dict[str, float]]:
+  """The records of metrics.jsonl, in order; a last line cut by a kill is left out."""
+  return [record for _, record in _lines(folder / 'metrics.jsonl')]
+
+
+def _lines(path: pathlib.Path):
+  if path.exists():
+    for line in path.read_text().splitlines(keepends=True):
+      try:
+        yield line, json.loads(line)
+      except ValueError:
+        return
+
+
+class Speed:
+  """Rates of a call: tokens/s, student and teacher TFLOP/s apart, MFU where the device's peak is known.
+
+  Model FLOPs (kdjax/flops.py): nothing is counted for recomputation. With K students in a cohort the student's rate is all K's.
+  """
+
+  def __init__(self, student: Model, n_students: int, teacher: Model | None, seq_len: int):
+    self._student = n_students * flops.training_flops(student.config, seq_len)
+    self._teacher = flops.forward_flops(teacher.config, seq_len) if teacher else 0.0
+    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    self._peak = peak * jax.device_count() if peak else None
+    self._last: float | None = None
+
+  def __call__(self, tokens: float) -> dict[str, float]:
+    """The rates since the call before; {} for the first, whose time is mostly compilation."""
+    now, last = time.perf_counter(), self._last
+    self._last = now
+    if last is None:
+      return {}
+    rate = tokens / max(now - last, 1e-9)
+    rates = {'tokens_per_second': rate, 'student_tflops': rate * self._student / 1e12, 'teacher_tflops': rate * self._teacher / 1e12}
+    if self._peak:
+      rates['mfu'] = rate * (self._student + self._teacher) / self._peak
+    return rates
+
+  def pause(self) -> None:
+    """Leaves what comes next (a checkpoint, a validation pass) out of the rates."""
+    self._last = None
+
+
+def memory_gib() -> float:
+  """Peak memory so far in GiB: the device's where it tells, else the process's."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if 'peak_bytes_in_use' in stats:
+    return stats['peak_bytes_in_use'] / 2**30
+  unit = 1 if sys.platform == 'darwin' else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Progress:
+  """A bar with rate, ETA and losses; where output is no terminal, a line now and then."""
+
+  def __init__(self, title: str, total: int, initial: int = 0, unit: str = 'step', enabled: bool = True):
+    self._bar = tqdm.tqdm(
+      desc=title,
+      total=total,
+      initial=initial,
+      unit=unit,
+      disable=not enabled or jax.process_index() > 0,
+      mininterval=0.5 if sys.stderr.isatty() else 10.0,
+      dynamic_ncols=True,
+    )
+
+  def update(self, n: int, **postfix: Any) -> None:
+    self._bar.set_postfix(postfix, refresh=False)
+    self._bar.update(n)
+
+  def close(self) -> None:
+    self._bar.close()

@@ -1,0 +1,243 @@
+"""A run's folder: who it is, who owns it, how it stands.
+
+    run.json       config, command, commit, versions, fingerprints: written once, compared on every later start
+    owner.json     the token of the one process that may write here
+    status.json    state, step, heartbeat; renewed every few seconds by a thread, so that a long compile still beats
+    checkpoints/   see kdjax/checkpoint.py
+    metrics.jsonl  one line a step
+    results/       the eval job's Parquet files
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import platform
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import jax
+
+from kdjax.errors import TrainingError, UserError
+
+STATES = ('running', 'done', 'failed', 'preempted')
+BEAT = 2.0  # seconds
+
+
+class RunFolder:
+  """One run's folder. Only process 0 of a multi-process job writes to it."""
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = pathlib.Path(path)
+    self.checkpoints = self.path / 'checkpoints'
+    self.metrics = self.path / 'metrics.jsonl'
+    self.results = self.path / 'results'
+    self._token: str | None = None
+
+  @property
+  def writes(self) -> bool:
+    return jax.process_index() == 0
+
+  @property
+  def name(self) -> str:
+    return self.path.name
+
+  def identity(self) -> dict[str, Any] | None:
+    """run.json, or None for a new folder."""
+    return read_json(self.path / 'run.json')
+
+  def status(self) -> dict[str, Any] | None:
+    return read_json(self.path / 'status.json')
+
+  def is_done(self) -> bool:
+    return (self.status() or {}).get('state') == 'done'
+
+  def check_config(self, config: dict[str, Any]) -> None:
+    """Raises UserError, naming the fields, where the folder was written by another config."""
+    known = self.identity()
+    if known is None:
+      return
+    different = list(_differences(known['config'], json.loads(json.dumps(config)), ''))
+    if different:
+      raise UserError(f'{self.path} was written by another config: {"; ".join(different[:5])}; use another --workdir or delete the folder')
+
+  def record(self, config: dict[str, Any], fingerprints: dict[str, Any]) -> None:
+    """Writes run.json; on a later start refuses fingerprints that differ and notes the new command."""
+    self.check_config(config)
+    known = self.identity()
+    if known is None:
+      known = {'config': config, 'fingerprints': fingerprints, 'versions': versions(), 'git': git_commit(), 'commands': []}
+    for name, value in fingerprints.items():
+      if known['fingerprints'].get(name) != value:
+        raise UserError(
+          f'{self.path}: the {name} is not the one the run began with ({known["fingerprints"].get(name)}, now {value}); '
+          'restore the old data and versions, or use another --workdir'
+        )
+    if self.writes:
+      known['commands'].append({'argv': sys.argv, 'time': time.time(), 'versions': versions(), 'git': git_commit()})
+      write_json(self.path / 'run.json', known)
+
+  def claim(self, timeout: float) -> None:
+    """Makes this process the folder's owner.
+
+    A live owner is one whose heartbeat moves, or whose process still runs on this host. Raises UserError for a live one; waits up to
+    `timeout` seconds for the heartbeat of one on another host to stop.
+    """
+    self._token = uuid.uuid4().hex
+    if not self.writes:
+      return
+    self.path.mkdir(parents=True, exist_ok=True)
+    owner = read_json(self.path / 'owner.json')
+    if owner is not None and owner.get('released') is None and not self._is_gone(owner, timeout):
+      raise UserError(
+        f'{self.path}: another trainer owns it (process {owner["pid"]} on {owner["host"]}); wait for it, or stop it and start again'
+      )
+    write_json(self.path / 'owner.json', {'token': self._token, **_this_process()})
+    self.check_owner()
+
+  def check_owner(self) -> None:
+    """Raises TrainingError where another process has taken the folder over. Called before each checkpoint."""
+    if self.writes and (read_json(self.path / 'owner.json') or {}).get('token') != self._token:
+      raise TrainingError(f'{self.path}: another trainer has taken this folder over; this one stops without writing')
+
+  def release(self) -> None:
+    if self.writes and (read_json(self.path / 'owner.json') or {}).get('token') == self._token:
+      write_json(self.path / 'owner.json', {'token': self._token, **_this_process(), 'released': time.time()})
+
+  def _is_gone(self, owner: dict[str, Any], timeout: float) -> bool:
+    if owner.get('host') == socket.gethostname() and owner.get('boot') == _boot_id():
+      return _start_time(owner['pid']) != owner.get('started')
+    first = (self.status() or {}).get('heartbeat')
+    if first is None or time.time() - first > timeout:
+      return True
+    print(f'{self.path}: owned by a process on {owner.get("host")}; waiting up to {timeout:.0f} s for its heartbeat to stop', flush=True)
+    until = time.monotonic() + timeout
+    while time.monotonic() < until:
+      time.sleep(min(BEAT, timeout))
+      if (self.status() or {}).get('heartbeat') != first:
+        return False
+    return True
+
+
+class Heartbeat:
+  """Keeps the status files of a cohort's folders fresh from a thread of its own."""
+
+  def __init__(self, folders: list[RunFolder], total_steps: int):
+    self._folders, self._status = folders, {'state': 'running', 'step': 0, 'total_steps': total_steps}
+    self._lock, self._stop = threading.Lock(), threading.Event()
+    self._thread = threading.Thread(target=self._beat, daemon=True)
+
+  def step(self, step: int) -> None:
+    self._status['step'] = step
+
+  @contextlib.contextmanager
+  def beating(self) -> Iterator['Heartbeat']:
+    """Beats until the block ends; the last status says how: done is set by `finish`, else failed."""
+    self._write()
+    self._thread.start()
+    try:
+      yield self
+    finally:
+      self._stop.set()
+      self._thread.join()
+      if self._status['state'] == 'running':
+        self._status['state'] = 'failed'
+        error = sys.exc_info()[1]
+        self._status['error'] = str(error or '').splitlines()[0] if str(error or '') else type(error).__name__
+      self._write()
+      for folder in self._folders:
+        folder.release()
+
+  def finish(self, state: str) -> None:
+    self._status['state'] = state
+
+  def _beat(self) -> None:
+    while not self._stop.wait(BEAT):
+      self._write()
+
+  def _write(self) -> None:
+    with self._lock:
+      for folder in self._folders:
+        if folder.writes and (read_json(folder.path / 'owner.json') or {}).get('token') == folder._token:
+          with contextlib.suppress(OSError):  # a full disk must not stop the heart; the checkpoint will tell
+            write_json(folder.path / 'status.json', {**self._status, 'heartbeat': time.time()})
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Atomically: readers see the old file or the new one."""
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+  except OSError:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any] | None:
+  """The file's value; None where it is missing. Raises UserError where it is damaged."""
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    return None
+  except ValueError as e:
+    raise UserError(f'{path} is damaged ({e}); delete it if the run is not needed, or restore it') from None
+
+
+def versions() -> dict[str, str]:
+  names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'tokenizers')
+  return {'python': platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def git_commit() -> str:
+  """The commit of kdjax's checkout, '+' appended where it has changes; '' outside one."""
+  folder = pathlib.Path(__file__).parent
+  run = lambda *args: subprocess.run(('git', *args), cwd=folder, capture_output=True, text=True, check=False)
+  with contextlib.suppress(FileNotFoundError):
+    head = run('rev-parse', 'HEAD')
+    if head.returncode == 0:
+      return head.stdout.strip() + ('+' if run('status', '--porcelain', '--untracked-files=no').stdout.strip() else '')
+  return ''
+
+
+def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
+  if isinstance(old, dict) and isinstance(new, dict):
+    for key in sorted(old.keys() | new.keys()):
+      yield from _differences(old.get(key), new.get(key), f'{prefix}.{key}' if prefix else key)
+  elif old != new:
+    yield f'{prefix} is {old!r} there, {new!r} here'
+
+
+def _this_process() -> dict[str, Any]:
+  return {'host': socket.gethostname(), 'boot': _boot_id(), 'pid': os.getpid(), 'started': _start_time(os.getpid())}
+
+
+def _boot_id() -> str:
+  """Tells hosts of the same name apart, and a host from itself before a restart."""
+  with contextlib.suppress(OSError):
+    return pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+  return ''
+
+
+def _start_time(pid: int) -> str | None:
+  """When a process began (clock ticks since boot), so that a reused pid is not taken for the old process; None if there is none."""
+  try:
+    fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+    return None if fields[0] in 'ZX' else fields[19]
+  except OSError:
+    pass
+  if pathlib.Path('/proc/self/stat').exists():
+    return None
+  try:  # no /proc: whether it runs at all
+    os.kill(pid, 0)
+    return 'running'
+  except OSError:
+    return None
