@@ -1,5 +1,7 @@
 import dataclasses
 import math
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -280,6 +282,40 @@ def test_equal_configs_are_one_model_to_jit():
   for _ in range(2):
     hidden(build(dataclasses.replace(SMALL)), params, random_tokens())
   assert len(calls) == 1 and build(SMALL) == build(dataclasses.replace(SMALL))
+
+
+ON_A_MESH = """
+import jax, numpy as np
+from kdjax.config import MeshConfig
+from kdjax.models import build
+from kdjax.sharding import make_mesh, param_shardings
+from tests.models.test_decoder import SEGMENTS, SMALL, random_tokens
+
+model = build(SMALL)
+tokens, segments = np.tile(random_tokens(), (2, 1)), np.tile(SEGMENTS, (2, 1))
+alone = jax.jit(model.init)(jax.random.key(3))
+expected = jax.jit(model.hidden)(alone, tokens, segments)
+mesh = make_mesh(MeshConfig(2, 2, 2))
+jax.set_mesh(mesh)
+params = jax.jit(model.init, out_shardings=param_shardings(model.abstract(), mesh))(jax.random.key(3))
+assert params['blocks']['mlp']['up']['kernel'].sharding.shard_shape((3, 32, 48)) == (3, 16, 24)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, alone)
+got = jax.jit(model.hidden)(params, tokens, segments)
+assert got.sharding.shard_shape(got.shape)[0] == 1, got.sharding
+np.testing.assert_allclose(got, expected, atol=1e-5)
+print('as one device')
+"""
+
+
+def test_a_mesh_changes_neither_the_start_nor_the_outputs():
+  """A process of its own: the number of CPU devices is fixed when JAX starts."""
+  env = {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+    'PYTHONPATH': ':'.join(sys.path),
+  }
+  done = subprocess.run([sys.executable, '-c', ON_A_MESH], env=env, capture_output=True, text=True, timeout=120)
+  assert done.stdout.strip() == 'as one device', done.stderr[-2000:]
 
 
 def test_a_window_longer_than_the_model_is_refused():
