@@ -178,17 +178,9 @@ def top_probability(s_CxV, labels_C, vocab: Vocab):
 
 
 def _exponentials(d_CxV, temperature: float):
-  """(e^(d/T), e^d): one exponential where T or 1/T is a small whole number."""
-  if temperature == 1:
-    e_CxV = jnp.exp(d_CxV)
-    return e_CxV, e_CxV
-  eT_CxV = jnp.exp(d_CxV / temperature) if temperature > 1 else None
-  if temperature in (2, 3, 4):
-    return eT_CxV, eT_CxV ** int(temperature)
+  """(e^(d/T), e^d). The compiler turns powers of an exponential back into exponentials, so at T != 1 there are two of them."""
   e1_CxV = jnp.exp(d_CxV)
-  if 1 / temperature in (2, 3, 4):
-    return e1_CxV ** int(1 / temperature), e1_CxV
-  return jnp.exp(d_CxV / temperature), e1_CxV
+  return (e1_CxV if temperature == 1 else jnp.exp(d_CxV / temperature)), e1_CxV
 
 
 def _local(labels_C, vocab: Vocab, width: int):
