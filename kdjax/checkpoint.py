@@ -122,7 +122,10 @@ class Checkpoints:
 
   def restore_params(self, step: int, abstract_params) -> Any:
     """The weights alone, verified: what the eval job and a teacher need."""
-    return self._read(step, {'params': abstract_params})['params']
+    try:
+      return self._read(step, {'params': abstract_params})['params']
+    except CheckpointDamaged as e:
+      raise CheckpointDamaged(f'{self.folder}: checkpoint {step} is damaged: {e}; delete it or name another step') from None
 
   def meta(self, step: int) -> dict[str, Any]:
     """The metadata of a step. Raises CheckpointDamaged where it is not what was written."""

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from kdjax import sharding
 from kdjax.checkpoint import Checkpoints, params_fingerprint
 from kdjax.data.batches import BatchStream, Windows, local_rows, to_global
-from kdjax.errors import TrainingError, UserError
+from kdjax.errors import TrainingError
 from kdjax.losses import AlphaState, fused_loss
 from kdjax.metrics import MetricWriter, Progress, Speed, memory_gib
 from kdjax.run import Heartbeat, RunFolder
@@ -30,11 +30,12 @@ from kdjax.step import Recipe, Teacher, TrainState, init_state, make_step, state
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-  """One student of a cohort: its folder, what defines it (for run.json) and its alpha."""
+  """One student of a cohort: its folder, what defines it and what else run.json should keep, its alpha."""
 
   folder: RunFolder
   config: dict[str, Any]
   alpha: AlphaState
+  notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Cohort:
   max_skipped: int
   heartbeat_timeout: float
   fingerprints: dict[str, str]
+  facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # for run.json and the table
   threads: int = 2
   prefetch: int = 4
   progress: bool = True
@@ -121,7 +123,7 @@ def _start(cohort: Cohort, saves: list[Checkpoints], mesh: Mesh) -> tuple[tuple[
       init = jax.jit(lambda key, alpha=member.alpha: init_state(cohort.recipe, alpha, key), out_shardings=placed)
       states.append(init(key))
       known['init'] = params_fingerprint(states[-1].params)
-    member.folder.record(member.config, known)
+    member.folder.record(member.config, known, member.notes | {'facts': cohort.facts})
   return tuple(states), shardings, step
 
 

@@ -62,20 +62,29 @@ class RunFolder:
   def check_config(self, config: dict[str, Any]) -> None:
     """Raises UserError, naming the fields, where the folder was written by another config."""
     known = self.identity()
-    if known is None:
-      return
-    different = list(_differences(known['config'], json.loads(json.dumps(config)), ''))
+    if known is not None:
+      self.compare(known['config'], config)
+
+  def compare(self, known: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raises UserError, naming the fields, where this folder's config is not `config`."""
+    different = list(_differences(known, json.loads(json.dumps(config)), ''))
     if different:
       raise UserError(f'{self.path} was written by another config: {"; ".join(different[:5])}; use another --workdir or delete the folder')
 
-  def record(self, config: dict[str, Any], fingerprints: dict[str, Any]) -> None:
-    """Writes run.json; on a later start refuses fingerprints that differ and notes the new command."""
+  def record(self, config: dict[str, Any], fingerprints: dict[str, Any], notes: dict[str, Any] | None = None) -> None:
+    """Writes run.json; on a later start refuses fingerprints that differ and notes the new command.
+
+    Args:
+      config: what defines the run; compared.
+      fingerprints: of the data, the tokenizer, the teacher's weights, the initial weights; compared where they are known.
+      notes: kept beside them, not compared.
+    """
     self.check_config(config)
     known = self.identity()
     if known is None:
-      known = {'config': config, 'fingerprints': fingerprints, 'versions': versions(), 'git': git_commit(), 'commands': []}
+      known = {'config': config, 'fingerprints': fingerprints, **(notes or {}), 'commands': []}
     for name, value in fingerprints.items():
-      if known['fingerprints'].get(name) != value:
+      if known['fingerprints'].setdefault(name, value) != value:
         raise UserError(
           f'{self.path}: the {name} is not the one the run began with ({known["fingerprints"].get(name)}, now {value}); '
           'restore the old data and versions, or use another --workdir'

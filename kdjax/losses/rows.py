@@ -24,6 +24,7 @@ from kdjax.losses.dense import mixing_weights, top_k_count
 
 MASKED = -1e30  # of a logit that does not exist: finite, so that 0 * (MASKED - MASKED) is 0
 TINY = 1e-37
+SMALL = 1e-30  # its inverse times a vocabulary is finite
 
 
 class Vocab(NamedTuple):
@@ -142,13 +143,19 @@ def mixed_rows(s_CxV, labels_C, alpha, teacher: TeacherRows | None, loss: LossCo
     if not distils:
       q_CxV = teacher.best_CxV * (mine['best'] / row['tbest'])[:, None]
       return grad_CxV + kd_weight * (p_CxV - q_CxV)
-    pT_CxV = eT_CxV * (mine['mT'] / row['sT'])[:, None]
     other = loss.rest == 'other' and teacher.kept_CxV is not None
-    q_CxV = teacher.e_CxV * (mine['tm'] / row['ts' if other or teacher.kept_CxV is None else 'tkept'])[:, None]
+    whole_C = row['ts' if other or teacher.kept_CxV is None else 'tkept']
     if other:  # the rest's tokens share the gradient of the one bucket
       ratio_C = jnp.where(row['trest'] > 0, _share(row['trest'], row['ts']) / _share(row['srest'], row['sT']), 0)
-      pT_CxV = pT_CxV * jnp.where(teacher.kept_CxV, 1.0, 1.0 - ratio_C[:, None])
-    return grad_CxV + (kd_weight * temp) * (pT_CxV - q_CxV)
+      student_CxV = eT_CxV * jnp.where(teacher.kept_CxV, 1.0, 1.0 - ratio_C[:, None])
+    else:
+      student_CxV = eT_CxV
+    # softmax(s/T) - softmax(t/T) = f (e^s - r e^t): equal models have r = 1 and so exactly 0, while of a difference of two
+    # products a fused multiply-add would round one only. The floor stands for a shard with nothing of the row's mass.
+    mine_C, theirs_C = jnp.maximum(mine['mT'], SMALL), jnp.maximum(mine['tm'], SMALL)
+    r_C = (theirs_C * row['sT']) / (whole_C * mine_C)
+    difference_CxV = (mine_C / row['sT'])[:, None] * (student_CxV - r_C[:, None] * teacher.e_CxV)
+    return grad_CxV + (kd_weight * temp) * difference_CxV
 
   return terms, dz_CxV
 

@@ -1,0 +1,215 @@
+"""The table at the end of a run: every model on every set, then the paired differences, from the result files alone."""
+
+import dataclasses
+import math
+import pathlib
+
+import numpy as np
+import pandas as pd
+
+from kdjax import evaluate
+from kdjax.analysis.statistics import Interval, mean_interval, performance_gap_recovered, ratio_interval
+from kdjax.checkpoint import Checkpoints
+from kdjax.errors import UserError
+from kdjax.evals import results
+from kdjax.run import RunFolder
+
+LN2 = math.log(2)
+BASELINE = 'baseline'
+CONTROLLED = ('data', 'tokenizer', 'init')  # fingerprints that arms of one comparison must share
+OOD_MEAN = 'OOD mean'
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One model on one set."""
+
+  documents: pd.DataFrame
+  meta: dict
+
+  @property
+  def perplexity(self) -> float:
+    return math.exp(self.documents['nll'].sum() / self.documents['tokens'].sum())
+
+  def bits_per_byte(self, column: str = 'nll') -> float:
+    return self.documents[column].sum() / self.documents['bytes'].sum() / LN2
+
+  def mean(self, column: str) -> float:
+    return self.documents[column].sum() / self.documents['tokens'].sum()
+
+
+Cells = dict[str, dict[str, Cell]]  # arm -> set -> cell
+
+
+def write(folder: pathlib.Path) -> str:
+  """The table as text; also kept as table.txt and, for machines, results.csv in the folder."""
+  job = evaluate.find(folder)
+  cells = load(job)
+  text = format_all(folder, job, cells)
+  (folder / 'table.txt').write_text(text + '\n')
+  as_frame(cells).to_csv(folder / 'results.csv', index=False)
+  return text
+
+
+def load(job: evaluate.Job) -> Cells:
+  """The cells of each run's newest scored checkpoint. Raises UserError where runs are missing or must not be compared."""
+  cells: Cells = {}
+  for run in job.runs:
+    arm = 'teacher' if job.teacher and run.path == job.teacher.path else run.name
+    step = _last_step(run)
+    found = [results.read(file) for file in sorted(run.results.glob(f'*-step{step}-*.parquet'))]
+    newest = {meta['set']: Cell(documents, meta) for documents, meta in found}
+    if not newest:
+      raise UserError(f'{run.path} has no results of step {step}; run python -m kdjax.evaluate --workdir on it')
+    cells[arm] = newest
+  check_comparable([run for run in job.runs if not job.teacher or run.path != job.teacher.path])
+  return cells
+
+
+def check_comparable(runs: list[RunFolder]) -> None:
+  """Raises UserError, naming the field, where two arms did not see the same data in the same order from the same weights."""
+  known = [(run, (run.identity() or {}).get('fingerprints', {})) for run in runs]
+  for run, fingerprints in known[1:]:
+    for name in CONTROLLED:
+      if fingerprints.get(name) != known[0][1].get(name):
+        raise UserError(f'{run.path} and {known[0][0].path} must not be compared: their {name} fingerprints differ')
+
+
+def difference(cell: Cell, baseline: Cell, column: str = 'nll') -> Interval:
+  """Bits per byte of `cell` less those of `baseline`, paired by document; negative is better."""
+  pair = cell.documents[['doc', 'bytes', column]].merge(baseline.documents[['doc', column]], on='doc', validate='one_to_one')
+  if len(pair) != len(cell.documents) or len(pair) != len(baseline.documents):
+    raise UserError(f'set {cell.meta["set"]}: {cell.meta["arm"]} and {baseline.meta["arm"]} were scored on other documents')
+  return ratio_interval((pair[f'{column}_x'] - pair[f'{column}_y']) / LN2, pair['bytes'])
+
+
+def differences(cells: Cells, column: str = 'nll') -> dict[str, dict[str, Interval]]:
+  """arm -> set -> paired difference against the baseline, with the plain mean over the OOD sets."""
+  out: dict[str, dict[str, Interval]] = {}
+  for arm in cells:
+    if arm in (BASELINE, 'teacher') or BASELINE not in cells:
+      continue
+    sets = {name: difference(cells[arm][name], cells[BASELINE][name], column) for name in cells[BASELINE]}
+    ood = [interval for name, interval in sets.items() if name != evaluate.IN_DOMAIN]
+    out[arm] = sets | ({OOD_MEAN: mean_interval(ood)} if ood else {})
+  return out
+
+
+def as_frame(cells: Cells) -> pd.DataFrame:
+  """One row an arm and set."""
+  return pd.DataFrame(
+    {
+      'arm': arm,
+      'set': name,
+      'step': cell.meta['step'],
+      'documents': len(cell.documents),
+      'bytes': int(cell.documents['bytes'].sum()),
+      'tokens': int(cell.documents['tokens'].sum()),
+      'perplexity': cell.perplexity,
+      'bits_per_byte': cell.bits_per_byte(),
+      'bits_per_byte_fitted': cell.bits_per_byte('nll_fitted'),
+      'temperature': cell.meta['temperature'],
+      'top1': cell.mean('correct'),
+      'entropy': cell.mean('entropy'),
+      'ece': cell.meta['ece'],
+      'kl_to_teacher': cell.mean('kl_to_teacher') if 'kl_to_teacher' in cell.documents else np.nan,
+      'agreement': cell.mean('agreement') if 'agreement' in cell.documents else np.nan,
+    }
+    for arm, sets in cells.items()
+    for name, cell in sets.items()
+  )
+
+
+def format_all(folder: pathlib.Path, job: evaluate.Job, cells: Cells) -> str:
+  sets = _ordered_sets(cells)
+  parts = [f'{job.config.name} (scale={job.config.scale}): {folder}', '', _quality(cells, sets), '', _legend(job, cells, sets)]
+  if BASELINE in cells:
+    parts += ['', _differences_table(cells, sets)]
+  parts += ['', _facts(job, cells)]
+  return '\n'.join(parts)
+
+
+def _quality(cells: Cells, sets: list[str]) -> str:
+  header = ['model'] + [f'{name}: ppl | b/B | b/B at T*' for name in sets] + ['top-1', 'ECE']
+  rows = [header]
+  for arm, scored in cells.items():
+    row = [arm]
+    for name in sets:
+      cell = scored[name]
+      fitted = f'{cell.bits_per_byte("nll_fitted"):.3f} (T* {cell.meta["temperature"]:.2f})'
+      row.append(f'{cell.perplexity:.1f} | {cell.bits_per_byte():.3f} | {fitted}')
+    home = scored.get(evaluate.IN_DOMAIN)
+    row += [f'{home.mean("correct"):.3f}', f'{home.meta["ece"]:.3f}'] if home else ['', '']
+    rows.append(row)
+  return _align(rows)
+
+
+def _legend(job: evaluate.Job, cells: Cells, sets: list[str]) -> str:
+  first = next(iter(cells.values()))
+  counts = ', '.join(f'{name} {len(first[name].documents)} documents / {first[name].documents["bytes"].sum() / 1e3:.0f} kB' for name in sets)
+  windows = first[sets[0]].meta['windows']
+  return (
+    'ppl: perplexity per token; b/B: bits per byte; T*: the evaluation temperature fitted for that model and set on documents of the set\n'
+    'that are not scored; top-1 (accuracy) and ECE (expected calibration error, 15 bins): in-domain. unigram: the control whose teacher\n'
+    f"is no model but the training tokens' frequencies. {counts}; {windows}."
+  )
+
+
+def _differences_table(cells: Cells, sets: list[str]) -> str:
+  plain, fitted = differences(cells), differences(cells, 'nll_fitted')
+  columns = sets + ([OOD_MEAN] if len(sets) > 1 else [])
+  rows = [['against the baseline, b/B'] + columns]
+  for arm in plain:
+    for label, found in (('', plain), (' at T*', fitted)):
+      rows.append([f'{arm}{label}'] + [_interval(found[arm][name]) for name in columns])
+    cell = lambda name, arm=arm: 100 * (cells[arm][name].perplexity / cells[BASELINE][name].perplexity - 1)
+    rows.append([f'{arm}, perplexity'] + [f'{cell(name):+.1f}%' for name in sets] + [''] * (len(columns) - len(sets)))
+  out = [_align(rows), 'Paired by document; negative is better; 95% intervals over documents. One seed: seed variance not included.']
+  if 'teacher' in cells and 'distilled' in cells:
+    loss = lambda arm, name: cells[arm][name].bits_per_byte()
+    gaps = {name: performance_gap_recovered(loss('teacher', name), loss('distilled', name), loss(BASELINE, name)) for name in sets}
+    shown = ', '.join(f'{name} {gap:.2f}' if math.isfinite(gap) else f'{name} undefined' for name, gap in gaps.items())
+    out.append(f'PGR of the distilled student (0: its teacher, 1: the LM-only baseline; undefined where the teacher is not the weaker): {shown}')
+  return '\n'.join(out)
+
+
+def _facts(job: evaluate.Job, cells: Cells) -> str:
+  """Tokens, epochs, parameters and the yardstick, from the runs' own records."""
+  lines = []
+  for run in job.runs:
+    facts = (run.identity() or {}).get('facts', {})
+    arm = 'teacher' if job.teacher and run.path == job.teacher.path else run.name
+    if facts:
+      lines.append(
+        f'{arm}: {facts["parameters"]:,} parameters ({facts["non_embedding"]:,} outside the embedding), '
+        f'{facts["tokens"]:,} tokens in {facts["steps"]:,} steps, {facts["epochs"]:.2f} epochs of {facts["distinct_tokens"]:,} distinct tokens'
+      )
+  corpus = next((facts for run in job.runs if (facts := (run.identity() or {}).get('facts'))), None)
+  if corpus:
+    best = min(sets[evaluate.IN_DOMAIN].bits_per_byte() for arm, sets in cells.items() if arm != 'teacher')
+    verdict = 'the best student beats it' if best < corpus['xz9_bits_per_byte'] else 'no student beats it: they are too small or saw too little'
+    lines.append(f'xz -9 on the in-domain test text: {corpus["xz9_bits_per_byte"]:.3f} bits per byte; {verdict} ({best:.3f})')
+  return '\n'.join(lines)
+
+
+def _ordered_sets(cells: Cells) -> list[str]:
+  names = set.intersection(*(set(scored) for scored in cells.values()))
+  return [evaluate.IN_DOMAIN] * (evaluate.IN_DOMAIN in names) + sorted(names - {evaluate.IN_DOMAIN})
+
+
+def _interval(interval: Interval) -> str:
+  return f'{interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]'
+
+
+def _align(rows: list[list[str]]) -> str:
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+  return '\n'.join([lines[0], '  '.join('-' * width for width in widths), *lines[1:]])
+
+
+def _last_step(run: RunFolder) -> int:
+  saves = Checkpoints(run.checkpoints, read_only=True)
+  try:
+    return saves.steps()[-1]
+  finally:
+    saves.close()

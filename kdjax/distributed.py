@@ -1,0 +1,55 @@
+"""Several processes: JAX's own runtime, and what one process does first for the others."""
+
+import argparse
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from kdjax.errors import UserError
+
+T = TypeVar('T')
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  group = parser.add_argument_group('several processes (on a TPU pod --distributed is enough)')
+  group.add_argument('--distributed', action='store_true', help='join the processes that the environment describes')
+  group.add_argument('--coordinator', metavar='HOST:PORT', help='address of process 0')
+  group.add_argument('--processes', type=int, help='how many there are')
+  group.add_argument('--process', type=int, help='which one this is, from 0')
+
+
+def initialize(args: argparse.Namespace, heartbeat_timeout: int) -> None:
+  """Joins the processes, where there are several. To be called before JAX touches a device."""
+  named = (args.coordinator, args.processes, args.process)
+  if any(value is not None for value in named):
+    if any(value is None for value in named):
+      raise UserError('--coordinator, --processes and --process belong together: one of them is missing')
+    if not 0 <= args.process < args.processes:
+      raise UserError(f'--process={args.process}: must be from 0 to {args.processes - 1}')
+  elif not args.distributed:
+    return
+  try:
+    jax.distributed.initialize(args.coordinator, args.processes, args.process, heartbeat_timeout_seconds=heartbeat_timeout)
+  except (RuntimeError, ValueError) as e:
+    raise UserError(f'the processes could not be joined: {str(e).splitlines()[0]}') from None
+
+
+def first_process_first(work: Callable[[], T]) -> T:
+  """Runs `work` on process 0, then on the others, which find on a shared disk what it made (and on a disk of their own make it again)."""
+  if jax.process_count() == 1:
+    return work()
+  result, error = None, None
+  if jax.process_index() == 0:
+    try:
+      result = work()
+    except UserError as e:
+      error = e
+  failed = bool(multihost_utils.broadcast_one_to_all(np.asarray(error is not None)))
+  if error is not None:
+    raise error
+  if failed:
+    raise UserError('process 0 stopped with an error; its log says why')
+  return result if jax.process_index() == 0 else work()  # type: ignore[return-value]

@@ -1,0 +1,40 @@
+"""The results: one immutable Parquet file for each (run, step, set, evaluation). The folder is the table; evaluating again replaces."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdjax.errors import UserError
+
+
+def path(folder: pathlib.Path, step: int, set_name: str, evaluation: str) -> pathlib.Path:
+  return folder / f'{set_name}-step{step}-{evaluation}.parquet'
+
+
+def write(file: pathlib.Path, table: pd.DataFrame, meta: dict[str, Any]) -> None:
+  """Under a temporary name, then renamed: a reader sees all of it or nothing."""
+  file.parent.mkdir(parents=True, exist_ok=True)
+  arrow = pa.Table.from_pandas(table, preserve_index=False)
+  arrow = arrow.replace_schema_metadata({'kdjax': json.dumps(meta, sort_keys=True)})
+  temporary = file.with_name(f'.{file.name}.{os.getpid()}')
+  try:
+    pq.write_table(arrow, temporary)
+    os.replace(temporary, file)
+  except OSError as e:
+    temporary.unlink(missing_ok=True)
+    raise UserError(f'{file}: results could not be written ({e}); free some disk space and run the eval job again') from None
+
+
+def read(file: pathlib.Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+  """(per-document table, metadata). Raises UserError where the file is damaged."""
+  try:
+    arrow = pq.read_table(file)
+    return arrow.to_pandas(), json.loads(arrow.schema.metadata[b'kdjax'])
+  except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as e:
+    raise UserError(f'{file} is damaged ({str(e).splitlines()[0]}); delete it and run the eval job again') from None
+

@@ -1,0 +1,111 @@
+"""The teacher's treatment: trained once, found again by fingerprint, loaded read-only in a dtype of its own."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from kdjax import sharding
+from kdjax.checkpoint import Checkpoints, params_fingerprint
+from kdjax.config import ModelConfig, RopeScaling, TeacherConfig
+from kdjax.data.batches import Windows
+from kdjax.data.tokenizer import Tokenizer
+from kdjax.errors import UserError
+from kdjax.models import Model, build
+from kdjax.run import RunFolder
+
+# Fields of a model that change its speed and memory but not what it computes.
+FREE = ('dtype', 'param_dtype', 'attention', 'remat', 'scan_unroll', 'max_seq_len')
+
+
+def with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, name: str) -> ModelConfig:
+  """The model with the tokenizer's vocabulary. Raises UserError where the config names one that is too small."""
+  if not model.vocab_size:
+    return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+  if model.vocab_size < tokenizer.vocab_size:
+    raise UserError(f"{name}.model.vocab_size = {model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} tokens; set it to 0")
+  return model
+
+
+def model_of(folder: RunFolder) -> Model:
+  """The model that a run's folder holds. Raises UserError where it is no run's folder."""
+  identity = folder.identity()
+  if identity is None:
+    raise UserError(f'{folder.path} is no run folder: it has no run.json')
+  values = identity['config']['model']
+  return build(ModelConfig(**values | {'rope_scaling': RopeScaling(**values['rope_scaling'])}))
+
+
+def final_step(folder: RunFolder, saves: Checkpoints, step: int = 0) -> int:
+  """The step asked for, else the newest. Raises UserError where it is not there."""
+  steps = saves.steps()
+  if not steps:
+    raise UserError(f'{folder.path} has no checkpoint yet; train it first, or name another folder')
+  if step and step not in steps:
+    raise UserError(f'{folder.path} has no checkpoint of step {step}; it has {", ".join(map(str, steps))}')
+  return step or steps[-1]
+
+
+def check(folder: RunFolder, section: TeacherConfig, tokenizer: Tokenizer) -> None:
+  """Raises UserError where the folder's model is not the config's, or learned from another tokenizer."""
+  there = dataclasses.asdict(model_of(folder).config)
+  here = dataclasses.asdict(with_vocabulary(section.model, tokenizer, 'teacher'))
+  different = [f'{name} {there[name]!r} there, {here[name]!r} here' for name in there if name not in FREE and there[name] != here[name]]
+  if different:
+    raise UserError(f'teacher.run = {folder.path} is of another architecture: {"; ".join(different)}; set --config.teacher.model.* to match')
+  known = (folder.identity() or {}).get('fingerprints', {}).get('tokenizer')
+  if known != tokenizer.fingerprint:
+    raise UserError(
+      f"teacher.run = {folder.path} learned with another tokenizer (fingerprint {known}, the student's is {tokenizer.fingerprint}); "
+      'distillation needs the same one'
+    )
+
+
+def load(folder: RunFolder, dtype: str, mesh: Mesh, step: int = 0) -> tuple[Model, Any, int, str]:
+  """(model, weights on the mesh, step, fingerprint of the weights as they were saved).
+
+  Raises UserError where there is no such checkpoint or it does not verify.
+  """
+  model = model_of(folder)
+  saves = Checkpoints(folder.checkpoints, read_only=True)
+  try:
+    step = final_step(folder, saves, step)
+    abstract = model.abstract()
+    shardings = sharding.param_shardings(abstract, mesh)
+    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    params = saves.restore_params(step, placed)
+  finally:
+    saves.close()
+  known = params_fingerprint(params)
+  return model, cast(params, dtype, shardings), step, known
+
+
+def cast(params, dtype: str, shardings):
+  """The weights in the teacher's dtype ('auto': bfloat16 on accelerators, float32 on CPU)."""
+  if dtype == 'auto':
+    dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  if all(leaf.dtype == jnp.dtype(dtype) for leaf in jax.tree.leaves(params)):
+    return params
+  return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p), out_shardings=shardings)(params)
+
+
+def unigram_log_probs(windows: Windows, padded_vocab_size: int, max_tokens: int = 50_000_000) -> np.ndarray:
+  """Log-probabilities [V] of the training tokens' frequencies, one added to each: the teacher that is no model.
+
+  Counted over the first `max_tokens` of the student's own slice.
+  """
+  first, last = windows.range
+  last = min(last, first + max_tokens)
+  counts = np.ones(padded_vocab_size)
+  for start in range(first, last, 1 << 20):
+    counts += np.bincount(windows.store.read(start, min(start + (1 << 20), last)), minlength=padded_vocab_size)
+  return np.log(counts / counts.sum()).astype(np.float32)
+
+
+def folder_of(runs: str, name: str, identity: str) -> RunFolder:
+  """Where a teacher trained by its config lives: shared by all configs that ask for the same one."""
+  return RunFolder(pathlib.Path(runs) / 'teachers' / f'{name}-{identity}')
