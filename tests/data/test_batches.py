@@ -227,6 +227,8 @@ def test_the_fingerprint_changes_with_all_that_changes_a_batch(opened, folder):
     fingerprint(store=other),
     fingerprint(slice=(0.0, 0.5)),
     fingerprint(distinct_tokens=1000),
+    fingerprint(distinct_tokens=1001),  # as many windows in the same order
+    fingerprint(distinct_tokens=1000, slice=(0.5, 1.0)),
     fingerprint(mask_documents=False),
   ]
   assert len(set(prints)) == len(prints)

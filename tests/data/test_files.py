@@ -16,6 +16,25 @@ def test_a_folder_appears_only_when_its_block_has_ended(tmp_path):
   assert os.listdir(tmp_path) == ['a']
 
 
+def test_everything_is_on_disk_before_the_rename_and_the_rename_itself_after(tmp_path, monkeypatch):
+  done, fsync, rename = [], os.fsync, os.rename
+
+  def recording_fsync(descriptor):
+    done.append(os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}')).split('.building-')[0])
+    fsync(descriptor)
+
+  def recording_rename(source, target):
+    done.append('rename')
+    rename(source, target)
+
+  monkeypatch.setattr(os, 'fsync', recording_fsync)
+  monkeypatch.setattr(os, 'rename', recording_rename)
+  with files.building(tmp_path / 'a') as temporary:
+    (temporary / 'in').mkdir()
+    (temporary / 'in' / 'x').write_text('1')
+  assert done == ['.a', 'in', 'x', 'rename', tmp_path.name]
+
+
 def test_a_failing_block_leaves_nothing(tmp_path):
   with pytest.raises(ZeroDivisionError), files.building(tmp_path / 'a') as temporary:
     (temporary / 'x').write_text('1')

@@ -89,6 +89,17 @@ def test_an_empty_store_is_refused(tmp_path):
   assert os.listdir(tmp_path) == []
 
 
+def test_a_writer_that_fails_in_silence_leaves_no_store(tmp_path, monkeypatch):
+  class Lossy(store.ArrayRecordWriter):
+    def write(self, data):
+      super().write(data[:-2] + b'xx')
+
+  monkeypatch.setattr(store, 'ArrayRecordWriter', Lossy)
+  with pytest.raises(StoreDamaged, match='block 0'):
+    write_store(tmp_path / 's', make_docs(LENGTHS), Tokenizer())
+  assert os.listdir(tmp_path) == []
+
+
 def test_the_fingerprint_is_of_tokens_documents_order_and_tokenizer(tmp_path):
   docs = make_docs([50, 60, 70])
   variants = {
