@@ -181,7 +181,7 @@ def _losses_forward(static: _Static, models, operands):
 
 def _losses_backward(static: _Static, gradients, cotangents):
   scaled = [
-    (dx * ct.astype(dx.dtype), dw * ct.astype(dw.dtype))
+    ((dx * ct).astype(dx.dtype), (dw * ct).astype(dw.dtype))  # the product in float32
     for (dx, dw), (ct, _) in zip(gradients, cotangents, strict=True)
   ]
   return tuple(scaled), None
@@ -195,9 +195,9 @@ def _on_mesh(scan, static: _Static, models, operands, specs):
   if static.mesh is None:
     return scan(static, models, operands)
   in_specs, out_specs = specs(models, operands, scan)
-  return jax.shard_map(functools.partial(scan, static), mesh=static.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
-    models, operands
-  )
+  return jax.shard_map(
+    functools.partial(scan, static), mesh=static.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+  )(models, operands)
 
 
 ROWS, HEAD = P(sharding.BATCH_AXES), P('fsdp', 'tensor')
@@ -253,7 +253,9 @@ def _loss_scan(static: _Static, models, operands, *, with_gradients: bool):
 
   dws = [jnp.zeros(head.shape, jnp.float32) for head in heads] if with_gradients else []
   first = jax.tree.map(lambda x: x[0], tokens)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda c: body((None, dws), c)[0][0], first))
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda c: body((None, dws), c)[0][0], first)
+  )
   (sums, dws), dxs = jax.lax.scan(body, (zeros, dws), tokens)
   if static.mesh is not None:
     sums = jax.lax.psum(sums, sharding.BATCH_AXES)
@@ -329,7 +331,9 @@ def _fit_vocabulary(targets: Targets, vocab_size: int, width: int) -> Targets:
   for leaf, axis in zip(leaves, axes, strict=True):
     if axis >= 0 and leaf.shape[axis] != width:
       if leaf.shape[axis] < vocab_size:
-        raise UserError(f"loss: the teacher's vocabulary has {leaf.shape[axis]} columns, the student's {vocab_size} tokens: not the same one")
+        raise UserError(
+          f"loss: the teacher's vocabulary has {leaf.shape[axis]} columns, the student's {vocab_size} tokens: not the same one"
+        )
       keep = jax.lax.slice_in_dim(leaf, 0, min(width, leaf.shape[axis]), axis=axis)
       padding = [(0, width - keep.shape[axis] if i == axis else 0) for i in range(leaf.ndim)]
       leaf = jnp.pad(keep, padding)
