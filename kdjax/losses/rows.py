@@ -23,8 +23,7 @@ from kdjax.config import LossConfig
 from kdjax.losses.dense import mixing_weights, top_k_count
 
 MASKED = -1e30  # of a logit that does not exist: finite, so that 0 * (MASKED - MASKED) is 0
-TINY = 1e-37
-SMALL = 1e-30  # its inverse times a vocabulary is finite
+TINY = 1e-32  # the least share of a row's mass that counts; its inverse times a vocabulary is finite
 
 
 class Vocab(NamedTuple):
@@ -77,7 +76,9 @@ def teacher_rows(t_CxV, loss: LossConfig, vocab: Vocab, diagnostics: bool = True
   return TeacherRows(t_CxV, e_CxV, kept_CxV, best_CxV, stats)
 
 
-def mixed_rows(s_CxV, labels_C, alpha, teacher: TeacherRows | None, loss: LossConfig, vocab: Vocab, *, diagnostics: bool = True):
+def mixed_rows(
+  s_CxV, labels_C, alpha, teacher: TeacherRows | None, loss: LossConfig, vocab: Vocab, *, diagnostics: bool = True
+):
   """Terms of each token and the gradient of the mixed loss.
 
   Args:
@@ -144,17 +145,16 @@ def mixed_rows(s_CxV, labels_C, alpha, teacher: TeacherRows | None, loss: LossCo
       q_CxV = teacher.best_CxV * (mine['best'] / row['tbest'])[:, None]
       return grad_CxV + kd_weight * (p_CxV - q_CxV)
     other = loss.rest == 'other' and teacher.kept_CxV is not None
-    whole_C = row['ts' if other or teacher.kept_CxV is None else 'tkept']
+    theirs_C = row['ts' if other or teacher.kept_CxV is None else 'tkept']
+    student_CxV = eT_CxV
     if other:  # the rest's tokens share the gradient of the one bucket
       ratio_C = jnp.where(row['trest'] > 0, _share(row['trest'], row['ts']) / _share(row['srest'], row['sT']), 0)
       student_CxV = eT_CxV * jnp.where(teacher.kept_CxV, 1.0, 1.0 - ratio_C[:, None])
-    else:
-      student_CxV = eT_CxV
-    # softmax(s/T) - softmax(t/T) = f (e^s - r e^t): equal models have r = 1 and so exactly 0, while of a difference of two
-    # products a fused multiply-add would round one only. The floor stands for a shard with nothing of the row's mass.
-    mine_C, theirs_C = jnp.maximum(mine['mT'], SMALL), jnp.maximum(mine['tm'], SMALL)
-    r_C = (theirs_C * row['sT']) / (whole_C * mine_C)
-    difference_CxV = (mine_C / row['sT'])[:, None] * (student_CxV - r_C[:, None] * teacher.e_CxV)
+    # softmax(s/T) - softmax(t/T) as f (e^s - r e^t): equal models have r = 1 and so exactly 0, where of a difference of two
+    # products a fused multiply-add would round only one. The floor is for a shard that has none of the row's mass.
+    s_scale_C, t_scale_C = jnp.maximum(mine['mT'], TINY), jnp.maximum(mine['tm'], TINY)
+    r_C = (t_scale_C * row['sT']) / (s_scale_C * theirs_C)
+    difference_CxV = (s_scale_C / row['sT'])[:, None] * (student_CxV - r_C[:, None] * teacher.e_CxV)
     return grad_CxV + (kd_weight * temp) * difference_CxV
 
   return terms, dz_CxV
@@ -168,7 +168,9 @@ def tempered_nll(s_CxV, labels_C, temperatures_K, vocab: Vocab):
   m_C = s_CxV.max(-1)
 
   def at(temperature):
-    row, _ = _merge({'m': m_C, 'sT': jnp.exp((s_CxV - m_C[:, None]) / temperature).sum(-1), 'sy': sy_C}, temperature, vocab.axis)
+    row, _ = _merge(
+      {'m': m_C, 'sT': jnp.exp((s_CxV - m_C[:, None]) / temperature).sum(-1), 'sy': sy_C}, temperature, vocab.axis
+    )
     return (row['m'] - row['sy']) / temperature + jnp.log(row['sT'])
 
   return jax.lax.map(at, temperatures_K)
