@@ -160,7 +160,7 @@ def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
   """int64 indices, ascending: the rows of a global [B, T] batch that this process's devices hold, each once."""
   # Any length that each axis divides will do: only the rows are asked for.
   shape = (batch_size, sharding.num_devices)
-  slices = {index[0].indices(batch_size) for index in sharding.addressable_devices_indices_map(shape).values()}
+  slices = {index[0].indices(batch_size) for index in sharding.addressable_devices_indices_map(shape).values() if index}
   return np.unique(np.concatenate([np.arange(*s) for s in slices]))
 
 
@@ -176,7 +176,8 @@ def to_global(
   """
 
   def place(value: np.ndarray) -> jax.Array:
-    def read(index: tuple[slice, slice, slice]) -> np.ndarray:
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None
       wanted = np.arange(*index[1].indices(batch_size))
       at = np.searchsorted(rows, wanted)
       if not np.array_equal(rows[np.minimum(at, len(rows) - 1)], wanted):

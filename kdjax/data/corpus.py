@@ -19,6 +19,7 @@ import pathlib
 import re
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import tqdm
 from absl import logging
 
@@ -125,7 +126,7 @@ def _open(folder: pathlib.Path) -> Corpus:
     if store.fingerprint != meta['stores'][name]:
       raise StoreDamaged(folder / name, 'is the store of another corpus')
   ood = {name: EvalSet(stores[f'ood/{name}/validation'], stores[f'ood/{name}/test']) for name in meta['ood']}
-  return Corpus(folder, meta, tokenizer, *(stores[split] for split in SPLITS), ood)
+  return Corpus(folder, meta, tokenizer, stores['train'], stores['validation'], stores['test'], ood)
 
 
 def _build(folder: pathlib.Path, data: DataConfig, evals: EvalConfig, progress: bool) -> None:
@@ -207,7 +208,8 @@ def _plan_ood(name: str, source: str, evals: EvalConfig, seed: int, train_ids: f
 
 def _scan(source: str, text_field: str, progress: bool) -> tuple[dict[str, int], dict[str, int]]:
   """First pass: content hash -> bytes of each distinct document, and the counts of what was dropped."""
-  found, read, empty = {}, 0, 0
+  found: dict[str, int] = {}
+  read, empty = 0, 0
   with _bar(f'reading {source}', progress) as bar:
     for text in documents(source, text_field):
       n_bytes = len(text.encode())
@@ -224,7 +226,7 @@ def _scan(source: str, text_field: str, progress: bool) -> tuple[dict[str, int],
 
 def _split(found: dict[str, int], shares: dict[str, float], rest: str, seed: int) -> dict[str, dict[str, int]]:
   """Splits documents by a hash: each named share of them, and the rest; each split in the order of a second hash."""
-  splits = {name: {} for name in (*shares, rest)}
+  splits: dict[str, dict[str, int]] = {name: {} for name in (*shares, rest)}
   for doc in sorted(found, key=lambda doc: (_uniform(doc, seed, 'order'), doc)):
     u = _uniform(doc, seed, 'split')
     for name, share in (*shares.items(), (rest, 1.0)):
@@ -237,7 +239,8 @@ def _split(found: dict[str, int], shares: dict[str, float], rest: str, seed: int
 
 def _cap(docs: dict[str, int], max_bytes: int) -> dict[str, int]:
   """The first whole documents that fit into `max_bytes` (0: all), and at least one."""
-  kept, total = {}, 0
+  kept: dict[str, int] = {}
+  total = 0
   for doc, n_bytes in docs.items():
     total += n_bytes
     if kept and max_bytes and total > max_bytes:
@@ -259,7 +262,9 @@ def _make_tokenizer(data: DataConfig, plan: _Plan) -> Tokenizer:
 def _write_splits(folder: pathlib.Path, plan: _Plan, tokenizer: Tokenizer, progress: bool) -> list[str]:
   """Second pass: tokenises the plan's documents and writes a store for each split. Returns the test texts."""
   wanted = {doc: n for docs in plan.splits.values() for doc, n in docs.items()}
-  tokens, dtype, texts = {}, token_dtype(tokenizer.vocab_size), {}
+  dtype = token_dtype(tokenizer.vocab_size)
+  tokens: dict[str, np.ndarray] = {}
+  texts: dict[str, str] = {}
   with _bar(f'tokenising {plan.source}', progress, sum(wanted.values())) as bar:
     for group in _groups(plan, dict(wanted)):
       for doc, ids in zip(group, tokenizer.encode_batch(list(group.values())), strict=True):

@@ -31,7 +31,7 @@ def digest(data: bytes, size: int = 8) -> str:
   return hashlib.blake2b(data, digest_size=size).hexdigest()
 
 
-def new_digest() -> 'hashlib._Hash':
+def new_digest() -> hashlib.blake2b:
   """An empty hash with `update` and `hexdigest`, for streams."""
   return hashlib.blake2b(digest_size=8)
 

@@ -29,7 +29,8 @@ from kdjax.errors import UserError
 
 _PREFIX = 'embedded:'
 _NOT_CODE = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
-_OPENERS: dict[str, Callable[[pathlib.Path], BinaryIO]] = {
+Lines = BinaryIO | gzip.GzipFile | lzma.LZMAFile | io.BufferedReader
+_OPENERS: dict[str, Callable[[pathlib.Path], Lines]] = {
   '': lambda path: path.open('rb'),
   '.gz': lambda path: gzip.open(path, 'rb'),  # noqa: SIM115 (the caller closes it)
   '.xz': lambda path: lzma.open(path, 'rb'),  # noqa: SIM115
@@ -44,7 +45,7 @@ class _ZstdFile(io.RawIOBase):
 
   def __init__(self, path: pathlib.Path):
     self._file = path.open('rb')
-    self._frame = None
+    self._frame: zstandard.ZstdDecompressionObj | None = None
     self._ready = b''
 
   def readable(self) -> bool:
@@ -95,7 +96,7 @@ def _resolve(source: str, text_field: str) -> list[tuple[pathlib.Path, Callable[
   parts = [source] if os.path.exists(source) else [p.strip() for p in source.split(',') if p.strip()]
   if not parts:
     raise UserError(f'data source {source!r} names nothing; give a path, a glob, or one of {_embedded_names()}')
-  found = {}
+  found: dict[pathlib.Path, Callable[[pathlib.Path], Iterator[str]]] = {}
   for part in parts:
     if part.startswith(_PREFIX):
       embedded = _embedded(part)
@@ -145,7 +146,7 @@ def _reader(text_field: str) -> Callable[[pathlib.Path], Iterator[str]]:
   return read
 
 
-def _json_texts(lines: BinaryIO, path: pathlib.Path, text_field: str) -> Iterator[str]:
+def _json_texts(lines: Lines, path: pathlib.Path, text_field: str) -> Iterator[str]:
   position = 0
   for number, line in enumerate(lines, 1):
     text = _decode(line, path, position)

@@ -35,7 +35,7 @@ BLOCK = 8192
 HASH_AT_OPEN = 256 << 20  # bytes: a larger token file is checked block by block as it is read
 _TOKENS, _BLOCKS, _DOCUMENTS, _META = 'tokens.array_record', 'blocks.npy', 'documents.npy', 'meta.json'
 _DOCUMENT = np.dtype([('offset', '<i8'), ('n_bytes', '<i8'), ('id', 'S16')])
-_DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
+_DTYPES: dict[str, np.dtype] = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
 # How ArrayRecord's reader reports what it cannot make sense of.
 _DAMAGE = (RuntimeError, ValueError, IndexError, MemoryError)
 
@@ -67,7 +67,8 @@ class TokenStore:
     self._checksums = checksums
     self._dtype = _DTYPES[meta['dtype']]
     self._lock = threading.Lock()
-    self._reader, self._pid = None, None
+    self._reader: ArrayRecordReader | None = None
+    self._pid: int | None = None
 
   @classmethod
   def open(cls, folder: str | os.PathLike) -> 'TokenStore':
@@ -185,7 +186,8 @@ def write_store(
 def _write_tokens(folder: pathlib.Path, docs: Iterable[tuple[str, int, np.ndarray]], tokenizer: Tokenizer) -> dict:
   dtype = token_dtype(tokenizer.vocab_size)
   hasher = files.new_digest()
-  rows, checksums = [], []
+  rows: list[tuple[str, int, int]] = []  # of the documents' table: hash, bytes, tokens
+  checksums: list[int] = []
   writer = ArrayRecordWriter(str(folder / _TOKENS), 'group_size:1,uncompressed')
   try:
     for block in _blocks(_streams(docs, tokenizer, dtype, rows)):

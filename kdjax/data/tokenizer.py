@@ -58,9 +58,10 @@ class Tokenizer:
     parsed = _parse(model_json, name)
     self.separator = separator or _guess_separator(parsed, name)
     self._model = _model(parsed, self.separator)
-    self.separator_id = self._model.token_to_id(self.separator)
-    if self.separator_id is None:
+    separator_id = self._model.token_to_id(self.separator)
+    if separator_id is None:
       raise UserError(f'{name}: no token {self.separator!r}; set data.separator to one of {_special_names(parsed)}')
+    self.separator_id = separator_id
     self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
     self.fingerprint = digest(canonical([parsed, self.separator]))
 

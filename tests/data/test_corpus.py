@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import lzma
 import os
 import pathlib
@@ -63,7 +64,7 @@ def prepared(made, **changes):
 def test_splits_hold_each_distinct_document_once_with_its_bytes(made):
   built, main = prepared(made), made[3]
   splits = [stored_texts(built, s) for s in (built.train, built.validation, built.test)]
-  assert sorted(sum(splits, [])) == sorted(main)
+  assert sorted(itertools.chain(*splits)) == sorted(main)
   for store, held in zip((built.train, built.validation, built.test), splits, strict=True):
     np.testing.assert_array_equal(store.n_bytes, [len(t.encode()) for t in held])
   assert 200 < len(splits[0]) < 280 and 10 < len(splits[1]) < 60 and 10 < len(splits[2]) < 60

@@ -36,9 +36,13 @@ def test_everything_is_on_disk_before_the_rename_and_the_rename_itself_after(tmp
 
 
 def test_a_failing_block_leaves_nothing(tmp_path):
-  with pytest.raises(ZeroDivisionError), files.building(tmp_path / 'a') as temporary:
-    (temporary / 'x').write_text('1')
-    raise ZeroDivisionError
+  def fail():
+    with files.building(tmp_path / 'a') as temporary:
+      (temporary / 'x').write_text('1')
+      raise ZeroDivisionError
+
+  with pytest.raises(ZeroDivisionError):
+    fail()
   assert os.listdir(tmp_path) == []
 
 
@@ -51,10 +55,14 @@ def test_an_existing_folder_is_left_alone(tmp_path):
 
 
 def test_the_first_of_two_builders_wins_and_the_other_leaves_nothing(tmp_path):
-  with pytest.raises(FileExistsError), files.building(tmp_path / 'a') as slow:
-    with files.building(tmp_path / 'a') as fast:
-      (fast / 'x').write_text('fast')
-    (slow / 'x').write_text('slow')
+  def race():
+    with files.building(tmp_path / 'a') as slow:
+      with files.building(tmp_path / 'a') as fast:
+        (fast / 'x').write_text('fast')
+      (slow / 'x').write_text('slow')
+
+  with pytest.raises(FileExistsError):
+    race()
   assert (tmp_path / 'a' / 'x').read_text() == 'fast'
   assert os.listdir(tmp_path) == ['a']
 

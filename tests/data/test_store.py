@@ -167,11 +167,10 @@ def test_a_flipped_bit_in_any_file_never_gives_wrong_tokens(tmp_path, monkeypatc
     path.write_bytes(bad)
     try:
       np.testing.assert_array_equal(use(tmp_path / 's'), good_tokens)
-      with pytest.raises(StoreDamaged):
-        TokenStore.open(tmp_path / 's').verify()
-    except StoreDamaged as error:
-      assert str(tmp_path) in str(error) and 'delete its folder' in str(error) and '\n' not in str(error)
+    except StoreDamaged:
       seen += 1
+    with pytest.raises(StoreDamaged, match=rf'^{tmp_path}.*; delete its folder and run again to rebuild it$'):
+      TokenStore.open(tmp_path / 's').verify()
   if hash_at_open or name != 'tokens.array_record':
     assert seen == trials
   else:

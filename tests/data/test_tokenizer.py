@@ -142,7 +142,7 @@ def test_what_is_no_tokenizer_file_says_so(tmp_path, text):
 
 
 def test_a_tokenizer_that_is_not_there_says_so(tmp_path):
-  with pytest.raises(UserError, match='bpe, bytes or a tokenizer.json'):
+  with pytest.raises(UserError, match=r'bpe, bytes or a tokenizer\.json'):
     Tokenizer.from_file(tmp_path / 'bpee')
 
 
