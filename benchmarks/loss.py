@@ -84,7 +84,9 @@ def main():
   parser.add_argument('--chunk', type=int, default=None)
   args = parser.parse_args()
   print(timing.environment())
-  print('| case | dtype | T | fused / products | without diagnostics / products | fused / optax dense | temporary memory, fused / dense |')
+  print(
+    '| case | dtype | T | fused / products | without diagnostics / products | fused / optax dense | temporary memory, fused / dense |'
+  )
   print('|---|---|---|---|---|---|---|')
   for case in args.case.split(','):
     for dtype in args.dtype.split(','):

@@ -1,12 +1,14 @@
-"""A weak teacher and a stronger student: does the student gain?
+"""A weak teacher, smaller than the student and trained on half of its tokens: does the student gain?
 
-    python -m kdjax.train --config=configs/weak2strong.py                 laptop, two CPU cores
-    python -m kdjax.train --config=configs/weak2strong.py:scale=colab     one accelerator, about 15 minutes
-    python -m kdjax.train --config=configs/weak2strong.py:scale=paper     a pod; text and tokenizer to be named, see below
+    python -m kdjax.train --config=configs/weak2strong.py                 two CPU cores, within ten minutes
+    python -m kdjax.train --config=configs/weak2strong.py:scale=colab     one accelerator
+    python -m kdjax.train --config=configs/weak2strong.py:scale=paper     a pod: 0.5B teacher, 1.7B student
+
+Ends with a table and a figure. The outcome is printed as it comes.
 """
 
-from configs import common
+from kdjax import scales
 
 
 def get_config(arg=None):
-  return common.config('weak2strong', arg, teacher={'laptop': 'tiny-0.1m', 'colab': 'tiny-3m', 'paper': 'llama3-0.5b'}, alpha=0.4)
+  return scales.get_config('weak2strong', arg, alpha=0.4, teacher_tokens=0.5)

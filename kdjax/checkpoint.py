@@ -11,13 +11,13 @@ import hashlib
 import json
 import logging
 import os
-import pathlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 from kdjax.errors import TrainingError, UserError
 from kdjax.sharding import path_name
@@ -50,7 +50,7 @@ class Checkpoints:
   """
 
   def __init__(self, folder: str | os.PathLike, keep: int = 2, keep_period: int = 0, read_only: bool = False):
-    self.folder = pathlib.Path(folder).absolute()
+    self.folder = epath.Path(os.path.abspath(folder) if '://' not in str(folder) else folder)
     self._manager = ocp.CheckpointManager(
       self.folder,
       options=ocp.CheckpointManagerOptions(
@@ -63,13 +63,18 @@ class Checkpoints:
     )
 
   def steps(self) -> list[int]:
-    """Committed steps, oldest first."""
-    return sorted(self._manager.all_steps(read=True))
+    """Steps on disk, oldest first. From the folder's names: Orbax's own listing fails while another thread deletes an old step."""
+    return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit()) if self.folder.exists() else []
 
   def save(self, step: int, state: TrainState, fingerprints: dict[str, str]) -> None:
     """Starts a save; the device arrays may be donated once this returns. Overwrites a damaged checkpoint of the same step."""
     items = _items(state)
-    meta = {'format': FORMAT, 'step': step, 'fingerprints': fingerprints, 'leaves': {k: _describe(v) for k, v in items.items()}}
+    meta = {
+      'format': FORMAT,
+      'step': step,
+      'fingerprints': fingerprints,
+      'leaves': {k: _describe(v) for k, v in items.items()},
+    }
     if step in self.steps():
       self.wait()
       self._manager.delete(step)
@@ -90,7 +95,9 @@ class Checkpoints:
   def close(self) -> None:
     self._manager.close()
 
-  def verified(self, abstract: TrainState, fingerprints: dict[str, str], among: Iterable[int] | None = None) -> Restored | None:
+  def verified(
+    self, abstract: TrainState, fingerprints: dict[str, str], among: Iterable[int] | None = None
+  ) -> Restored | None:
     """The newest checkpoint (of the steps `among`) that verifies, on the abstract state's shardings; None where there is none at all.
 
     Raises:
@@ -104,7 +111,9 @@ class Checkpoints:
       except CheckpointDamaged as e:
         log.warning('passing over checkpoint %d of %s: %s', step, self.folder, e)
     if steps:
-      raise CheckpointDamaged(f'{self.folder}: none of the checkpoints {steps} verifies; delete the folder to start the run again')
+      raise CheckpointDamaged(
+        f'{self.folder}: none of the checkpoints {steps} verifies; delete the folder to start the run again'
+      )
     return None
 
   def restore(self, step: int, abstract: TrainState, fingerprints: dict[str, str] | None = None) -> TrainState:
@@ -125,7 +134,9 @@ class Checkpoints:
     try:
       return self._read(step, {'params': abstract_params})['params']
     except CheckpointDamaged as e:
-      raise CheckpointDamaged(f'{self.folder}: checkpoint {step} is damaged: {e}; delete it or name another step') from None
+      raise CheckpointDamaged(
+        f'{self.folder}: checkpoint {step} is damaged: {e}; delete it or name another step'
+      ) from None
 
   def meta(self, step: int) -> dict[str, Any]:
     """The metadata of a step. Raises CheckpointDamaged where it is not what was written."""
@@ -179,7 +190,12 @@ def _bit_sum(x: jax.Array) -> jax.Array:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-  counters = {'step': state.step, 'alpha': state.alpha, 'skipped': state.skipped, 'skipped_in_row': state.skipped_in_row}
+  counters = {
+    'step': state.step,
+    'alpha': state.alpha,
+    'skipped': state.skipped,
+    'skipped_in_row': state.skipped_in_row,
+  }
   return {'params': state.params, 'optimizer': state.opt_state, 'counters': counters}
 
 
@@ -200,7 +216,9 @@ def _check_shapes(described: dict[str, list] | None, wanted, where: str) -> None
   for name in sorted(leaves.keys() | described.keys()):
     if name not in described or name not in leaves:
       side = 'it lacks' if name in leaves else 'it has'
-      raise UserError(f'{where}: it is of another architecture: {side} {name}; use another --workdir, or the config that wrote it')
+      raise UserError(
+        f'{where}: it is of another architecture: {side} {name}; use another --workdir, or the config that wrote it'
+      )
     dtype, shape, _ = described[name]
     if (dtype, tuple(shape)) != (str(leaves[name].dtype), tuple(leaves[name].shape)):
       raise UserError(
@@ -227,7 +245,7 @@ def _first_line(error: BaseException) -> str:
   return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
 
 
-def _full(folder: pathlib.Path, error: BaseException) -> str:
+def _full(folder: epath.Path, error: BaseException) -> str:
   return (
     f'{folder}: a checkpoint could not be written ({_first_line(error)}); free some disk space and run the same command again: '
     'it goes on from the last good checkpoint'

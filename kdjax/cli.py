@@ -55,7 +55,9 @@ def split_args(argv: Sequence[str]) -> tuple[str | None, dict[str, str], list[st
   return spec, overrides, rest
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str], needs_config: bool = True) -> tuple[Config | None, argparse.Namespace]:
+def parse(
+  parser: argparse.ArgumentParser, argv: Sequence[str], needs_config: bool = True
+) -> tuple[Config | None, argparse.Namespace]:
   """The config and the command's own options."""
   spec, overrides, rest = split_args(argv)
   args = parser.parse_args(rest)
@@ -108,7 +110,9 @@ def _get_config(path: pathlib.Path, arg: str) -> ml_collections.ConfigDict:
   except Exception as e:  # a config file is the user's code: whatever it raises is the user's to mend
     raise ConfigError([f'{path}: {_where(e, path)}{type(e).__name__}: {e}']) from None
   if not isinstance(config, ml_collections.ConfigDict):
-    raise ConfigError([f'{path}: get_config returned {type(config).__name__}, not a ConfigDict; start from kdjax.config.default()'])
+    raise ConfigError(
+      [f'{path}: get_config returned {type(config).__name__}, not a ConfigDict; start from kdjax.config.default()']
+    )
   return config
 
 

@@ -362,7 +362,11 @@ def _parse(text: str, annotation: Any) -> Any:
   if annotation is str:
     return text
   if annotation is bool:
-    return {'true': True, 'false': False, '1': True, '0': False}[text.lower()] if text.lower() in ('true', 'false', '1', '0') else _bad()
+    return (
+      {'true': True, 'false': False, '1': True, '0': False}[text.lower()]
+      if text.lower() in ('true', 'false', '1', '0')
+      else _bad()
+    )
   if annotation is int:
     return _convert(float(text) if any(c in text.lower() for c in '.e') else int(text), int)
   if annotation is float:
@@ -433,7 +437,15 @@ def _problems(config: Config) -> Iterator[str]:
       yield f'mesh.{axis}: must be a number of devices, or -1 for what is left, got {size}'
   if [config.mesh.replica, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
     yield 'mesh: only one axis can be -1 (what is left)'
-  positive = ('data.seq_len', 'data.vocab_size', 'data.threads', 'eval.batch_size', 'steps_per_call', 'max_skipped', 'heartbeat_timeout')
+  positive = (
+    'data.seq_len',
+    'data.vocab_size',
+    'data.threads',
+    'eval.batch_size',
+    'steps_per_call',
+    'max_skipped',
+    'heartbeat_timeout',
+  )
   positive += ('eval.every_batches', 'checkpoint.keep')
   for key in positive:
     if flat[key] < 1:

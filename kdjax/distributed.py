@@ -32,7 +32,9 @@ def initialize(args: argparse.Namespace, heartbeat_timeout: int) -> None:
   elif not args.distributed:
     return
   try:
-    jax.distributed.initialize(args.coordinator, args.processes, args.process, heartbeat_timeout_seconds=heartbeat_timeout)
+    jax.distributed.initialize(
+      args.coordinator, args.processes, args.process, heartbeat_timeout_seconds=heartbeat_timeout
+    )
   except (RuntimeError, ValueError) as e:
     raise UserError(f'the processes could not be joined: {str(e).splitlines()[0]}') from None
 

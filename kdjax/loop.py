@@ -105,7 +105,9 @@ def calls(start: int, total: int, size: int, *every: int) -> list[tuple[int, int
   return out
 
 
-def _start(cohort: Cohort, saves: list[Checkpoints], mesh: Mesh) -> tuple[tuple[TrainState, ...], list[TrainState], int]:
+def _start(
+  cohort: Cohort, saves: list[Checkpoints], mesh: Mesh
+) -> tuple[tuple[TrainState, ...], list[TrainState], int]:
   """(states, their shardings, step): from the newest step at which every member's checkpoint verifies, else fresh."""
   key = jax.random.key(cohort.seed)
   states, shardings, abstract = [], [], []
@@ -113,7 +115,9 @@ def _start(cohort: Cohort, saves: list[Checkpoints], mesh: Mesh) -> tuple[tuple[
     init = lambda key, alpha=member.alpha: init_state(cohort.recipe, alpha, key)
     shapes = jax.eval_shape(init, key)
     shardings.append(state_shardings(cohort.recipe, shapes, mesh))
-    abstract.append(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings[-1]))
+    abstract.append(
+      jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings[-1])
+    )
   step = _common_step(saves, abstract, cohort.fingerprints)
   for member, save, shape, placed in zip(cohort.members, saves, abstract, shardings, strict=True):
     known = dict(cohort.fingerprints)
@@ -139,7 +143,9 @@ def _common_step(saves: list[Checkpoints], abstract: list[TrainState], fingerpri
   return 0
 
 
-def _train(cohort: Cohort, mesh, states, shardings, start: int, saves: list[Checkpoints], heart: Heartbeat, asked_to_stop) -> None:
+def _train(
+  cohort: Cohort, mesh, states, shardings, start: int, saves: list[Checkpoints], heart: Heartbeat, asked_to_stop
+) -> None:
   recipe, stream, total = cohort.recipe, cohort.stream, cohort.total_steps
   step_fn = make_step(recipe, shardings)
   validate = _validation(cohort, mesh)
@@ -149,7 +155,9 @@ def _train(cohort: Cohort, mesh, states, shardings, start: int, saves: list[Chec
   plan = calls(start, total, recipe.size, cohort.checkpoint_every, cohort.eval_every)
   saved = start
   with contextlib.closing(report):
-    for (first, n), local in zip(plan, stream.iterate(plan, recipe.size, rows, cohort.threads, cohort.prefetch), strict=True):
+    for (first, n), local in zip(
+      plan, stream.iterate(plan, recipe.size, rows, cohort.threads, cohort.prefetch), strict=True
+    ):
       batches = to_global(local, rows, stacked, stream.batch_size)
       states, metrics = step_fn(states, cohort.teacher, batches, n)
       step = first + n
@@ -164,7 +172,9 @@ def _train(cohort: Cohort, mesh, states, shardings, start: int, saves: list[Chec
       if stop and step < total:
         for save in saves:
           save.wait()
-        raise Preempted(f'{cohort.title}: stopped at step {saved} of {total}, saved; the same command goes on from there')
+        raise Preempted(
+          f'{cohort.title}: stopped at step {saved} of {total}, saved; the same command goes on from there'
+        )
     report.flush()
     for save in saves:
       save.wait()
@@ -181,8 +191,10 @@ def _validation(cohort: Cohort, mesh: Mesh) -> Callable[[Any], jax.Array]:
   recipe, batch_size = cohort.recipe, cohort.stream.batch_size
   rows = local_rows(NamedSharding(mesh, P(sharding.BATCH_AXES)), batch_size)
   n = min(cohort.eval_batches, -(-len(cohort.validation) // batch_size))
-  local = {name: np.stack([np.stack([_window(cohort.validation, b * batch_size + r)[name] for r in rows]) for b in range(n)])
-           for name in ('tokens', 'labels', 'segment_ids')}
+  local = {
+    name: np.stack([np.stack([_window(cohort.validation, b * batch_size + r)[name] for r in rows]) for b in range(n)])
+    for name in ('tokens', 'labels', 'segment_ids')
+  }
   batches = to_global(local, rows, NamedSharding(mesh, P(None, sharding.BATCH_AXES)), batch_size)
 
   def mean_ce(params, batches):
@@ -191,7 +203,13 @@ def _validation(cohort: Cohort, mesh: Mesh) -> Callable[[Any], jax.Array]:
       weights = (batch['labels'] >= 0).astype(jnp.float32)
       vocab_size = recipe.student.config.vocab_size
       ce, _ = fused_loss(
-        hidden, recipe.student.head(params), batch['labels'], weights, loss=recipe.loss, vocab_size=vocab_size, diagnostics=False
+        hidden,
+        recipe.student.head(params),
+        batch['labels'],
+        weights,
+        loss=recipe.loss,
+        vocab_size=vocab_size,
+        diagnostics=False,
       )
       return (total[0] + ce, total[1] + weights.sum()), None
 

@@ -76,7 +76,11 @@ class Speed:
     if last is None:
       return {}
     rate = tokens / max(now - last, 1e-9)
-    rates = {'tokens_per_second': rate, 'student_tflops': rate * self._student / 1e12, 'teacher_tflops': rate * self._teacher / 1e12}
+    rates = {
+      'tokens_per_second': rate,
+      'student_tflops': rate * self._student / 1e12,
+      'teacher_tflops': rate * self._teacher / 1e12,
+    }
     if self._peak:
       rates['mfu'] = rate * (self._student + self._teacher) / self._peak
     return rates

@@ -24,7 +24,9 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> Callable[[jax.Ar
   else:
     decay = max(1, round(config.decay_fraction * total_steps))
     stable = total_steps - decay
-    schedule = optax.join_schedules([up, optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)], [warmup, stable])
+    schedule = optax.join_schedules(
+      [up, optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)], [warmup, stable]
+    )
   return lambda step: jnp.asarray(schedule(step + 1), jnp.float32)
 
 
@@ -32,7 +34,9 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
   """Clipped gradients -> Adam's direction plus decoupled decay (off norms and biases), before the learning rate."""
 
   def decays(params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).rpartition('/')[2] not in ('scale', 'bias'), params)
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: path_name(path).rpartition('/')[2] not in ('scale', 'bias'), params
+    )
 
   return optax.chain(
     optax.clip_by_global_norm(config.clip_norm),

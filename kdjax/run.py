@@ -1,11 +1,11 @@
 """A run's folder: who it is, who owns it, how it stands.
 
-    run.json       config, command, commit, versions, fingerprints: written once, compared on every later start
-    owner.json     the token of the one process that may write here
-    status.json    state, step, heartbeat; renewed every few seconds by a thread, so that a long compile still beats
-    checkpoints/   see kdjax/checkpoint.py
-    metrics.jsonl  one line a step
-    results/       the eval job's Parquet files
+run.json       config, command, commit, versions, fingerprints: written once, compared on every later start
+owner.json     the token of the one process that may write here
+status.json    state, step, heartbeat; renewed every few seconds by a thread, so that a long compile still beats
+checkpoints/   see kdjax/checkpoint.py
+metrics.jsonl  one line a step
+results/       the eval job's Parquet files
 """
 
 import contextlib
@@ -69,7 +69,9 @@ class RunFolder:
     """Raises UserError, naming the fields, where this folder's config is not `config`."""
     different = list(_differences(known, json.loads(json.dumps(config)), ''))
     if different:
-      raise UserError(f'{self.path} was written by another config: {"; ".join(different[:5])}; use another --workdir or delete the folder')
+      raise UserError(
+        f'{self.path} was written by another config: {"; ".join(different[:5])}; use another --workdir or delete the folder'
+      )
 
   def record(self, config: dict[str, Any], fingerprints: dict[str, Any], notes: dict[str, Any] | None = None) -> None:
     """Writes run.json; on a later start refuses fingerprints that differ and notes the new command.
@@ -126,7 +128,10 @@ class RunFolder:
     first = (self.status() or {}).get('heartbeat')
     if first is None or time.time() - first > timeout:
       return True
-    print(f'{self.path}: owned by a process on {owner.get("host")}; waiting up to {timeout:.0f} s for its heartbeat to stop', flush=True)
+    print(
+      f'{self.path}: owned by a process on {owner.get("host")}; waiting up to {timeout:.0f} s for its heartbeat to stop',
+      flush=True,
+    )
     until = time.monotonic() + timeout
     while time.monotonic() < until:
       time.sleep(min(BEAT, timeout))

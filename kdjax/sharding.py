@@ -57,7 +57,9 @@ def param_shardings(params, mesh: Mesh):
     name = path_name(path)
     spec = next((spec for pattern, spec in RULES if re.fullmatch(pattern, name)), None)
     if spec is None:
-      raise UserError(f'sharding: no rule matches the parameter {name} {leaf.shape}; add one to RULES in kdjax/sharding.py')
+      raise UserError(
+        f'sharding: no rule matches the parameter {name} {leaf.shape}; add one to RULES in kdjax/sharding.py'
+      )
     for dim, axis in zip(leaf.shape, spec, strict=False):
       if axis is not None and dim % mesh.shape[axis]:
         raise UserError(

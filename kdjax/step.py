@@ -98,7 +98,9 @@ def make_step(recipe: Recipe, shardings: Sequence[TrainState]):
       states, new = one_step(recipe, states, teacher, batch)
       return states, jax.tree.map(lambda all_, x: all_.at[i].set(x), metrics, new)
 
-    shapes = jax.eval_shape(functools.partial(one_step, recipe), states, teacher, jax.tree.map(lambda x: x[0], batches))[1]
+    shapes = jax.eval_shape(
+      functools.partial(one_step, recipe), states, teacher, jax.tree.map(lambda x: x[0], batches)
+    )[1]
     empty = jax.tree.map(lambda x: jnp.zeros((recipe.size, *x.shape), x.dtype), shapes)
     return jax.lax.fori_loop(0, n, body, (states, empty))
 
@@ -144,7 +146,9 @@ def _loss(recipe: Recipe, params, teacher: Teacher, batch: Batch, alphas):
   segment_ids = batch['segment_ids'] if recipe.mask_documents else None
   known = {}
   if 'teacher' in recipe.targets:
-    known['teacher'] = ModelTargets(_teacher_hidden(recipe, teacher, batch['tokens'], segment_ids), recipe.teacher.head(teacher.params))
+    known['teacher'] = ModelTargets(
+      _teacher_hidden(recipe, teacher, batch['tokens'], segment_ids), recipe.teacher.head(teacher.params)
+    )
   if 'unigram' in recipe.targets:
     known['unigram'] = UnigramTargets(teacher.unigram_V)
   known = jax.lax.stop_gradient(known)

@@ -27,7 +27,9 @@ def with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, name: str) -> Mode
   if not model.vocab_size:
     return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
   if model.vocab_size < tokenizer.vocab_size:
-    raise UserError(f"{name}.model.vocab_size = {model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} tokens; set it to 0")
+    raise UserError(
+      f"{name}.model.vocab_size = {model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} tokens; set it to 0"
+    )
   return model
 
 
@@ -54,9 +56,15 @@ def check(folder: RunFolder, section: TeacherConfig, tokenizer: Tokenizer) -> No
   """Raises UserError where the folder's model is not the config's, or learned from another tokenizer."""
   there = dataclasses.asdict(model_of(folder).config)
   here = dataclasses.asdict(with_vocabulary(section.model, tokenizer, 'teacher'))
-  different = [f'{name} {there[name]!r} there, {here[name]!r} here' for name in there if name not in FREE and there[name] != here[name]]
+  different = [
+    f'{name} {there[name]!r} there, {here[name]!r} here'
+    for name in there
+    if name not in FREE and there[name] != here[name]
+  ]
   if different:
-    raise UserError(f'teacher.run = {folder.path} is of another architecture: {"; ".join(different)}; set --config.teacher.model.* to match')
+    raise UserError(
+      f'teacher.run = {folder.path} is of another architecture: {"; ".join(different)}; set --config.teacher.model.* to match'
+    )
   known = (folder.identity() or {}).get('fingerprints', {}).get('tokenizer')
   if known != tokenizer.fingerprint:
     raise UserError(

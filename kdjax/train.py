@@ -19,13 +19,14 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import cli, distributed, evaluate, flops, loop, sharding, teachers
+from kdjax import cli, distributed, flops, loop, sharding, teachers
 from kdjax import config as config_lib
 from kdjax.analysis import figures, table
 from kdjax.config import AlphaSchedule, Config, LossConfig, StudentConfig, TeacherConfig
 from kdjax.data.batches import BatchStream, Windows
 from kdjax.data.corpus import Corpus, prepare
 from kdjax.errors import UserError
+from kdjax.evals import job as jobs
 from kdjax.losses import alpha_state
 from kdjax.models import Model, build
 from kdjax.optimizer import adamw, learning_rate
@@ -39,7 +40,9 @@ TARGETS = {'baseline': 'none', 'distilled': 'teacher', 'unigram': 'unigram'}
 
 def main(argv: Sequence[str] | None = None) -> None:
   with cli.user_errors():
-    parser = argparse.ArgumentParser(prog='python -m kdjax.train', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+      prog='python -m kdjax.train', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--workdir', help="the run's folder; default: <runs>/<config>-<hash>")
     distributed.add_arguments(parser)
     config, args = cli.parse(parser, sys.argv[1:] if argv is None else argv)
@@ -63,7 +66,7 @@ def run(config: Config, workdir: pathlib.Path | None = None, progress: bool = Tr
     teacher = ensure_teacher(config, folder, corpus, mesh, progress)
     write_experiment(folder, config, teacher)
     train_students(config, folder, corpus, teacher, mesh, progress)
-    evaluate.evaluate(evaluate.find(folder), corpus, mesh, progress=progress)
+    jobs.evaluate(jobs.find(folder), corpus, mesh, progress=progress)
   if jax.process_index() == 0:
     print(table.write(folder))
     print(f'\nfigure: {figures.write(folder)}')
@@ -78,7 +81,9 @@ def experiment(config: Config) -> dict[str, Any]:
   return kept
 
 
-def run_config(config: Config, section: TeacherConfig | StudentConfig, model: Model, arm: str, teacher: str) -> dict[str, Any]:
+def run_config(
+  config: Config, section: TeacherConfig | StudentConfig, model: Model, arm: str, teacher: str
+) -> dict[str, Any]:
   """What defines one model's training run: the value that run.json keeps and compares.
 
   The baseline's and the teacher's do not depend on the loss's KD part, so that configs which differ there share them.
@@ -99,7 +104,9 @@ def run_config(config: Config, section: TeacherConfig | StudentConfig, model: Mo
   }
 
 
-def ensure_teacher(config: Config, folder: pathlib.Path, corpus: Corpus, mesh: Mesh, progress: bool = True) -> RunFolder | None:
+def ensure_teacher(
+  config: Config, folder: pathlib.Path, corpus: Corpus, mesh: Mesh, progress: bool = True
+) -> RunFolder | None:
   """The teacher's run folder, trained now if it is not there. None where no arm learns from a model."""
   section = config.teacher
   if 'distilled' not in config.student.arms:
@@ -111,12 +118,20 @@ def ensure_teacher(config: Config, folder: pathlib.Path, corpus: Corpus, mesh: M
   model = build(teachers.with_vocabulary(section.model, corpus.tokenizer, 'teacher'))
   identity = run_config(config, section, model, 'teacher', '')
   teacher = teachers.folder_of(config.runs, f'{config.name}-{config.scale}', config_lib.fingerprint(identity))
-  loop.fit(_cohort(config, 'teacher', corpus, model, mesh, [_member(config, section, teacher, identity)], progress=progress), mesh)
+  loop.fit(
+    _cohort(config, 'teacher', corpus, model, mesh, [_member(config, section, teacher, identity)], progress=progress),
+    mesh,
+  )
   return teacher
 
 
 def train_students(
-  config: Config, folder: pathlib.Path, corpus: Corpus, teacher_folder: RunFolder | None, mesh: Mesh, progress: bool = True
+  config: Config,
+  folder: pathlib.Path,
+  corpus: Corpus,
+  teacher_folder: RunFolder | None,
+  mesh: Mesh,
+  progress: bool = True,
 ) -> None:
   """Trains the students, one an arm, side by side on the same batches."""
   section = config.student
@@ -140,7 +155,9 @@ def train_students(
     _member(config, section, run_folder, run_config(config, section, model, run_folder.name, name))
     for run_folder in student_folders(config, folder)
   ]
-  loop.fit(_cohort(config, 'student', corpus, model, mesh, members, teacher_model, teacher, fingerprints, progress), mesh)
+  loop.fit(
+    _cohort(config, 'student', corpus, model, mesh, members, teacher_model, teacher, fingerprints, progress), mesh
+  )
 
 
 def student_folders(config: Config, folder: pathlib.Path) -> list[RunFolder]:
@@ -170,7 +187,9 @@ def _resolved(config: Config, folder: pathlib.Path) -> dict[str, Any]:
   return config_lib.as_dict(config) | {'runs': os.path.relpath(config.runs, folder)}
 
 
-def _member(config: Config, section: TeacherConfig | StudentConfig, folder: RunFolder, identity: dict[str, Any]) -> loop.Member:
+def _member(
+  config: Config, section: TeacherConfig | StudentConfig, folder: RunFolder, identity: dict[str, Any]
+) -> loop.Member:
   schedule = AlphaSchedule(**identity['alpha_schedule'])
   alpha = alpha_state(identity['alpha'], schedule, config_lib.n_steps(section, config.data))
   notes = {'resolved': _resolved(config, folder.path), 'versions': versions(), 'git': git_commit()}

@@ -6,7 +6,7 @@ import pathlib
 import matplotlib.figure
 import numpy as np
 
-from kdjax import evaluate
+from kdjax.evals import job as jobs
 from kdjax.analysis import table
 from kdjax.metrics import read_metrics
 
@@ -16,7 +16,7 @@ SMOOTHING = 40  # points of a loss curve after averaging
 
 def write(folder: pathlib.Path) -> pathlib.Path:
   """run.png in the experiment's folder, from its metrics and results alone."""
-  job = evaluate.find(folder)
+  job = jobs.find(folder)
   students = [run for run in job.runs if not job.teacher or run.path != job.teacher.path]
   curves = {run.name: read_metrics(run.path) for run in students}
   figure = matplotlib.figure.Figure(figsize=(14, 4.4), layout='constrained')
@@ -72,11 +72,23 @@ def _forest(axes, cells) -> None:
       error = [[interval.estimate - interval.low], [interval.high - interval.estimate]]
       label = f'{arm}, {"T = 1" if marker == "o" else "fitted T"}' if row == 0 else None
       face = COLOURS.get(arm) if marker == 'o' else 'white'
-      axes.errorbar(interval.estimate, y, xerr=error, fmt=marker, markersize=4, capsize=2, color=COLOURS.get(arm), mfc=face, label=label)
+      axes.errorbar(
+        interval.estimate,
+        y,
+        xerr=error,
+        fmt=marker,
+        markersize=4,
+        capsize=2,
+        color=COLOURS.get(arm),
+        mfc=face,
+        label=label,
+      )
   axes.axvline(0, color=COLOURS['baseline'], linewidth=1)
   axes.set_yticks(range(len(names)), names)
   axes.invert_yaxis()
-  axes.set(title='Test sets: difference to the baseline', xlabel='bits per byte (left of 0: better), 95% over documents')
+  axes.set(
+    title='Test sets: difference to the baseline', xlabel='bits per byte (left of 0: better), 95% over documents'
+  )
   if names:
     axes.legend(frameon=False, fontsize=8, loc='best')
   axes.grid(alpha=0.25, axis='x')

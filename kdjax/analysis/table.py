@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pandas as pd
 
-from kdjax import evaluate
+from kdjax.evals import job as jobs
 from kdjax.analysis.statistics import Interval, mean_interval, performance_gap_recovered, ratio_interval
 from kdjax.checkpoint import Checkpoints
 from kdjax.errors import UserError
@@ -43,7 +43,7 @@ Cells = dict[str, dict[str, Cell]]  # arm -> set -> cell
 
 def write(folder: pathlib.Path) -> str:
   """The table as text; also kept as table.txt and, for machines, results.csv in the folder."""
-  job = evaluate.find(folder)
+  job = jobs.find(folder)
   cells = load(job)
   text = format_all(folder, job, cells)
   (folder / 'table.txt').write_text(text + '\n')
@@ -51,7 +51,7 @@ def write(folder: pathlib.Path) -> str:
   return text
 
 
-def load(job: evaluate.Job) -> Cells:
+def load(job: jobs.Job) -> Cells:
   """The cells of each run's newest scored checkpoint. Raises UserError where runs are missing or must not be compared."""
   cells: Cells = {}
   for run in job.runs:
@@ -77,9 +77,13 @@ def check_comparable(runs: list[RunFolder]) -> None:
 
 def difference(cell: Cell, baseline: Cell, column: str = 'nll') -> Interval:
   """Bits per byte of `cell` less those of `baseline`, paired by document; negative is better."""
-  pair = cell.documents[['doc', 'bytes', column]].merge(baseline.documents[['doc', column]], on='doc', validate='one_to_one')
+  pair = cell.documents[['doc', 'bytes', column]].merge(
+    baseline.documents[['doc', column]], on='doc', validate='one_to_one'
+  )
   if len(pair) != len(cell.documents) or len(pair) != len(baseline.documents):
-    raise UserError(f'set {cell.meta["set"]}: {cell.meta["arm"]} and {baseline.meta["arm"]} were scored on other documents')
+    raise UserError(
+      f'set {cell.meta["set"]}: {cell.meta["arm"]} and {baseline.meta["arm"]} were scored on other documents'
+    )
   return ratio_interval((pair[f'{column}_x'] - pair[f'{column}_y']) / LN2, pair['bytes'])
 
 
@@ -90,7 +94,7 @@ def differences(cells: Cells, column: str = 'nll') -> dict[str, dict[str, Interv
     if arm in (BASELINE, 'teacher') or BASELINE not in cells:
       continue
     sets = {name: difference(cells[arm][name], cells[BASELINE][name], column) for name in cells[BASELINE]}
-    ood = [interval for name, interval in sets.items() if name != evaluate.IN_DOMAIN]
+    ood = [interval for name, interval in sets.items() if name != jobs.IN_DOMAIN]
     out[arm] = sets | ({OOD_MEAN: mean_interval(ood)} if ood else {})
   return out
 
@@ -120,9 +124,15 @@ def as_frame(cells: Cells) -> pd.DataFrame:
   )
 
 
-def format_all(folder: pathlib.Path, job: evaluate.Job, cells: Cells) -> str:
+def format_all(folder: pathlib.Path, job: jobs.Job, cells: Cells) -> str:
   sets = _ordered_sets(cells)
-  parts = [f'{job.config.name} (scale={job.config.scale}): {folder}', '', _quality(cells, sets), '', _legend(job, cells, sets)]
+  parts = [
+    f'{job.config.name} (scale={job.config.scale}): {folder}',
+    '',
+    _quality(cells, sets),
+    '',
+    _legend(job, cells, sets),
+  ]
   if BASELINE in cells:
     parts += ['', _differences_table(cells, sets)]
   parts += ['', _facts(job, cells)]
@@ -138,15 +148,18 @@ def _quality(cells: Cells, sets: list[str]) -> str:
       cell = scored[name]
       fitted = f'{cell.bits_per_byte("nll_fitted"):.3f} (T* {cell.meta["temperature"]:.2f})'
       row.append(f'{cell.perplexity:.1f} | {cell.bits_per_byte():.3f} | {fitted}')
-    home = scored.get(evaluate.IN_DOMAIN)
+    home = scored.get(jobs.IN_DOMAIN)
     row += [f'{home.mean("correct"):.3f}', f'{home.meta["ece"]:.3f}'] if home else ['', '']
     rows.append(row)
   return _align(rows)
 
 
-def _legend(job: evaluate.Job, cells: Cells, sets: list[str]) -> str:
+def _legend(job: jobs.Job, cells: Cells, sets: list[str]) -> str:
   first = next(iter(cells.values()))
-  counts = ', '.join(f'{name} {len(first[name].documents)} documents / {first[name].documents["bytes"].sum() / 1e3:.0f} kB' for name in sets)
+  counts = ', '.join(
+    f'{name} {len(first[name].documents)} documents / {first[name].documents["bytes"].sum() / 1e3:.0f} kB'
+    for name in sets
+  )
   windows = first[sets[0]].meta['windows']
   return (
     'ppl: perplexity per token; b/B: bits per byte; T*: the evaluation temperature fitted for that model and set on documents of the set\n'
@@ -164,16 +177,24 @@ def _differences_table(cells: Cells, sets: list[str]) -> str:
       rows.append([f'{arm}{label}'] + [_interval(found[arm][name]) for name in columns])
     cell = lambda name, arm=arm: 100 * (cells[arm][name].perplexity / cells[BASELINE][name].perplexity - 1)
     rows.append([f'{arm}, perplexity'] + [f'{cell(name):+.1f}%' for name in sets] + [''] * (len(columns) - len(sets)))
-  out = [_align(rows), 'Paired by document; negative is better; 95% intervals over documents. One seed: seed variance not included.']
+  out = [
+    _align(rows),
+    'Paired by document; negative is better; 95% intervals over documents. One seed: seed variance not included.',
+  ]
   if 'teacher' in cells and 'distilled' in cells:
     loss = lambda arm, name: cells[arm][name].bits_per_byte()
-    gaps = {name: performance_gap_recovered(loss('teacher', name), loss('distilled', name), loss(BASELINE, name)) for name in sets}
+    gaps = {
+      name: performance_gap_recovered(loss('teacher', name), loss('distilled', name), loss(BASELINE, name))
+      for name in sets
+    }
     shown = ', '.join(f'{name} {gap:.2f}' if math.isfinite(gap) else f'{name} undefined' for name, gap in gaps.items())
-    out.append(f'PGR of the distilled student (0: its teacher, 1: the LM-only baseline; undefined where the teacher is not the weaker): {shown}')
+    out.append(
+      f'PGR of the distilled student (0: its teacher, 1: the LM-only baseline; undefined where the teacher is not the weaker): {shown}'
+    )
   return '\n'.join(out)
 
 
-def _facts(job: evaluate.Job, cells: Cells) -> str:
+def _facts(job: jobs.Job, cells: Cells) -> str:
   """Tokens, epochs, parameters and the yardstick, from the runs' own records."""
   lines = []
   for run in job.runs:
@@ -186,15 +207,21 @@ def _facts(job: evaluate.Job, cells: Cells) -> str:
       )
   corpus = next((facts for run in job.runs if (facts := (run.identity() or {}).get('facts'))), None)
   if corpus:
-    best = min(sets[evaluate.IN_DOMAIN].bits_per_byte() for arm, sets in cells.items() if arm != 'teacher')
-    verdict = 'the best student beats it' if best < corpus['xz9_bits_per_byte'] else 'no student beats it: they are too small or saw too little'
-    lines.append(f'xz -9 on the in-domain test text: {corpus["xz9_bits_per_byte"]:.3f} bits per byte; {verdict} ({best:.3f})')
+    best = min(sets[jobs.IN_DOMAIN].bits_per_byte() for arm, sets in cells.items() if arm != 'teacher')
+    verdict = (
+      'the best student beats it'
+      if best < corpus['xz9_bits_per_byte']
+      else 'no student beats it: they are too small or saw too little'
+    )
+    lines.append(
+      f'xz -9 on the in-domain test text: {corpus["xz9_bits_per_byte"]:.3f} bits per byte; {verdict} ({best:.3f})'
+    )
   return '\n'.join(lines)
 
 
 def _ordered_sets(cells: Cells) -> list[str]:
   names = set.intersection(*(set(scored) for scored in cells.values()))
-  return [evaluate.IN_DOMAIN] * (evaluate.IN_DOMAIN in names) + sorted(names - {evaluate.IN_DOMAIN})
+  return [jobs.IN_DOMAIN] * (jobs.IN_DOMAIN in names) + sorted(names - {jobs.IN_DOMAIN})
 
 
 def _interval(interval: Interval) -> str:

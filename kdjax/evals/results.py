@@ -27,7 +27,9 @@ def write(file: pathlib.Path, table: pd.DataFrame, meta: dict[str, Any]) -> None
     os.replace(temporary, file)
   except OSError as e:
     temporary.unlink(missing_ok=True)
-    raise UserError(f'{file}: results could not be written ({e}); free some disk space and run the eval job again') from None
+    raise UserError(
+      f'{file}: results could not be written ({e}); free some disk space and run the eval job again'
+    ) from None
 
 
 def read(file: pathlib.Path) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -37,4 +39,3 @@ def read(file: pathlib.Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     return arrow.to_pandas(), json.loads(arrow.schema.metadata[b'kdjax'])
   except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as e:
     raise UserError(f'{file} is damaged ({str(e).splitlines()[0]}); delete it and run the eval job again') from None
-

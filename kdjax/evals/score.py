@@ -20,7 +20,13 @@ from kdjax.models import Model
 
 BINS = 15  # of confidence, for the expected calibration error
 TEMPERATURES = tuple(float(t) for t in np.geomspace(0.7, 2.0, 12))
-SUMS = {'ce': 'nll', 'student_entropy': 'entropy', 'correct': 'correct', 'kd': 'kl_to_teacher', 'agreement': 'agreement'}
+SUMS = {
+  'ce': 'nll',
+  'student_entropy': 'entropy',
+  'correct': 'correct',
+  'kd': 'kl_to_teacher',
+  'agreement': 'agreement',
+}
 
 
 class Scored(NamedTuple):
@@ -31,7 +37,14 @@ class Scored(NamedTuple):
 
 
 def score(
-  student: Scored, teacher: Scored | None, store: TokenStore, temperatures, window: int, stride: int, batch_size: int, mesh: Mesh,
+  student: Scored,
+  teacher: Scored | None,
+  store: TokenStore,
+  temperatures,
+  window: int,
+  stride: int,
+  batch_size: int,
+  mesh: Mesh,
   progress: Progress | None = None,
 ) -> pd.DataFrame:
   """One row a document: bytes, tokens and sums over its tokens in nats.
@@ -78,7 +91,12 @@ def _token_values(models, params, teacher_params, batch, temperatures_K):
   if teacher is not None:
     targets = ModelTargets(teacher.hidden(teacher_params, tokens_RxL), teacher.head(teacher_params))
   values = token_losses(
-    student.hidden(params, tokens_RxL), student.head(params), labels_RxL, temperatures_K, targets, vocab_size=student.config.vocab_size
+    student.hidden(params, tokens_RxL),
+    student.head(params),
+    labels_RxL,
+    temperatures_K,
+    targets,
+    vocab_size=student.config.vocab_size,
   )
   if sharding.mesh_in_use() is not None:
     values = jax.lax.with_sharding_constraint(values, P())
@@ -109,5 +127,7 @@ def _add(sums: dict[str, np.ndarray], values: dict[str, np.ndarray], batch: wind
 
 def expected_calibration_error(table: pd.DataFrame) -> float:
   """Mean |accuracy - confidence| over the bins, weighted by their tokens."""
-  count, confidence, correct = (np.stack(table[f'bin_{c}'].to_list()).sum(0) for c in ('count', 'confidence', 'correct'))
+  count, confidence, correct = (
+    np.stack(table[f'bin_{c}'].to_list()).sum(0) for c in ('count', 'confidence', 'correct')
+  )
   return float(np.abs(correct - confidence).sum() / count.sum())

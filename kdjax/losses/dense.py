@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from kdjax.config import LossConfig
 
 
-def dense_loss(student_BxTxV, labels_BxT, weights_BxT, alpha=0.0, teacher_BxTxV=None, *, loss: LossConfig = LossConfig()):
+def dense_loss(
+  student_BxTxV, labels_BxT, weights_BxT, alpha=0.0, teacher_BxTxV=None, *, loss: LossConfig = LossConfig()
+):
   """Weighted sum of the mixed loss over tokens.
 
   Args:

@@ -37,5 +37,7 @@ def alpha_at(state: AlphaState, step, lr_fraction) -> jax.Array:
       "WSD-alpha with WSD-LR" is this with final = 0 and a WSD schedule).
   """
   done = jnp.clip((step - state.begin) / jnp.maximum(state.end - state.begin, 1e-9), 0.0, 1.0)
-  left = jnp.stack([jnp.ones_like(done), 1 - done, (1 + jnp.cos(math.pi * done)) / 2, jnp.asarray(lr_fraction, jnp.float32)])
+  left = jnp.stack(
+    [jnp.ones_like(done), 1 - done, (1 + jnp.cos(math.pi * done)) / 2, jnp.asarray(lr_fraction, jnp.float32)]
+  )
   return state.final + (state.start - state.final) * left[state.kind.astype(jnp.int32)]
