@@ -64,7 +64,9 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps on disk, oldest first. From the folder's names: Orbax's own listing fails while another thread deletes an old step."""
-    return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit()) if self.folder.exists() else []
+    return (
+      sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit()) if self.folder.exists() else []
+    )
 
   def save(self, step: int, state: TrainState, fingerprints: dict[str, str]) -> None:
     """Starts a save; the device arrays may be donated once this returns. Overwrites a damaged checkpoint of the same step."""

@@ -142,8 +142,8 @@ class DataConfig:
   tokenizer: str = 'bpe'  # bpe (trained on the training split) | bytes | the path of a `tokenizers` JSON file
   vocab_size: int = 2048  # of the bpe that is trained
   separator: str = ''  # token that starts each document; '': guessed from the tokenizer's own names
-  validation_fraction: float = 0.1
-  test_fraction: float = 0.1
+  validation_fraction: float = 0.08
+  test_fraction: float = 0.16
   split_seed: int = 0
   seq_len: int = 128
   mask_documents: bool = True
@@ -166,7 +166,10 @@ class EvalConfig:
   )
   ood_text_field: str = 'text'
   ood_validation_fraction: float = 0.25  # of a set's documents: where its evaluation temperature is fitted
-  max_bytes: int = 400_000  # of a set; whole documents; 0: all
+  max_bytes: int = 400_000  # of a set; 0: all
+  max_document_bytes: int = (
+    0  # a longer document is cut to its first so many bytes: more documents for the same work; 0: never
+  )
   window: int = 0  # tokens of context; 0: data.seq_len
   stride: int = 0  # tokens scored by a window after the first; 0: half the window
   batch_size: int = 32

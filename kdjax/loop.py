@@ -269,7 +269,7 @@ class _Report:
         if validation is not None and i == n - 1:
           values['validation_ce'] = float(validation[k])
         writer.write(first + i + 1, values)
-    names = [m.folder.name for m in self._cohort.members]
+    names = [m.config['arm'] for m in self._cohort.members]
     losses = {f'{name} ce': f'{m["ce"][n - 1]:.3f}' for name, m in zip(names, metrics, strict=True)}
     kd = {f'{name} kd': f'{m["kd"][n - 1]:.3f}' for name, m in zip(names, metrics, strict=True) if 'kd' in m}
     tokens = {'tok/s': f'{rates["tokens_per_second"]:,.0f}'} if 'tokens_per_second' in rates else {}

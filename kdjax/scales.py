@@ -55,7 +55,8 @@ def _laptop(config: ml_collections.ConfigDict) -> None:
     section.tokens = 1_024_000
     section.optimizer.learning_rate = 3e-3
   config.steps_per_call = 10
-  config.eval.max_bytes = 400_000
+  config.eval.max_document_bytes = 10_000
+  config.eval.max_bytes = 300_000
 
 
 def _colab(config: ml_collections.ConfigDict) -> None:
@@ -67,7 +68,8 @@ def _colab(config: ml_collections.ConfigDict) -> None:
     section.tokens = 16_384_000
     section.optimizer.learning_rate = 1e-3
   config.steps_per_call = 10
-  config.eval.max_bytes = 0
+  config.eval.max_document_bytes = 20_000
+  config.eval.max_bytes = 1_000_000
 
 
 def _paper(config: ml_collections.ConfigDict) -> None:

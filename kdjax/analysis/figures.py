@@ -52,10 +52,8 @@ def _validation(axes, curves) -> None:
     if base:
       ce = np.asarray([value - base[step] for step, value in zip(steps, ce, strict=True)])
     axes.plot(steps, ce, marker='o', markersize=3, label=arm, color=COLOURS.get(arm))
-  what = 'less the baseline' if base else 'nats per token'
+  what = 'less the baseline’s, nats per token\n(below 0: better)' if base else 'nats per token'
   axes.set(title='In-domain validation during training', xlabel='optimizer step', ylabel=f'cross-entropy, {what}')
-  if base:
-    axes.set_ylabel('cross-entropy less the baseline’s, nats per token\n(below 0: better)')
   axes.grid(alpha=0.25)
 
 
@@ -64,7 +62,7 @@ def _forest(axes, cells) -> None:
   names: list[str] = []
   offsets = [(arm, found, marker) for arm in plain for found, marker in ((plain, 'o'), (fitted, 'D'))]
   for arm, found, marker in offsets:
-    names = list(found[arm])
+    names = sorted(found[arm], key=lambda name: (name != jobs.IN_DOMAIN, name == table.OOD_MEAN, name))
     slot = offsets.index((arm, found, marker))
     for row, name in enumerate(names):
       interval = found[arm][name]

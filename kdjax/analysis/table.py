@@ -140,18 +140,20 @@ def format_all(folder: pathlib.Path, job: jobs.Job, cells: Cells) -> str:
 
 
 def _quality(cells: Cells, sets: list[str]) -> str:
-  header = ['model'] + [f'{name}: ppl | b/B | b/B at T*' for name in sets] + ['top-1', 'ECE']
-  rows = [header]
+  """Bits per byte and perplexity as trained, then bits per byte at each model's fitted temperature."""
+  plain = [['bits/byte (perplexity)', *sets, 'top-1', 'ECE']]
+  fitted = [['bits/byte at fitted T (T)', *sets]]
   for arm, scored in cells.items():
-    row = [arm]
-    for name in sets:
-      cell = scored[name]
-      fitted = f'{cell.bits_per_byte("nll_fitted"):.3f} (T* {cell.meta["temperature"]:.2f})'
-      row.append(f'{cell.perplexity:.1f} | {cell.bits_per_byte():.3f} | {fitted}')
-    home = scored.get(jobs.IN_DOMAIN)
-    row += [f'{home.mean("correct"):.3f}', f'{home.meta["ece"]:.3f}'] if home else ['', '']
-    rows.append(row)
-  return _align(rows)
+    home = scored[jobs.IN_DOMAIN]
+    plain.append([arm, *(f'{scored[name].bits_per_byte():.3f} ({scored[name].perplexity:.1f})' for name in sets)])
+    plain[-1] += [f'{home.mean("correct"):.3f}', f'{home.meta["ece"]:.3f}']
+    fitted.append(
+      [
+        arm,
+        *(f'{scored[name].bits_per_byte("nll_fitted"):.3f} ({scored[name].meta["temperature"]:.2f})' for name in sets),
+      ]
+    )
+  return f'{_align(plain)}\n\n{_align(fitted)}'
 
 
 def _legend(job: jobs.Job, cells: Cells, sets: list[str]) -> str:
@@ -162,18 +164,18 @@ def _legend(job: jobs.Job, cells: Cells, sets: list[str]) -> str:
   )
   windows = first[sets[0]].meta['windows']
   return (
-    'ppl: perplexity per token; b/B: bits per byte; T*: the evaluation temperature fitted for that model and set on documents of the set\n'
-    'that are not scored; top-1 (accuracy) and ECE (expected calibration error, 15 bins): in-domain. unigram: the control whose teacher\n'
-    f"is no model but the training tokens' frequencies. {counts}; {windows}."
+    'Perplexity per token; top-1 accuracy and ECE (expected calibration error, 15 bins) in-domain. Fitted T: the evaluation temperature\n'
+    'of that model and set, fitted on documents of the set that are not scored. unigram: a control whose teacher is no model but the\n'
+    f"training tokens' frequencies. Scored: {counts}; {windows}."
   )
 
 
 def _differences_table(cells: Cells, sets: list[str]) -> str:
   plain, fitted = differences(cells), differences(cells, 'nll_fitted')
   columns = sets + ([OOD_MEAN] if len(sets) > 1 else [])
-  rows = [['against the baseline, b/B'] + columns]
+  rows = [['bits/byte less the baseline'] + columns]
   for arm in plain:
-    for label, found in (('', plain), (' at T*', fitted)):
+    for label, found in (('', plain), (' at fitted T', fitted)):
       rows.append([f'{arm}{label}'] + [_interval(found[arm][name]) for name in columns])
     cell = lambda name, arm=arm: 100 * (cells[arm][name].perplexity / cells[BASELINE][name].perplexity - 1)
     rows.append([f'{arm}, perplexity'] + [f'{cell(name):+.1f}%' for name in sets] + [''] * (len(columns) - len(sets)))

@@ -38,7 +38,7 @@ _META = 'corpus.json'
 _GROUP_BYTES = 1 << 22  # of text that is tokenised at once, on all cores
 # What a corpus is made from. The other fields say how it is read, and one corpus serves all their values.
 _DATA_FIELDS = ('source', 'text_field', 'separator', 'validation_fraction', 'test_fraction', 'split_seed')
-_EVAL_FIELDS = ('ood', 'ood_text_field', 'ood_validation_fraction', 'max_bytes')
+_EVAL_FIELDS = ('ood', 'ood_text_field', 'ood_validation_fraction', 'max_bytes', 'max_document_bytes')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +173,7 @@ class _Plan:
   text_field: str
   splits: dict[str, dict[str, int]]
   counts: dict[str, int]
+  max_document_bytes: int = 0  # of the documents that are not for training
 
 
 def _plan_splits(data: DataConfig, evals: EvalConfig, progress: bool) -> _Plan:
@@ -180,21 +181,22 @@ def _plan_splits(data: DataConfig, evals: EvalConfig, progress: bool) -> _Plan:
   shares = {'test': data.test_fraction, 'validation': data.validation_fraction}
   splits = _split(found, shares, 'train', data.split_seed)
   for split in ('validation', 'test'):
-    splits[split] = _cap(splits[split], evals.max_bytes)
+    splits[split] = _cap(splits[split], evals)
   for split in SPLITS:
     if not splits[split]:
       raise UserError(
         f'the {split} split of data.source {data.source!r} is empty ({len(found)} distinct documents); '
         'give more documents, or change data.validation_fraction, data.test_fraction or data.split_seed'
       )
-  return _Plan(data.source, data.text_field, splits, counts | {f'{s}_documents': len(splits[s]) for s in SPLITS})
+  counts |= {f'{split}_documents': len(splits[split]) for split in SPLITS}
+  return _Plan(data.source, data.text_field, splits, counts, evals.max_document_bytes)
 
 
 def _plan_ood(name: str, source: str, evals: EvalConfig, seed: int, train_ids: frozenset[str], progress: bool) -> _Plan:
   found, counts = _scan(source, evals.ood_text_field, progress)
   distinct = {doc: n for doc, n in found.items() if doc not in train_ids}
   splits = _split(distinct, {'validation': evals.ood_validation_fraction}, 'test', seed)
-  splits = {split: _cap(docs, evals.max_bytes) for split, docs in splits.items()}
+  splits = {split: _cap(docs, evals) for split, docs in splits.items()}
   for split, docs in splits.items():
     if not docs:
       raise UserError(
@@ -203,7 +205,7 @@ def _plan_ood(name: str, source: str, evals: EvalConfig, seed: int, train_ids: f
         'give more documents, or change eval.ood_validation_fraction or data.split_seed'
       )
   counts |= {'in_training_split': len(found) - len(distinct), **{f'{s}_documents': len(d) for s, d in splits.items()}}
-  return _Plan(source, evals.ood_text_field, splits, counts)
+  return _Plan(source, evals.ood_text_field, splits, counts, evals.max_document_bytes)
 
 
 def _scan(source: str, text_field: str, progress: bool) -> tuple[dict[str, int], dict[str, int]]:
@@ -237,16 +239,22 @@ def _split(found: dict[str, int], shares: dict[str, float], rest: str, seed: int
   return splits
 
 
-def _cap(docs: dict[str, int], max_bytes: int) -> dict[str, int]:
-  """The first whole documents that fit into `max_bytes` (0: all), and at least one."""
+def _cap(docs: dict[str, int], evals: EvalConfig) -> dict[str, int]:
+  """The first documents that fit into `max_bytes` (0: all), each cut to `max_document_bytes`, and at least one."""
   kept: dict[str, int] = {}
   total = 0
   for doc, n_bytes in docs.items():
+    n_bytes = min(n_bytes, evals.max_document_bytes or n_bytes)
     total += n_bytes
-    if kept and max_bytes and total > max_bytes:
+    if kept and evals.max_bytes and total > evals.max_bytes:
       break
     kept[doc] = n_bytes
   return kept
+
+
+def _cut(text: str, max_bytes: int) -> str:
+  """The text's first `max_bytes` bytes (0: all), less a character that would be cut in two."""
+  return text.encode()[:max_bytes].decode(errors='ignore') if max_bytes else text
 
 
 def _make_tokenizer(data: DataConfig, plan: _Plan) -> Tokenizer:
@@ -265,8 +273,12 @@ def _write_splits(folder: pathlib.Path, plan: _Plan, tokenizer: Tokenizer, progr
   dtype = token_dtype(tokenizer.vocab_size)
   tokens: dict[str, np.ndarray] = {}
   texts: dict[str, str] = {}
+  n_bytes: dict[str, int] = {}
+  train = plan.splits.get('train', {})
   with _bar(f'tokenising {plan.source}', progress, sum(wanted.values())) as bar:
     for group in _groups(plan, dict(wanted)):
+      group = {doc: text if doc in train else _cut(text, plan.max_document_bytes) for doc, text in group.items()}
+      n_bytes |= {doc: len(text.encode()) for doc, text in group.items()}
       for doc, ids in zip(group, tokenizer.encode_batch(list(group.values())), strict=True):
         tokens[doc] = ids.astype(dtype)
       texts |= {doc: text for doc, text in group.items() if doc in plan.splits['test']}
@@ -274,7 +286,7 @@ def _write_splits(folder: pathlib.Path, plan: _Plan, tokenizer: Tokenizer, progr
   if len(tokens) < len(wanted):
     raise UserError(f'data source {plan.source!r} changed while it was read; run again when nothing writes to it')
   for split, docs in plan.splits.items():
-    stored = ((doc, n_bytes, tokens[doc]) for doc, n_bytes in docs.items())
+    stored = ((doc, n_bytes[doc], tokens[doc]) for doc in docs)
     write_store(folder / split, stored, tokenizer, {'source': plan.source, 'split': split, 'counts': plan.counts})
   return [texts[doc] for doc in plan.splits['test']]
 

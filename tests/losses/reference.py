@@ -60,7 +60,8 @@ def token(student_V, label, alpha, teacher_V, loss):
 def total(student_BxTxV, labels_BxT, weights_BxT, alpha, teacher_BxTxV, loss):
   """The weighted sum over tokens."""
   return sum(
-    weights_BxT[i] * token(student_BxTxV[i], labels_BxT[i], alpha, None if teacher_BxTxV is None else teacher_BxTxV[i], loss)
+    weights_BxT[i]
+    * token(student_BxTxV[i], labels_BxT[i], alpha, None if teacher_BxTxV is None else teacher_BxTxV[i], loss)
     for i in np.ndindex(labels_BxT.shape)
     if weights_BxT[i]
   )
@@ -105,4 +106,6 @@ def assert_same_bits(left, right):
   assert jax.tree.structure(left) == jax.tree.structure(right)
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True):
     x, y = np.asarray(x), np.asarray(y)
-    assert x.dtype == y.dtype and x.tobytes() == y.tobytes(), f'{jax.tree_util.keystr(path)} differs by {np.abs(x - y).max()}'
+    assert x.dtype == y.dtype and x.tobytes() == y.tobytes(), (
+      f'{jax.tree_util.keystr(path)} differs by {np.abs(x - y).max()}'
+    )

@@ -38,9 +38,9 @@ def test_value_and_gradient_follow_the_formula_in_float64(loss):
   step = 1e-5
   for alpha in (0.3, 1.0):
     with jax.enable_x64(True):
-      (value, sums), grad = jax.value_and_grad(lambda s: dense_loss(s, labels, weights, alpha, teacher_BxTxV, loss=loss), has_aux=True)(
-        jnp.asarray(student_BxTxV)
-      )
+      (value, sums), grad = jax.value_and_grad(
+        lambda s: dense_loss(s, labels, weights, alpha, teacher_BxTxV, loss=loss), has_aux=True
+      )(jnp.asarray(student_BxTxV))
       assert value.dtype == grad.dtype == jnp.float64
       value, grad, sums = jax.device_get((value, grad, sums))
     exact = lambda s: reference.total(s, labels, weights, alpha, teacher_BxTxV, loss)
@@ -88,10 +88,12 @@ def test_the_gradient_is_finite_where_truncation_keeps_every_token(rest):
   student = jnp.asarray(logits()[0], jnp.float32)
   teacher = jnp.zeros_like(student)  # all tie, so all stay
   loss = LossConfig(teacher_top_k=2, rest=rest)
-  value, grad = jax.value_and_grad(lambda s: dense_loss(s, jnp.zeros((2, 3), int), jnp.full((2, 3), 1 / 6), 1.0, teacher, loss=loss)[0])(
-    student
-  )
-  full, full_grad = jax.value_and_grad(lambda s: dense_loss(s, jnp.zeros((2, 3), int), jnp.full((2, 3), 1 / 6), 1.0, teacher)[0])(student)
+  value, grad = jax.value_and_grad(
+    lambda s: dense_loss(s, jnp.zeros((2, 3), int), jnp.full((2, 3), 1 / 6), 1.0, teacher, loss=loss)[0]
+  )(student)
+  full, full_grad = jax.value_and_grad(
+    lambda s: dense_loss(s, jnp.zeros((2, 3), int), jnp.full((2, 3), 1 / 6), 1.0, teacher)[0]
+  )(student)
   np.testing.assert_allclose(value, full, rtol=1e-6)
   np.testing.assert_allclose(grad, full_grad, atol=1e-7)
 
@@ -99,12 +101,19 @@ def test_the_gradient_is_finite_where_truncation_keeps_every_token(rest):
 def test_the_sums_are_those_of_entropies_and_agreement():
   student_BxTxV, teacher_BxTxV, labels, weights = logits()
   _, sums = dense_loss(jnp.asarray(student_BxTxV), labels, weights, 0.4, jnp.asarray(teacher_BxTxV))
-  entropy = lambda z: sum(w * -np.sum(np.exp(reference.log_softmax(r)) * reference.log_softmax(r)) for w, r in zip(weights.ravel(), z.reshape(-1, 9)))
+  entropy = lambda z: sum(
+    w * -np.sum(np.exp(reference.log_softmax(r)) * reference.log_softmax(r))
+    for w, r in zip(weights.ravel(), z.reshape(-1, 9))
+  )
   np.testing.assert_allclose(sums['student_entropy'], entropy(student_BxTxV), rtol=1e-5)
   np.testing.assert_allclose(sums['teacher_entropy'], entropy(teacher_BxTxV), rtol=1e-5)
-  np.testing.assert_allclose(sums['agreement'], np.sum(weights * (student_BxTxV.argmax(-1) == teacher_BxTxV.argmax(-1))), rtol=1e-6)
+  np.testing.assert_allclose(
+    sums['agreement'], np.sum(weights * (student_BxTxV.argmax(-1) == teacher_BxTxV.argmax(-1))), rtol=1e-6
+  )
 
 
 def test_top_k_is_a_count_or_a_share_of_the_vocabulary():
-  counts = {k: top_k_count(dataclasses.replace(LossConfig(), teacher_top_k=k), 50) for k in (0, 1, 3, 80, 0.1, 0.001, 0.99)}
+  counts = {
+    k: top_k_count(dataclasses.replace(LossConfig(), teacher_top_k=k), 50) for k in (0, 1, 3, 80, 0.1, 0.001, 0.99)
+  }
   assert counts == {0: 50, 1: 1, 3: 3, 80: 50, 0.1: 5, 0.001: 1, 0.99: 50}

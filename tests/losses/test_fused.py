@@ -7,7 +7,16 @@ import pytest
 
 from kdjax.config import LossConfig
 from kdjax.errors import UserError
-from kdjax.losses import LogitTargets, ModelTargets, Student, UnigramTargets, dense_loss, fused_loss, fused_losses, token_losses
+from kdjax.losses import (
+  LogitTargets,
+  ModelTargets,
+  Student,
+  UnigramTargets,
+  dense_loss,
+  fused_loss,
+  fused_losses,
+  token_losses,
+)
 from kdjax.losses.fused import chunk_tokens
 from tests.losses import reference
 from tests.losses.reference import ALPHAS, assert_close, assert_same_bits, f64, masks, problem, relative_error
@@ -51,7 +60,9 @@ def targets_of(kind, xt, wt):
   """(targets, their logits [B, T, V] in NumPy float64)."""
   if kind == 'unigram':
     log_probs_V = jax.nn.log_softmax(3 * wt[0])
-    return UnigramTargets(log_probs_V), np.broadcast_to(np.asarray(log_probs_V, np.float64), (*xt.shape[:2], wt.shape[1]))
+    return UnigramTargets(log_probs_V), np.broadcast_to(
+      np.asarray(log_probs_V, np.float64), (*xt.shape[:2], wt.shape[1])
+    )
   if kind == 'logits':
     logits_BxTxV = jnp.dot(xt, wt)
     return LogitTargets(logits_BxTxV), np.asarray(logits_BxTxV, np.float64)
@@ -64,7 +75,9 @@ def compare_with_dense(loss, targets_kind='model', chunk=5):
   fused = value_and_grad(loss, targets, chunk)
   for weights in masks(B, T):
     with jax.enable_x64(True):
-      dense = lambda alpha, weights=f64(weights): dense_value_and_grad(loss, *f64((x, w)), jnp.asarray(teacher_BxTxV), labels, weights, alpha)
+      dense = lambda alpha, weights=f64(weights): dense_value_and_grad(
+        loss, *f64((x, w)), jnp.asarray(teacher_BxTxV), labels, weights, alpha
+      )
       exact = jax.device_get(jax.vmap(dense)(jnp.asarray(ALPHAS, jnp.float32).astype(jnp.float64)))
     for k, alpha in enumerate(ALPHAS):
       got = fused(x, w, targets, labels, weights, alpha)
@@ -77,7 +90,9 @@ def test_it_equals_the_dense_loss_in_float64(kind):
 
 
 @pytest.mark.parametrize('targets', ['unigram', 'logits'])
-@pytest.mark.parametrize('kind', [{'temperature': 2.0}, {'teacher_top_p': 0.7, 'rest': 'other'}, {'kd': 'hard_label'}], ids=str)
+@pytest.mark.parametrize(
+  'kind', [{'temperature': 2.0}, {'teacher_top_p': 0.7, 'rest': 'other'}, {'kd': 'hard_label'}], ids=str
+)
 def test_it_equals_the_dense_loss_for_targets_that_are_no_model(kind, targets):
   compare_with_dense(LossConfig(**kind), targets)
 
@@ -98,16 +113,22 @@ def test_in_bfloat16_the_error_is_at_most_twice_the_dense_one(kind):
   for alpha in ALPHAS:
     (got, sums), grads = fused(x, w, ModelTargets(xt, wt), labels, weights, alpha)
     teacher_BxTxV = jnp.dot(xt, wt, preferred_element_type=jnp.float32)
-    (dense, dense_sums), dense_grads = dense_value_and_grad(loss, x, w, teacher_BxTxV, labels, weights, alpha, jnp.float32)
+    (dense, dense_sums), dense_grads = dense_value_and_grad(
+      loss, x, w, teacher_BxTxV, labels, weights, alpha, jnp.float32
+    )
     with jax.enable_x64(True):
       exact = dense_value_and_grad(loss, *f64((x, w)), f64(xt) @ f64(wt), labels, f64(weights), alpha)
       (exact, exact_sums), exact_grads = jax.device_get(exact)
     assert [g.dtype for g in grads] == [jnp.bfloat16] * 2
     for mine, theirs, right in zip(grads, dense_grads, exact_grads, strict=True):
       assert relative_error(mine, right) <= 2 * relative_error(theirs, right)
-    assert relative_error(got, exact) <= 2 * relative_error(dense, exact) + 1e-6  # both are right to float32's last digits
+    assert (
+      relative_error(got, exact) <= 2 * relative_error(dense, exact) + 1e-6
+    )  # both are right to float32's last digits
     for name in ('ce', 'kd', 'student_entropy', 'teacher_entropy'):
-      assert relative_error(sums[name], exact_sums[name]) <= 2 * relative_error(dense_sums[name], exact_sums[name]) + 1e-6
+      assert (
+        relative_error(sums[name], exact_sums[name]) <= 2 * relative_error(dense_sums[name], exact_sums[name]) + 1e-6
+      )
 
 
 def test_the_heads_gradient_is_as_exact_with_512_chunks_as_with_one():
@@ -124,7 +145,9 @@ def test_the_heads_gradient_is_as_exact_with_512_chunks_as_with_one():
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize('kind', [{}, {'teacher_top_k': 7, 'rest': 'other'}, {'teacher_top_p': 0.5, 'rest': 'other'}], ids=str)
+@pytest.mark.parametrize(
+  'kind', [{}, {'teacher_top_k': 7, 'rest': 'other'}, {'teacher_top_p': 0.5, 'rest': 'other'}], ids=str
+)
 def test_equal_models_have_a_kl_and_a_gradient_of_exactly_zero(kind, dtype):
   losses = [LossConfig(temperature=t, **kind) for t in (0.5, 1.0, 1.7, 2.0, 3.0)]
 
@@ -174,7 +197,11 @@ def test_padding_of_the_vocabulary_is_never_given_mass():
   x, w, xt, wt, labels = problem(v=V)
   weights = masks(B, T)[1]
   huge = lambda key, d, n: 1e3 * jax.random.normal(jax.random.key(key), (d, n))
-  for kind in ({'temperature': 2.0}, {'teacher_top_k': 0.3, 'teacher_top_p': 0.9, 'rest': 'other'}, {'kd': 'hard_label'}):
+  for kind in (
+    {'temperature': 2.0},
+    {'teacher_top_k': 0.3, 'teacher_top_p': 0.9, 'rest': 'other'},
+    {'kd': 'hard_label'},
+  ):
     f = value_and_grad(LossConfig(z_loss=0.1, **kind), None, 5, vocab_size=V)
     results = []
     for fill, teacher_padding in ((0, 8), (1, 8), (1, 0), (1, 19), (1, 3)):
@@ -187,7 +214,9 @@ def test_padding_of_the_vocabulary_is_never_given_mass():
       assert_same_bits(results[0], other)
     with jax.enable_x64(True):
       teacher_BxTxV = f64(xt) @ f64(wt)
-      exact = dense_value_and_grad(LossConfig(z_loss=0.1, **kind), *f64((x, w)), teacher_BxTxV, labels, f64(weights), jnp.float32(0.4))
+      exact = dense_value_and_grad(
+        LossConfig(z_loss=0.1, **kind), *f64((x, w)), teacher_BxTxV, labels, f64(weights), jnp.float32(0.4)
+      )
       exact = jax.device_get(exact)
     assert_close(((results[0][0], results[0][1]), (results[0][2], results[0][3][:, :V])), exact)
 
@@ -202,7 +231,9 @@ def test_another_vocabulary_is_an_error_that_names_both_sizes():
     fused_loss(x, w, labels, masks(B, T)[0], 0.4, vocab_size=40)
 
 
-@pytest.mark.parametrize('kind', [{'temperature': 2.0}, {'teacher_top_p': 0.7, 'rest': 'other'}, {'kd': 'hard_label'}], ids=str)
+@pytest.mark.parametrize(
+  'kind', [{'temperature': 2.0}, {'teacher_top_p': 0.7, 'rest': 'other'}, {'kd': 'hard_label'}], ids=str
+)
 def test_tokens_of_weight_0_do_not_count_whatever_they_hold(kind):
   """Labels that are no token, a teacher that is not finite there: nothing reaches the loss or any gradient. The student's own hidden
   states are another matter: where they are NaN so is its backward pass, with any loss; the loss's value stands even then."""
