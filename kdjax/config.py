@@ -448,8 +448,9 @@ def _problems(config: Config) -> Iterator[str]:
     'steps_per_call',
     'max_skipped',
     'heartbeat_timeout',
+    'eval.every_batches',
+    'checkpoint.keep',
   )
-  positive += ('eval.every_batches', 'checkpoint.keep')
   for key in positive:
     if flat[key] < 1:
       yield f'{key}: must be at least 1, got {flat[key]}'

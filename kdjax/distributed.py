@@ -1,7 +1,7 @@
 """Several processes: JAX's own runtime, and what one process does first for the others."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -55,3 +55,10 @@ def first_process_first(work: Callable[[], T]) -> T:
   if failed:
     raise UserError('process 0 stopped with an error; its log says why')
   return result if jax.process_index() == 0 else work()  # type: ignore[return-value]
+
+
+def from_first_process(values: Sequence[bool]) -> list[bool]:
+  """Process 0's values, on every process: what each decides by looking at a disk that may be its own."""
+  if jax.process_count() == 1:
+    return list(values)
+  return [bool(v) for v in multihost_utils.broadcast_one_to_all(np.asarray(values, bool))]

@@ -161,7 +161,7 @@ def _train(
       batches = to_global(local, rows, stacked, stream.batch_size)
       states, metrics = step_fn(states, cohort.teacher, batches, n)
       step = first + n
-      at_eval = cohort.eval_every and step % cohort.eval_every == 0 or step == total
+      at_eval = (cohort.eval_every and step % cohort.eval_every == 0) or step == total
       report.next(first, n, metrics, [validate(s.params) for s in states] if at_eval else None)
       heart.step(step)
       stop = asked_to_stop(step)

@@ -26,7 +26,7 @@ class MetricWriter:
     temporary = self.path.with_suffix('.tmp')
     temporary.write_text(''.join(kept))
     os.replace(temporary, self.path)
-    self._file = open(self.path, 'a')
+    self._file = open(self.path, 'a')  # noqa: SIM115 - closed by close()
     self._board = tensorboardX.SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1 if step else None)
 
   def write(self, step: int, values: dict[str, float]) -> None:

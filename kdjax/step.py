@@ -144,8 +144,9 @@ def _gradients(recipe: Recipe, params, teacher: Teacher, batch: Batch, alphas):
 def _loss(recipe: Recipe, params, teacher: Teacher, batch: Batch, alphas):
   """Sum of the students' losses (their parameters are disjoint, so each gets its own gradient) and their weighted sums."""
   segment_ids = batch['segment_ids'] if recipe.mask_documents else None
-  known = {}
+  known: dict[str, Any] = {}
   if 'teacher' in recipe.targets:
+    assert recipe.teacher is not None
     known['teacher'] = ModelTargets(
       _teacher_hidden(recipe, teacher, batch['tokens'], segment_ids), recipe.teacher.head(teacher.params)
     )
@@ -171,13 +172,14 @@ def _loss(recipe: Recipe, params, teacher: Teacher, batch: Batch, alphas):
 
 def _teacher_hidden(recipe: Recipe, teacher: Teacher, tokens_BxT, segment_ids_BxT):
   """The teacher's hidden states [B, T, D], no gradient, `teacher_microbatch` rows at a time."""
-  rows = recipe.teacher_microbatch
+  model, rows = recipe.teacher, recipe.teacher_microbatch
+  assert model is not None
   if not rows or rows >= tokens_BxT.shape[0]:
-    return recipe.teacher.hidden(teacher.params, tokens_BxT, segment_ids_BxT)
+    return model.hidden(teacher.params, tokens_BxT, segment_ids_BxT)
   parts = tokens_BxT.shape[0] // rows
   split = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
   inputs = jax.tree.map(split, (tokens_BxT, segment_ids_BxT))
-  hidden = jax.lax.map(lambda part: recipe.teacher.hidden(teacher.params, *part), inputs)
+  hidden = jax.lax.map(lambda part: model.hidden(teacher.params, *part), inputs)
   return hidden.swapaxes(0, 1).reshape(*tokens_BxT.shape, -1)
 
 

@@ -6,8 +6,8 @@ import pathlib
 import matplotlib.figure
 import numpy as np
 
-from kdjax.evals import job as jobs
 from kdjax.analysis import table
+from kdjax.evals import job as jobs
 from kdjax.metrics import read_metrics
 
 COLOURS = {'baseline': '#4c4c4c', 'distilled': '#0072b2', 'unigram': '#d55e00', 'teacher': '#009e73'}
@@ -17,8 +17,7 @@ SMOOTHING = 40  # points of a loss curve after averaging
 def write(folder: pathlib.Path) -> pathlib.Path:
   """run.png in the experiment's folder, from its metrics and results alone."""
   job = jobs.find(folder)
-  students = [run for run in job.runs if not job.teacher or run.path != job.teacher.path]
-  curves = {run.name: read_metrics(run.path) for run in students}
+  curves = {run.name: read_metrics(run.path) for run in job.students}
   figure = matplotlib.figure.Figure(figsize=(14, 4.4), layout='constrained')
   training, validation, forest = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
   _training(training, curves)

@@ -7,12 +7,11 @@ import pathlib
 import numpy as np
 import pandas as pd
 
-from kdjax.evals import job as jobs
 from kdjax.analysis.statistics import Interval, mean_interval, performance_gap_recovered, ratio_interval
-from kdjax.checkpoint import Checkpoints
 from kdjax.errors import UserError
+from kdjax.evals import job as jobs
 from kdjax.evals import results
-from kdjax.run import RunFolder
+from kdjax.run import RunFolder, read_json
 
 LN2 = math.log(2)
 BASELINE = 'baseline'
@@ -52,18 +51,14 @@ def write(folder: pathlib.Path) -> str:
 
 
 def load(job: jobs.Job) -> Cells:
-  """The cells of each run's newest scored checkpoint. Raises UserError where runs are missing or must not be compared."""
-  cells: Cells = {}
-  for run in job.runs:
-    arm = 'teacher' if job.teacher and run.path == job.teacher.path else run.name
-    step = _last_step(run)
-    found = [results.read(file) for file in sorted(run.results.glob(f'*-step{step}-*.parquet'))]
-    newest = {meta['set']: Cell(documents, meta) for documents, meta in found}
-    if not newest:
-      raise UserError(f'{run.path} has no results of step {step}; run python -m kdjax.evaluate --workdir on it')
-    cells[arm] = newest
-  check_comparable([run for run in job.runs if not job.teacher or run.path != job.teacher.path])
-  return cells
+  """The cells of the folder's newest evaluation. Raises UserError where there is none, or runs must not be compared."""
+  files = read_json(job.folder / 'evaluation.json')
+  if files is None:
+    raise UserError(f'{job.folder} has no results yet; run python -m kdjax.evaluate --workdir={job.folder}')
+  check_comparable(job.students)
+  return {
+    arm: {name: Cell(*results.read(job.folder / file)) for name, file in sets.items()} for arm, sets in files.items()
+  }
 
 
 def check_comparable(runs: list[RunFolder]) -> None:
@@ -82,7 +77,7 @@ def difference(cell: Cell, baseline: Cell, column: str = 'nll') -> Interval:
   )
   if len(pair) != len(cell.documents) or len(pair) != len(baseline.documents):
     raise UserError(
-      f'set {cell.meta["set"]}: {cell.meta["arm"]} and {baseline.meta["arm"]} were scored on other documents'
+      f'set {cell.meta["set"]}: {cell.meta["run"]} and {baseline.meta["run"]} were scored on other documents'
     )
   return ratio_interval((pair[f'{column}_x'] - pair[f'{column}_y']) / LN2, pair['bytes'])
 
@@ -173,7 +168,7 @@ def _legend(job: jobs.Job, cells: Cells, sets: list[str]) -> str:
 def _differences_table(cells: Cells, sets: list[str]) -> str:
   plain, fitted = differences(cells), differences(cells, 'nll_fitted')
   columns = sets + ([OOD_MEAN] if len(sets) > 1 else [])
-  rows = [['bits/byte less the baseline'] + columns]
+  rows = [['bits/byte less the baseline', *columns]]
   for arm in plain:
     for label, found in (('', plain), (' at fitted T', fitted)):
       rows.append([f'{arm}{label}'] + [_interval(found[arm][name]) for name in columns])
@@ -201,7 +196,7 @@ def _facts(job: jobs.Job, cells: Cells) -> str:
   lines = []
   for run in job.runs:
     facts = (run.identity() or {}).get('facts', {})
-    arm = 'teacher' if job.teacher and run.path == job.teacher.path else run.name
+    arm = job.arm(run)
     if facts:
       lines.append(
         f'{arm}: {facts["parameters"]:,} parameters ({facts["non_embedding"]:,} outside the embedding), '
@@ -234,11 +229,3 @@ def _align(rows: list[list[str]]) -> str:
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
   lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
   return '\n'.join([lines[0], '  '.join('-' * width for width in widths), *lines[1:]])
-
-
-def _last_step(run: RunFolder) -> int:
-  saves = Checkpoints(run.checkpoints, read_only=True)
-  try:
-    return saves.steps()[-1]
-  finally:
-    saves.close()

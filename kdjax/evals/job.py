@@ -1,15 +1,18 @@
 """The eval job's work: what there is to score in a folder, and scoring what has not been scored yet."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 from typing import Any
 
+import jax
 import ml_collections
+import pandas as pd
 from jax.sharding import Mesh
 
 from kdjax import config as config_lib
-from kdjax import teachers
+from kdjax import distributed, teachers
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config
 from kdjax.data.corpus import Corpus, EvalSet
@@ -17,7 +20,7 @@ from kdjax.errors import UserError
 from kdjax.evals import results
 from kdjax.evals.score import TEMPERATURES, Scored, expected_calibration_error, fit_temperature, score
 from kdjax.metrics import Progress
-from kdjax.run import RunFolder, read_json
+from kdjax.run import RunFolder, read_json, write_json
 
 VERSION = 1  # of what a result means; part of its fingerprint
 IN_DOMAIN = 'in-domain'
@@ -25,11 +28,27 @@ IN_DOMAIN = 'in-domain'
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """The models to score: run folders, the teacher first, and the config and teacher they share."""
+  """The models to score: run folders, the teacher first, and the config and teacher they share; `folder` is where they were found."""
 
+  folder: pathlib.Path
   config: Config
   runs: list[RunFolder]
   teacher: RunFolder | None
+
+  def is_teacher(self, run: RunFolder) -> bool:
+    return self.teacher is not None and run.path == self.teacher.path
+
+  def arm(self, run: RunFolder) -> str:
+    return 'teacher' if self.is_teacher(run) else run.name
+
+  @property
+  def students(self) -> list[RunFolder]:
+    return [run for run in self.runs if not self.is_teacher(run)]
+
+  @property
+  def teacher_step(self) -> int:
+    """Of a teacher that the config names by its folder; 0: its newest."""
+    return self.config.teacher.step if self.config.teacher.run else 0
 
 
 def find(workdir: pathlib.Path) -> Job:
@@ -39,60 +58,116 @@ def find(workdir: pathlib.Path) -> Job:
     config = _config(experiment['resolved'], workdir)
     teacher = _relative(workdir, experiment['teacher']) if experiment['teacher'] else None
     students = [_relative(workdir, name) for name in experiment['students']]
-    return Job(config, ([teacher] if teacher else []) + students, teacher)
+    return Job(workdir, config, ([teacher] if teacher else []) + students, teacher)
   run = read_json(workdir / 'run.json')
   if run is None:
     raise UserError(f'{workdir} is neither an experiment nor a run: it has no experiment.json and no run.json')
-  return Job(_config(run['resolved'], workdir), [RunFolder(workdir)], None)
+  return Job(workdir, _config(run['resolved'], workdir), [RunFolder(workdir)], None)
 
 
 def evaluate(job: Job, corpus: Corpus, mesh: Mesh, step: int = 0, progress: bool = True) -> None:
-  """Scores what has not been scored yet: each run's checkpoint (`step`, else the newest) on each set."""
+  """Scores what has not been scored yet: each run's checkpoint (`step`, else the newest) on each set.
+
+  The folder's evaluation.json then names the result files that belong together: arm -> set -> path.
+  """
   sets = {IN_DOMAIN: EvalSet(corpus.validation, corpus.test), **corpus.ood}
-  window = job.config.eval.window or job.config.data.seq_len
-  stride = job.config.eval.stride or max(1, window // 2)
-  teacher, teacher_name = None, ''
-  todo = [(run, name) for run in job.runs for name in sets]
-  total = sum(_n_tokens(s) for s in sets.values()) * len(job.runs)
-  bar = Progress('evaluation', total, unit='token', enabled=progress)
-  loaded: tuple[str, Scored] | None = None
-  for run, name in todo:
-    at = _step(run, step)
-    if job.teacher and not teacher_name:
-      teacher_name = f'{job.teacher.path.name}@{_step(job.teacher, 0)}'
-    own = job.teacher is not None and run.path == job.teacher.path
-    key = {
-      'version': VERSION,
-      'validation': sets[name].validation.fingerprint,
-      'test': sets[name].test.fingerprint,
-      'window': window,
-      'stride': stride,
-      'teacher': '' if own else teacher_name,
-      'tokenizer': corpus.tokenizer.fingerprint,
-    }
-    file = results.path(run.results, at, name, config_lib.fingerprint(key))
-    if file.exists():
-      bar.update(_n_tokens(sets[name]))
-      continue
-    if job.teacher and teacher is None:
-      model, params, *_ = teachers.load(job.teacher, job.config.teacher.dtype, mesh)
-      teacher = Scored(model, params)
-    if loaded is None or loaded[0] != f'{run.path}@{at}':
-      model, params, *_ = teachers.load(run, 'float32', mesh, at)
-      loaded = f'{run.path}@{at}', Scored(model, params)
-    reference = None if own else teacher
-    arguments = dict(window=window, stride=stride, batch_size=job.config.eval.batch_size, mesh=mesh, progress=bar)
-    validation = score(loaded[1], None, sets[name].validation, TEMPERATURES, **arguments)
-    fitted = fit_temperature(validation, TEMPERATURES)
-    scored = score(loaded[1], reference, sets[name].test, [fitted], **arguments)
-    scored['nll_fitted'] = [values[0] for values in scored.pop('nll_at')]
-    meta = {
-      **key, 'run': str(run.path), 'arm': run.name, 'step': at, 'set': name, 'temperature': fitted, 'fitted_on': len(validation),
-      'ece': expected_calibration_error(scored), 'windows': f'strided: {window} tokens, each new one scores {stride}',
-    }  # fmt: skip
-    if run.writes:
-      results.write(file, scored, meta)
+  at = {run.path: _step(run, job.teacher_step if job.is_teacher(run) else step) for run in job.runs}
+  tasks = [_task(job, run, at[run.path], name, eval_set) for run in job.runs for name, eval_set in sets.items()]
+  missing = distributed.from_first_process([not task.file.exists() for task in tasks])
+  models = _Models(job, mesh)
+  total = sum(_n_tokens(task.eval_set) for task, wanted in zip(tasks, missing, strict=True) if wanted)
+  bar = Progress('evaluation', total, unit='token', enabled=progress and total > 0)
+  for task, wanted in zip(tasks, missing, strict=True):
+    if wanted:
+      table, meta = _score(task, models, job, mesh, bar)
+      if task.run.writes:
+        results.write(task.file, table, meta)
   bar.close()
+  if jax.process_index() == 0:
+    files: dict[str, dict[str, str]] = {}
+    for task in tasks:
+      files.setdefault(job.arm(task.run), {})[task.name] = os.path.relpath(task.file, job.folder)
+    write_json(job.folder / 'evaluation.json', files)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+  """One checkpoint on one set; `key` is what the result depends on."""
+
+  run: RunFolder
+  step: int
+  name: str
+  eval_set: EvalSet
+  key: dict[str, Any]
+
+  @property
+  def file(self) -> pathlib.Path:
+    return results.path(self.run.results, self.step, self.name, config_lib.fingerprint(self.key))
+
+
+def _task(job: Job, run: RunFolder, step: int, name: str, eval_set: EvalSet) -> _Task:
+  window = job.config.eval.window or job.config.data.seq_len
+  key = {
+    'version': VERSION,
+    'validation': eval_set.validation.fingerprint,
+    'test': eval_set.test.fingerprint,
+    'window': window,
+    'stride': job.config.eval.stride or max(1, window // 2),
+    'teacher': ''
+    if job.teacher is None or job.is_teacher(run)
+    else f'{job.teacher.name}@{_step(job.teacher, job.teacher_step)}',
+  }
+  return _Task(run, step, name, eval_set, key)
+
+
+def _score(task: _Task, models: '_Models', job: Job, mesh: Mesh, bar: Progress) -> tuple[pd.DataFrame, dict[str, Any]]:
+  """(per-document table of the test documents, metadata): the temperature is fitted on the set's validation documents first."""
+  window, stride = task.key['window'], task.key['stride']
+  on = functools.partial(
+    score, window=window, stride=stride, batch_size=job.config.eval.batch_size, mesh=mesh, progress=bar
+  )
+  student = models.load(task.run, task.step, 'float32')
+  teacher = (
+    models.load(job.teacher, job.teacher_step, job.config.teacher.dtype)
+    if job.teacher and task.key['teacher']
+    else None
+  )
+  validation = on(student, None, task.eval_set.validation, TEMPERATURES)
+  fitted = fit_temperature(validation, TEMPERATURES)
+  table = on(student, teacher, task.eval_set.test, [fitted])
+  table['nll_fitted'] = [values[0] for values in table.pop('nll_at')]
+  meta = {
+    **task.key,
+    'run': task.run.name,
+    'step': task.step,
+    'set': task.name,
+    'temperature': fitted,
+    'fitted_on': len(validation),
+    'ece': expected_calibration_error(table),
+    'windows': f'windows of {window} tokens, documents that are longer in strides of {stride}',
+  }
+  return table, meta
+
+
+class _Models:
+  """Weights as they are needed: the teacher stays, of the others the last one."""
+
+  def __init__(self, job: Job, mesh: Mesh):
+    self._job, self._mesh = job, mesh
+    self._loaded: dict[str, Scored] = {}
+
+  def load(self, run: RunFolder, step: int, dtype: str) -> Scored:
+    name = f'{run.path}@{step}:{dtype}'
+    if name not in self._loaded:
+      kept = {
+        key: value
+        for key, value in self._loaded.items()
+        if self._job.teacher and key.startswith(f'{self._job.teacher.path}@')
+      }
+      self._loaded = kept
+      model, params, *_ = teachers.load(run, dtype, self._mesh, step)
+      self._loaded[name] = Scored(model, params)
+    return self._loaded[name]
 
 
 def _step(run: RunFolder, step: int) -> int:

@@ -53,15 +53,17 @@ def batches(all_rows: Rows, batch_size: int) -> Iterator[Rows]:
   order = np.argsort(lengths, kind='stable')
   for at in range(0, len(order), batch_size):
     picked = order[at : at + batch_size]
-    missing = batch_size - len(picked)
-    fill = lambda x, value: np.concatenate([x, np.full((missing, *x.shape[1:]), value, x.dtype)])
     last = int(lengths[picked].max()) + 1
     length = next(n for n in _lengths(all_rows.tokens_RxL.shape[1]) if n >= last)
     yield Rows(
-      fill(all_rows.tokens_RxL[picked, :length], 0),
-      fill(all_rows.labels_RxL[picked, :length], -1),
-      fill(all_rows.doc_R[picked], 0),
+      _fill(all_rows.tokens_RxL[picked, :length], batch_size, 0),
+      _fill(all_rows.labels_RxL[picked, :length], batch_size, -1),
+      _fill(all_rows.doc_R[picked], batch_size, 0),
     )
+
+
+def _fill(x: np.ndarray, n: int, value: int) -> np.ndarray:
+  return np.concatenate([x, np.full((n - len(x), *x.shape[1:]), value, x.dtype)])
 
 
 def _lengths(window: int) -> list[int]:

@@ -213,7 +213,7 @@ def _target_specs(targets):
 
 def _loss_specs(models, operands, scan):
   model_specs = tuple((ROWS, HEAD) for _ in models)
-  labels, weights, alphas, targets = operands
+  _, _, alphas, targets = operands
   in_specs = (model_specs, (ROWS, ROWS, tuple(P() for _ in alphas), tuple(_target_specs(t) for t in targets)))
   losses = [(P(), P()) for _ in models]
   return in_specs, (losses, model_specs if scan.keywords['with_gradients'] else ())
@@ -241,7 +241,8 @@ def _loss_scan(static: _Static, models, operands, *, with_gradients: bool):
     new_sums, new_dws, dxs = [], [], []
     for k, x_CxD in enumerate(hidden):
       s_CxV = jnp.dot(x_CxD, heads[k], preferred_element_type=jnp.float32)
-      teacher = None if static.target[k] is None else teachers[static.target[k]]
+      target = static.target[k]
+      teacher = None if target is None else teachers[target]
       terms, dz = mixed_rows(s_CxV, labels_C, alphas[k], teacher, static.loss, vocab, diagnostics=static.diagnostics)
       terms = {name: jnp.sum(jnp.where(weights_C != 0, term, 0) * weights_C) for name, term in terms.items()}
       new_sums.append(terms if sums is None else jax.tree.map(jnp.add, sums[k], terms))
@@ -326,7 +327,7 @@ def _chunks(chunk: int, labels_BxT, weights_BxT, hidden, tokenwise):
 def _fit_vocabulary(targets: Targets, vocab_size: int, width: int) -> Targets:
   """Targets whose padded width is the student's: only padding is ever cut off or added. Raises UserError if real columns lack."""
   leaves, tree = jax.tree.flatten(targets)
-  axes = [a for a in jax.tree.leaves(targets.vocab_axis)]
+  axes = jax.tree.leaves(targets.vocab_axis)
   fitted = []
   for leaf, axis in zip(leaves, axes, strict=True):
     if axis >= 0 and leaf.shape[axis] != width:

@@ -112,6 +112,7 @@ def mixed_rows(
       if loss.rest == 'other' and teacher.kept_CxV is not None:
         stats['srest'] = jnp.sum(jnp.where(teacher.kept_CxV, 0, eT_CxV), -1)
     else:
+      assert teacher.best_CxV is not None
       stats['sbest'] = jnp.sum(jnp.where(teacher.best_CxV, s_CxV, 0), -1)
     if diagnostics:  # the student's best logit among the teacher's best: agreement without an argmax
       stats['agree'] = jnp.where(teacher.t_CxV == teacher.stats['tm'][:, None], s_CxV, 2 * MASKED).max(-1)
@@ -144,10 +145,9 @@ def mixed_rows(
     if not distils:
       q_CxV = teacher.best_CxV * (mine['best'] / row['tbest'])[:, None]
       return grad_CxV + kd_weight * (p_CxV - q_CxV)
-    other = loss.rest == 'other' and teacher.kept_CxV is not None
-    theirs_C = row['ts' if other or teacher.kept_CxV is None else 'tkept']
+    theirs_C = row['ts' if loss.rest == 'other' or teacher.kept_CxV is None else 'tkept']
     student_CxV = eT_CxV
-    if other:  # the rest's tokens share the gradient of the one bucket
+    if loss.rest == 'other' and teacher.kept_CxV is not None:  # the rest's tokens share the gradient of the one bucket
       ratio_C = jnp.where(row['trest'] > 0, _share(row['trest'], row['ts']) / _share(row['srest'], row['sT']), 0)
       student_CxV = eT_CxV * jnp.where(teacher.kept_CxV, 1.0, 1.0 - ratio_C[:, None])
     # softmax(s/T) - softmax(t/T) as f (e^s - r e^t): equal models have r = 1 and so exactly 0, where of a difference of two

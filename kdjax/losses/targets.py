@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from kdjax.losses.rows import MASKED
+
 
 class Targets(Protocol):
   """See the module's docstring. Specs are partition specs on a (replica, fsdp, tensor) mesh, of the same structure as the parts."""
@@ -30,11 +32,8 @@ class Targets(Protocol):
   def chunk_logits(tokenwise, shared) -> jax.Array: ...
 
 
-def _pytree(cls):
-  return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-
-
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class ModelTargets:
   """An on-line teacher: its hidden states [B, T, Dt] and its head [Dt, V]. The logits live for one chunk."""
 
@@ -53,7 +52,8 @@ class ModelTargets:
     return jnp.dot(hidden_CxD, head_DxV, preferred_element_type=jnp.float32)
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class UnigramTargets:
   """No model at all: the training split's log token frequencies [V], the same for each token. The control that a gain must beat."""
 
@@ -68,10 +68,11 @@ class UnigramTargets:
 
   @staticmethod
   def chunk_logits(_, log_probs_V):
-    return log_probs_V[None].astype(jnp.float32)
+    return jnp.maximum(log_probs_V[None].astype(jnp.float32), MASKED)  # -inf: a token that never occurred
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LogitTargets:
   """Logits [B, T, V] that exist already: small vocabularies and tests."""
 
@@ -86,4 +87,4 @@ class LogitTargets:
 
   @staticmethod
   def chunk_logits(logits_CxV, _):
-    return logits_CxV.astype(jnp.float32)
+    return jnp.maximum(logits_CxV.astype(jnp.float32), MASKED)

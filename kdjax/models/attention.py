@@ -7,6 +7,7 @@ above the diagonal.
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,9 +99,10 @@ def _splash_local(q_BxHxTxK, k_BxGxTxK, v_BxGxTxK, segment_ids_BxT, *, interpret
   _, n_heads, n_tokens, _ = q_BxHxTxK.shape
   block = next(b for b in (512, 256, SPLASH_BLOCK) if n_tokens % b == 0)
   names = ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')
+  sizes: Any = {f'block_{name}': block for name in names}
   kernel = splash_attention_kernel.make_splash_mha_single_device(
     splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((n_tokens, n_tokens))] * n_heads),
-    block_sizes=splash_attention_kernel.BlockSizes(**{f'block_{name}': block for name in names}),
+    block_sizes=splash_attention_kernel.BlockSizes(**sizes),
     interpret=interpret,
   )
   segments = splash_attention_kernel.SegmentIds(segment_ids_BxT, segment_ids_BxT)
