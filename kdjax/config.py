@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import json
 import math
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -228,6 +227,56 @@ CHOICES = {
 }
 
 
+# Fields by their full name, or by their last part where it means the same wherever it stands.
+POSITIVE = (
+  'd_model',
+  'n_layers',
+  'd_ff',
+  'n_heads',
+  'n_kv_heads',
+  'head_dim',
+  'pad_vocab_to',
+  'scan_unroll',
+  'norm_eps',
+  'rope_theta',
+  'factor',
+  'low_freq_factor',
+  'high_freq_factor',
+  'learning_rate',
+  'eps',
+  'clip_norm',
+  'batch_size',
+  'microbatches',
+  'loss.temperature',
+  'data.seq_len',
+  'data.vocab_size',
+  'data.threads',
+  'eval.every_batches',
+  'checkpoint.keep',
+  'steps_per_call',
+  'max_skipped',
+  'heartbeat_timeout',
+)
+NOT_NEGATIVE = (
+  'weight_decay',
+  'forward_microbatch',
+  'vocab_size',
+  'loss.z_loss',
+  'loss.chunk_tokens',
+  'loss.chunk_megabytes',
+  'teacher.step',
+  'data.distinct_tokens',
+  'data.prefetch',
+  'eval.max_bytes',
+  'eval.max_document_bytes',
+  'eval.window',
+  'eval.stride',
+  'eval.every',
+  'checkpoint.every',
+  'checkpoint.keep_period',
+)
+
+
 def default() -> ml_collections.ConfigDict:
   """Every field with its default: where a config file starts."""
   return ml_collections.ConfigDict(as_dict(Config()), convert_dict=True)
@@ -285,8 +334,10 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
   """The ConfigDict as frozen dataclasses, checked. Raises ConfigError with every problem found."""
   problems: list[str] = []
   built = _build(Config, config.to_dict(), '', problems)
-  if not problems:
-    problems = list(_problems(built))
+  wrong = [
+    problem.partition(':')[0] for problem in problems
+  ]  # these have their default in `built`, so they say nothing more
+  problems += [problem for problem in _problems(built) if not any(key in problem for key in wrong)]
   if problems:
     raise ConfigError(problems)
   return built
@@ -317,6 +368,7 @@ def _leaves(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+  """The dataclass of a section; a field that is wrong adds a problem and keeps its default."""
   hints = typing.get_type_hints(cls)
   known = {field.name for field in dataclasses.fields(cls)}
   problems += [f'{prefix}{key}: no such field{_nearest(key, known)}' for key in values if key not in known]
@@ -333,7 +385,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str
       built[name] = _convert(value, annotation)
     except ValueError:
       problems.append(f'{prefix}{name}: expected {_type_name(annotation)}, got {value!r}')
-  return None if problems else cls(**built)
+  return cls(**built)
 
 
 def _convert(value: Any, annotation: Any) -> Any:
@@ -351,7 +403,9 @@ def _convert(value: Any, annotation: Any) -> Any:
     if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
       raise ValueError
     return dict(value)
-  if annotation is float and isinstance(value, int | float) and not isinstance(value, bool):
+  if annotation is float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+      raise ValueError
     return float(value)
   if annotation is int and isinstance(value, float) and value.is_integer():
     return int(value)  # 1e9 tokens
@@ -373,7 +427,7 @@ def _parse(text: str, annotation: Any) -> Any:
   if annotation is int:
     return _convert(float(text) if any(c in text.lower() for c in '.e') else int(text), int)
   if annotation is float:
-    return float(text)
+    return _convert(float(text), float)
   kinds = typing.get_args(annotation)
   items = [item.strip().strip('\'"') for item in text.strip().strip('()[]').split(',') if item.strip()]
   return _convert(tuple(_parse(item, kinds[0]) for item in items), annotation)
@@ -384,9 +438,16 @@ def _bad() -> typing.NoReturn:
 
 
 def _type_name(annotation: Any) -> str:
-  if isinstance(annotation, types.GenericAlias):
-    return str(annotation)
-  return {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false'}.get(annotation, str(annotation))
+  known: dict[Any, str] = {
+    int: 'a whole number',
+    float: 'a number',
+    str: 'text',
+    bool: 'true or false',
+    tuple[float, float]: 'two numbers',
+    tuple[str, ...]: 'a list of names',
+    dict[str, str]: 'entries (.NAME=TEXT)',
+  }
+  return known[annotation]
 
 
 def _nearest(key: str, known: typing.Iterable[str]) -> str:
@@ -401,17 +462,20 @@ def _problems(config: Config) -> Iterator[str]:
     choices = next((c for name, c in CHOICES.items() if key == name or key.endswith('.' + name)), None)
     if choices and value not in choices:
       yield f'{key}: unknown value {value!r}; known: {", ".join(choices)}'
-    if isinstance(value, float) and not math.isfinite(value):
-      yield f'{key}: must be finite, got {value}'
+    leaf = key.rpartition('.')[2]
+    if leaf.endswith('seed') and not 0 <= value < 2**32:
+      yield f'{key}: must be at least 0 and below 2^32, got {value}'
+    if (leaf in NOT_NEGATIVE or key in NOT_NEGATIVE) and value < 0:
+      yield f'{key}: must not be below 0, got {value:g}'
+    if (leaf in POSITIVE or key in POSITIVE) and value <= 0:
+      yield f'{key}: must be above 0, got {value:g}'
   student, teacher, data, loss = config.student, config.teacher, config.data, config.loss
   for key, alpha in (('student.alpha', student.alpha), ('student.alpha_schedule.final', student.alpha_schedule.final)):
     if not 0 <= alpha <= 1:
       yield f'{key}: must be in [0, 1], got {alpha:g}'
   if not 0 <= student.alpha_schedule.begin <= student.alpha_schedule.end <= 1:
     yield 'student.alpha_schedule: begin and end must satisfy 0 <= begin <= end <= 1'
-  if loss.temperature <= 0:
-    yield f'loss.temperature: must be above 0, got {loss.temperature:g}'
-  if loss.teacher_top_k < 0 or (loss.teacher_top_k > 1 and loss.teacher_top_k != int(loss.teacher_top_k)):
+  if loss.teacher_top_k < 0 or (loss.teacher_top_k > 1 and not loss.teacher_top_k.is_integer()):
     yield f'loss.teacher_top_k: must be 0 (all), a share in (0, 1) or a whole number, got {loss.teacher_top_k:g}'
   if not 0 < loss.teacher_top_p <= 1:
     yield f'loss.teacher_top_p: must be in (0, 1], got {loss.teacher_top_p:g}'
@@ -428,11 +492,16 @@ def _problems(config: Config) -> Iterator[str]:
     yield 'data: validation_fraction + test_fraction leave no documents for training'
   if not 0 < config.eval.ood_validation_fraction < 1:
     yield f'eval.ood_validation_fraction: must be between 0 and 1, got {config.eval.ood_validation_fraction:g}'
+  rows, forward = student.batch_size // max(1, student.microbatches), teacher.forward_microbatch
+  if 0 < forward < rows and rows % forward:
+    yield f'teacher.forward_microbatch: {forward} does not divide student.batch_size / student.microbatches = {rows}'
+  if teacher.step > 0 and not teacher.run:
+    yield 'teacher.step: there is no teacher.run that it could be a step of'
   window = config.eval.window or data.seq_len
   for name, section in (('student', student), ('teacher', teacher)):
     if window > section.model.max_seq_len:
       yield f'eval.window: {window} tokens are more than {name}.model.max_seq_len = {section.model.max_seq_len}'
-  if config.eval.stride > window:
+  if config.eval.stride > max(window, 0):
     yield f'eval.stride: {config.eval.stride} is more than the window of {window} tokens'
   for axis in ('replica', 'fsdp', 'tensor'):
     size = getattr(config.mesh, axis)
@@ -440,39 +509,28 @@ def _problems(config: Config) -> Iterator[str]:
       yield f'mesh.{axis}: must be a number of devices, or -1 for what is left, got {size}'
   if [config.mesh.replica, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
     yield 'mesh: only one axis can be -1 (what is left)'
-  positive = (
-    'data.seq_len',
-    'data.vocab_size',
-    'data.threads',
-    'eval.batch_size',
-    'steps_per_call',
-    'max_skipped',
-    'heartbeat_timeout',
-    'eval.every_batches',
-    'checkpoint.keep',
-  )
-  for key in positive:
-    if flat[key] < 1:
-      yield f'{key}: must be at least 1, got {flat[key]}'
 
 
 def _section_problems(name: str, section: TeacherConfig | StudentConfig, data: DataConfig) -> Iterator[str]:
-  optimizer = section.optimizer
+  optimizer, model = section.optimizer, section.model
+  if model.n_kv_heads > 0 and model.n_heads % model.n_kv_heads:
+    yield f'{name}.model.n_kv_heads: {model.n_kv_heads} does not divide {name}.model.n_heads = {model.n_heads}'
+  if model.head_dim % 2:
+    yield f'{name}.model.head_dim: must be even (rotary positions turn pairs), got {model.head_dim}'
   if data.seq_len > section.model.max_seq_len:
     yield f'data.seq_len: {data.seq_len} tokens are more than {name}.model.max_seq_len = {section.model.max_seq_len}'
-  if section.batch_size < 1 or section.microbatches < 1 or section.batch_size % max(1, section.microbatches):
+  if section.batch_size > 0 and section.microbatches > 0 and section.batch_size % section.microbatches:
     yield f'{name}.microbatches: {section.microbatches} does not divide {name}.batch_size = {section.batch_size}'
   if section.tokens < section.batch_size * data.seq_len:
     yield f'{name}.tokens: {section.tokens} is less than one step of {section.batch_size} x {data.seq_len} tokens'
   if not 0 <= section.slice[0] < section.slice[1] <= 1:
     yield f'{name}.slice: must satisfy 0 <= from < to <= 1, got {section.slice}'
-  if optimizer.learning_rate <= 0:
-    yield f'{name}.optimizer.learning_rate: must be above 0, got {optimizer.learning_rate:g}'
-  if optimizer.clip_norm <= 0:
-    yield f'{name}.optimizer.clip_norm: must be above 0, got {optimizer.clip_norm:g}'
-  for key in ('warmup_fraction', 'decay_fraction', 'final_fraction', 'b1', 'b2'):
+  for key in ('warmup_fraction', 'decay_fraction', 'final_fraction'):
     if not 0 <= getattr(optimizer, key) <= 1:
       yield f'{name}.optimizer.{key}: must be in [0, 1], got {getattr(optimizer, key):g}'
+  for key in ('b1', 'b2'):
+    if not 0 <= getattr(optimizer, key) < 1:
+      yield f'{name}.optimizer.{key}: must be in [0, 1), got {getattr(optimizer, key):g}'
   if optimizer.schedule == 'wsd' and optimizer.warmup_fraction + optimizer.decay_fraction > 1:
     yield f'{name}.optimizer: warmup_fraction + decay_fraction are more than the whole run'
 
