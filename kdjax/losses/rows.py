@@ -23,7 +23,8 @@ from kdjax.config import LossConfig
 from kdjax.losses.dense import mixing_weights, top_k_count
 
 MASKED = -1e30  # of a logit that does not exist: finite, so that 0 * (MASKED - MASKED) is 0
-TINY = 1e-32  # the least share of a row's mass that counts; its inverse times a vocabulary is finite
+TINY = 1e-37  # the least share of a row's mass
+FLOOR = -70.0  # the least log of it for a shard; the inverse of its exponential times a vocabulary is finite
 
 
 class Vocab(NamedTuple):
@@ -150,11 +151,12 @@ def mixed_rows(
     if loss.rest == 'other' and teacher.kept_CxV is not None:  # the rest's tokens share the gradient of the one bucket
       ratio_C = jnp.where(row['trest'] > 0, _share(row['trest'], row['ts']) / _share(row['srest'], row['sT']), 0)
       student_CxV = eT_CxV * jnp.where(teacher.kept_CxV, 1.0, 1.0 - ratio_C[:, None])
-    # softmax(s/T) - softmax(t/T) as f (e^s - r e^t): equal models have r = 1 and so exactly 0, where of a difference of two
-    # products a fused multiply-add would round only one. The floor is for a shard that has none of the row's mass.
-    s_scale_C, t_scale_C = jnp.maximum(mine['mT'], TINY), jnp.maximum(mine['tm'], TINY)
-    r_C = (t_scale_C * row['sT']) / (s_scale_C * theirs_C)
-    difference_CxV = (s_scale_C / row['sT'])[:, None] * (student_CxV - r_C[:, None] * teacher.e_CxV)
+    # softmax(s/T) - softmax(t/T) as f (e^s - r e^t): equal models have r = 1 and so exactly 0, whatever the compiler does to
+    # the parts; of a difference of two products a fused multiply-add would round only one. The floor is for a shard that has
+    # none of the row's mass.
+    d_C, td_C = jnp.maximum(mine['d'], FLOOR * temp), jnp.maximum(mine['td'], FLOOR * temp)
+    r_C = jnp.exp((td_C - d_C) / temp) * (row['sT'] / theirs_C)
+    difference_CxV = (jnp.exp(d_C / temp) / row['sT'])[:, None] * (student_CxV - r_C[:, None] * teacher.e_CxV)
     return grad_CxV + (kd_weight * temp) * difference_CxV
 
   return terms, dz_CxV
@@ -200,7 +202,7 @@ def _local(labels_C, vocab: Vocab, width: int):
 
 
 def _merge(stats: dict[str, jax.Array], temperature, axis: str | None):
-  """Every shard's sums -> (the rows' totals, this shard's factors relative to the rows' maxima), with one all-gather."""
+  """Every shard's sums -> (the rows' totals, how this shard stands to the rows' maxima), with one all-gather."""
   stacked_kxC = jnp.stack(list(stats.values()))
   gathered_nxkxC = stacked_kxC[None] if axis is None else jax.lax.all_gather(stacked_kxC, axis)
   part = {name: gathered_nxkxC[:, i] for i, name in enumerate(stats)}
@@ -208,7 +210,7 @@ def _merge(stats: dict[str, jax.Array], temperature, axis: str | None):
   d_nxC = part['m'] - m_C
   scale_nxC, scaleT_nxC = jnp.exp(d_nxC), jnp.exp(d_nxC / temperature)
   row = {'m': m_C, 'sy': part['sy'].sum(0)}
-  mine = {'m': jnp.exp(stats['m'] - m_C), 'mT': jnp.exp((stats['m'] - m_C) / temperature)}
+  mine = {'m': jnp.exp(stats['m'] - m_C), 'd': stats['m'] - m_C}
   if 's1' in part:
     row['s1'] = jnp.sum(part['s1'] * scale_nxC, 0)
   if 'e1' in part:
@@ -223,7 +225,7 @@ def _merge(stats: dict[str, jax.Array], temperature, axis: str | None):
     tm_C = part['tm'].max(0)
     td_nxC = part['tm'] - tm_C
     tscale_nxC, tscaleT_nxC = jnp.exp(td_nxC), jnp.exp(td_nxC / temperature)
-    mine |= {'tm': jnp.exp((stats['tm'] - tm_C) / temperature), 'best': (stats['tm'] == tm_C).astype(jnp.float32)}
+    mine |= {'td': stats['tm'] - tm_C, 'best': (stats['tm'] == tm_C).astype(jnp.float32)}
     row['tm'] = tm_C
     for name in part.keys() & {'ts', 'tkept', 'trest', 'u'}:
       row[name] = jnp.sum(part[name] * tscaleT_nxC, 0)
