@@ -38,7 +38,7 @@ class Teacher(NamedTuple):
   """What students may learn from: a model's parameters, the unigram log-probabilities [V]; each may be None."""
 
   params: Params = None
-  unigram_V: jax.Array | None = None
+  unigram_V: Any = None
 
 
 class Recipe(NamedTuple):
