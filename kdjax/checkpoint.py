@@ -35,6 +35,8 @@ class CheckpointDamaged(UserError):
 
 
 class Restored(NamedTuple):
+  """A verified checkpoint."""
+
   state: TrainState
   step: int
 

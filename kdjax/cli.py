@@ -98,7 +98,8 @@ def _get_config(path: pathlib.Path, arg: str) -> ml_collections.ConfigDict:
   if not path.is_file():
     folder = path.parent if path.parent.is_dir() else pathlib.Path('.')
     near = difflib.get_close_matches(path.name, [p.name for p in folder.glob('*.py')], n=1)
-    raise ConfigError([f'config file {path} does not exist' + (f'; did you mean {folder / near[0]}?' if near else '')])
+    what = 'is no file' if path.exists() else 'does not exist'
+    raise ConfigError([f'config file {path} {what}' + (f'; did you mean {folder / near[0]}?' if near else '')])
   spec = importlib.util.spec_from_file_location(f'kdjax_config_{path.stem}', path)
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
@@ -108,7 +109,7 @@ def _get_config(path: pathlib.Path, arg: str) -> ml_collections.ConfigDict:
   except UserError:
     raise
   except Exception as e:  # a config file is the user's code: whatever it raises is the user's to mend
-    raise ConfigError([f'{path}: {_where(e, path)}{type(e).__name__}: {e}']) from None
+    raise ConfigError([f'{path}: {_where(e, path)}{type(e).__name__}: {" ".join(str(e).split())}']) from None
   if not isinstance(config, ml_collections.ConfigDict):
     raise ConfigError(
       [f'{path}: get_config returned {type(config).__name__}, not a ConfigDict; start from kdjax.config.default()']

@@ -166,9 +166,8 @@ class EvalConfig:
   ood_text_field: str = 'text'
   ood_validation_fraction: float = 0.25  # of a set's documents: where its evaluation temperature is fitted
   max_bytes: int = 400_000  # of a set; 0: all
-  max_document_bytes: int = (
-    0  # a longer document is cut to its first so many bytes: more documents for the same work; 0: never
-  )
+  max_validation_bytes: int = 0  # of the documents where a temperature is fitted; 0: as max_bytes
+  max_document_bytes: int = 0  # longer ones are cut to their first bytes: more documents for the same work; 0: never
   window: int = 0  # tokens of context; 0: data.seq_len
   stride: int = 0  # tokens scored by a window after the first; 0: half the window
   batch_size: int = 32
@@ -269,6 +268,7 @@ NOT_NEGATIVE = (
   'data.prefetch',
   'eval.max_bytes',
   'eval.max_document_bytes',
+  'eval.max_validation_bytes',
   'eval.window',
   'eval.stride',
   'eval.every',
@@ -324,6 +324,9 @@ def override(config: ml_collections.ConfigDict, overrides: Mapping[str, str]) ->
       continue
     node = config
     for name in parent.split('.') if parent else ():
+      if name not in node:
+        with node.unlocked():
+          node[name] = ml_collections.ConfigDict()
       node = node[name]
     with node.unlocked(), node.ignore_type():
       node[leaf] = value

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdjax import sharding
-from kdjax.checkpoint import Checkpoints, params_fingerprint
+from kdjax.checkpoint import Checkpoints, Restored, params_fingerprint
 from kdjax.data.batches import BatchStream, Windows, local_rows, to_global
 from kdjax.errors import TrainingError
 from kdjax.losses import AlphaState, fused_loss
@@ -118,29 +118,32 @@ def _start(
     abstract.append(
       jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings[-1])
     )
-  step = _common_step(saves, abstract, cohort.fingerprints)
-  for member, save, shape, placed in zip(cohort.members, saves, abstract, shardings, strict=True):
+  found = _restore(saves, abstract, cohort.fingerprints)
+  for k, (member, placed) in enumerate(zip(cohort.members, shardings, strict=True)):
     known = dict(cohort.fingerprints)
-    if step:
-      states.append(save.restore(step, shape, cohort.fingerprints))
-    else:
+    if found is None:
       init = jax.jit(lambda key, alpha=member.alpha: init_state(cohort.recipe, alpha, key), out_shardings=placed)
       states.append(init(key))
       known['init'] = params_fingerprint(states[-1].params)
+    else:
+      states.append(found[k].state)
     member.folder.record(member.config, known, member.notes | {'facts': cohort.facts})
-  return tuple(states), shardings, step
+  return tuple(states), shardings, found[0].step if found else 0
 
 
-def _common_step(saves: list[Checkpoints], abstract: list[TrainState], fingerprints: dict[str, str]) -> int:
-  """The newest step that every member has and that verifies; 0: none has been saved by all."""
+def _restore(
+  saves: list[Checkpoints], abstract: list[TrainState], fingerprints: dict[str, str]
+) -> list[Restored] | None:
+  """Every member's checkpoint of the newest step that all have and that verifies; None where no step has been saved by all."""
   common = set.intersection(*(set(save.steps()) for save in saves))
   while common:
-    newest = [save.verified(shape, fingerprints, common) for save, shape in zip(saves, abstract, strict=True)]
-    steps = {found.step for found in newest if found}
-    if len(steps) == 1:
-      return steps.pop()
-    common = {step for step in common if step <= min(steps)}
-  return 0
+    found = [save.verified(shape, fingerprints, common) for save, shape in zip(saves, abstract, strict=True)]
+    restored = [one for one in found if one]
+    oldest = min(one.step for one in restored)
+    if all(one.step == oldest for one in restored):
+      return restored
+    common = {step for step in common if step <= oldest}
+  return None
 
 
 def _train(

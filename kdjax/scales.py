@@ -55,8 +55,10 @@ def _laptop(config: ml_collections.ConfigDict) -> None:
     section.tokens = 1_024_000
     section.optimizer.learning_rate = 3e-3
   config.steps_per_call = 10
-  config.eval.max_document_bytes = 10_000
-  config.eval.max_bytes = 300_000
+  config.eval.max_document_bytes = 8_000
+  config.eval.max_bytes = 240_000
+  config.eval.max_validation_bytes = 80_000
+  config.eval.stride = 96
 
 
 def _colab(config: ml_collections.ConfigDict) -> None:

@@ -38,7 +38,14 @@ _META = 'corpus.json'
 _GROUP_BYTES = 1 << 22  # of text that is tokenised at once, on all cores
 # What a corpus is made from. The other fields say how it is read, and one corpus serves all their values.
 _DATA_FIELDS = ('source', 'text_field', 'separator', 'validation_fraction', 'test_fraction', 'split_seed')
-_EVAL_FIELDS = ('ood', 'ood_text_field', 'ood_validation_fraction', 'max_bytes', 'max_document_bytes')
+_EVAL_FIELDS = (
+  'ood',
+  'ood_text_field',
+  'ood_validation_fraction',
+  'max_bytes',
+  'max_document_bytes',
+  'max_validation_bytes',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +188,7 @@ def _plan_splits(data: DataConfig, evals: EvalConfig, progress: bool) -> _Plan:
   shares = {'test': data.test_fraction, 'validation': data.validation_fraction}
   splits = _split(found, shares, 'train', data.split_seed)
   for split in ('validation', 'test'):
-    splits[split] = _cap(splits[split], evals)
+    splits[split] = _cap(splits[split], split, evals)
   for split in SPLITS:
     if not splits[split]:
       raise UserError(
@@ -196,7 +203,7 @@ def _plan_ood(name: str, source: str, evals: EvalConfig, seed: int, train_ids: f
   found, counts = _scan(source, evals.ood_text_field, progress)
   distinct = {doc: n for doc, n in found.items() if doc not in train_ids}
   splits = _split(distinct, {'validation': evals.ood_validation_fraction}, 'test', seed)
-  splits = {split: _cap(docs, evals) for split, docs in splits.items()}
+  splits = {split: _cap(docs, split, evals) for split, docs in splits.items()}
   for split, docs in splits.items():
     if not docs:
       raise UserError(
@@ -239,14 +246,15 @@ def _split(found: dict[str, int], shares: dict[str, float], rest: str, seed: int
   return splits
 
 
-def _cap(docs: dict[str, int], evals: EvalConfig) -> dict[str, int]:
-  """The first documents that fit into `max_bytes` (0: all), each cut to `max_document_bytes`, and at least one."""
+def _cap(docs: dict[str, int], split: str, evals: EvalConfig) -> dict[str, int]:
+  """The first documents that fit into the split's bytes (0: all), each cut to `max_document_bytes`, and at least one."""
+  most = (evals.max_validation_bytes if split == 'validation' else 0) or evals.max_bytes
   kept: dict[str, int] = {}
   total = 0
   for doc, n_bytes in docs.items():
     n_bytes = min(n_bytes, evals.max_document_bytes or n_bytes)
     total += n_bytes
-    if kept and evals.max_bytes and total > evals.max_bytes:
+    if kept and most and total > most:
       break
     kept[doc] = n_bytes
   return kept
