@@ -324,8 +324,10 @@ def override(config: ml_collections.ConfigDict, overrides: Mapping[str, str]) ->
       continue
     node = config
     for name in parent.split('.') if parent else ():
-      if name not in node:
-        with node.unlocked():
+      if not isinstance(
+        node.get(name), ml_collections.ConfigDict
+      ):  # the config file left the section out, or spoilt it
+        with node.unlocked(), node.ignore_type():
           node[name] = ml_collections.ConfigDict()
       node = node[name]
     with node.unlocked(), node.ignore_type():
