@@ -24,7 +24,6 @@ from kdjax.losses.dense import mixing_weights, top_k_count
 
 MASKED = -1e30  # of a logit that does not exist: finite, so that 0 * (MASKED - MASKED) is 0
 TINY = 1e-37  # the least share of a row's mass
-FLOOR = -70.0  # the least log of it for a shard; the inverse of its exponential times a vocabulary is finite
 
 
 class Vocab(NamedTuple):
@@ -151,12 +150,12 @@ def mixed_rows(
     if loss.rest == 'other' and teacher.kept_CxV is not None:  # the rest's tokens share the gradient of the one bucket
       ratio_C = jnp.where(row['trest'] > 0, _share(row['trest'], row['ts']) / _share(row['srest'], row['sT']), 0)
       student_CxV = eT_CxV * jnp.where(teacher.kept_CxV, 1.0, 1.0 - ratio_C[:, None])
-    # softmax(s/T) - softmax(t/T) as f (e^s - r e^t): equal models have r = 1 and so exactly 0, whatever the compiler does to
-    # the parts; of a difference of two products a fused multiply-add would round only one. The floor is for a shard that has
-    # none of the row's mass.
-    d_C, td_C = jnp.maximum(mine['d'], FLOOR * temp), jnp.maximum(mine['td'], FLOOR * temp)
-    r_C = jnp.exp((td_C - d_C) / temp) * (row['sT'] / theirs_C)
-    difference_CxV = (jnp.exp(d_C / temp) / row['sT'])[:, None] * (student_CxV - r_C[:, None] * teacher.e_CxV)
+    # softmax(s/T) - softmax(t/T) as f (a e^s - b e^t), where equal models have a = b = 1 and so exactly 0, whatever the compiler
+    # does to the parts: of a difference of other products a fused multiply-add would round only one.
+    most_C = jnp.maximum(mine['d'], mine['td'])
+    a_C, b_C = jnp.exp((mine['d'] - most_C) / temp), jnp.exp((mine['td'] - most_C) / temp) * (row['sT'] / theirs_C)
+    difference_CxV = a_C[:, None] * student_CxV - b_C[:, None] * teacher.e_CxV
+    difference_CxV *= (jnp.exp(most_C / temp) / row['sT'])[:, None]
     return grad_CxV + (kd_weight * temp) * difference_CxV
 
   return terms, dz_CxV
