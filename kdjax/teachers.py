@@ -38,8 +38,12 @@ def model_of(folder: RunFolder) -> Model:
   identity = folder.identity()
   if identity is None:
     raise UserError(f'{folder.path} is no run folder: it has no run.json')
-  values = identity['config']['model']
-  return build(ModelConfig(**values | {'rope_scaling': RopeScaling(**values['rope_scaling'])}))
+  try:
+    values = identity['config']['model']
+    config = ModelConfig(**values | {'rope_scaling': RopeScaling(**values['rope_scaling'])})
+  except (KeyError, TypeError) as e:
+    raise UserError(f'{folder.path}: its run.json describes no model of this version of kdjax ({e})') from None
+  return build(config)
 
 
 def final_step(folder: RunFolder, saves: Checkpoints, step: int = 0) -> int:

@@ -1,10 +1,12 @@
 """The results: one immutable Parquet file for each (run, step, set, evaluation). The folder is the table; evaluating again replaces."""
 
+import hashlib
 import json
 import os
 import pathlib
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,10 +19,10 @@ def path(folder: pathlib.Path, step: int, set_name: str, evaluation: str) -> pat
 
 
 def write(file: pathlib.Path, table: pd.DataFrame, meta: dict[str, Any]) -> None:
-  """Under a temporary name, then renamed: a reader sees all of it or nothing."""
+  """Under a temporary name, then renamed: a reader sees all of it or nothing. With a digest of what it says."""
   file.parent.mkdir(parents=True, exist_ok=True)
   arrow = pa.Table.from_pandas(table, preserve_index=False)
-  arrow = arrow.replace_schema_metadata({'kdjax': json.dumps(meta, sort_keys=True)})
+  arrow = arrow.replace_schema_metadata({'kdjax': json.dumps({'meta': meta, 'digest': _digest(table, meta)})})
   temporary = file.with_name(f'.{file.name}.{os.getpid()}')
   try:
     pq.write_table(arrow, temporary)
@@ -36,6 +38,18 @@ def read(file: pathlib.Path) -> tuple[pd.DataFrame, dict[str, Any]]:
   """(per-document table, metadata). Raises UserError where the file is damaged."""
   try:
     arrow = pq.read_table(file)
-    return arrow.to_pandas(), json.loads(arrow.schema.metadata[b'kdjax'])
+    table, known = arrow.to_pandas(), json.loads(arrow.schema.metadata[b'kdjax'])
+    if known['digest'] != _digest(table, known['meta']):
+      raise ValueError('its content is not what was written')
+    return table, known['meta']
   except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as e:
     raise UserError(f'{file} is damaged ({str(e).splitlines()[0]}); delete it and run the eval job again') from None
+
+
+def _digest(table: pd.DataFrame, meta: dict[str, Any]) -> str:
+  """Of the values: Parquet itself reads a flipped bit in silence."""
+  found = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+  for name in table.columns:
+    values = np.asarray(table[name].to_list())
+    found.update(f'{name} {values.dtype} {values.shape}'.encode() + values.tobytes())
+  return found.hexdigest()[:16]

@@ -1,0 +1,197 @@
+"""The teacher's treatment: what it may be, how it is loaded, and the unigram that is no model."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdjax import config as config_lib
+from kdjax import sharding, teachers
+from kdjax.checkpoint import Checkpoints, params_fingerprint
+from kdjax.config import AlphaSchedule, MeshConfig, ModelConfig, OptimizerConfig, TeacherConfig
+from kdjax.data.batches import Windows
+from kdjax.data.tokenizer import Tokenizer
+from kdjax.errors import UserError
+from kdjax.losses import alpha_state
+from kdjax.models import build
+from kdjax.optimizer import adamw, learning_rate
+from kdjax.run import RunFolder
+from kdjax.step import Recipe, init_state
+from tests.data.helpers import make_store
+
+MODEL = ModelConfig(pad_vocab_to=8, d_model=8, n_layers=1, d_ff=16, n_heads=2, n_kv_heads=2, head_dim=4, max_seq_len=64)
+BYTES = Tokenizer()
+
+
+def mesh():
+  return sharding.make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory) -> RunFolder:
+  """A run folder with checkpoints of steps 3 and 6."""
+  folder = RunFolder(tmp_path_factory.mktemp('teacher') / 'run')
+  model = build(teachers.with_vocabulary(MODEL, BYTES, 'teacher'))
+  folder.record({'model': config_lib.as_dict(model.config)}, {'tokenizer': BYTES.fingerprint})
+  optimizer = OptimizerConfig()
+  recipe = Recipe(model, None, ('none',), adamw(optimizer), learning_rate(optimizer, 6), 1.0, config_lib.LossConfig())
+  saves = Checkpoints(folder.checkpoints)
+  for step in (3, 6):
+    init = jax.jit(lambda key: init_state(recipe, alpha_state(0.0, AlphaSchedule(), 6), key))
+    saves.save(step, init(jax.random.key(step)), {})
+    saves.wait()
+  saves.close()
+  return folder
+
+
+def refused(folder, section=None, tokenizer=BYTES) -> str:
+  with pytest.raises(UserError) as e:
+    teachers.check(RunFolder(folder), section or TeacherConfig(model=MODEL), tokenizer)
+  assert '\n' not in str(e.value)
+  return str(e.value)
+
+
+def load_refused(folder, step=0) -> str:
+  with pytest.raises(UserError) as e:
+    teachers.load(RunFolder(folder), 'float32', mesh(), step)
+  assert '\n' not in str(e.value)
+  return str(e.value)
+
+
+def copy(run, folder, change) -> RunFolder:
+  """A folder whose run.json is the run's, changed."""
+  identity = json.loads(json.dumps(run.identity()))
+  change(identity)
+  folder.mkdir()
+  (folder / 'run.json').write_text(json.dumps(identity))
+  return folder
+
+
+def test_a_teacher_of_the_same_architecture_and_tokenizer_is_taken(run):
+  teachers.check(run, TeacherConfig(model=MODEL), BYTES)
+
+
+@pytest.mark.parametrize('field', teachers.FREE)
+def test_fields_that_change_no_result_may_differ(run, field):
+  other = {
+    'dtype': 'bfloat16',
+    'param_dtype': 'bfloat16',
+    'attention': 'xla',
+    'remat': 'full',
+    'scan_unroll': 2,
+    'max_seq_len': 128,
+  }
+  section = TeacherConfig(model=config_lib.dataclasses.replace(MODEL, **{field: other[field]}))
+  teachers.check(run, section, BYTES)
+
+
+def test_a_missing_folder_is_no_run_folder(tmp_path):
+  assert 'is no run folder' in refused(tmp_path / 'none')
+  assert 'is no run folder' in refused(tmp_path)
+  assert 'is no run folder' in load_refused(tmp_path)
+
+
+def test_another_architecture_is_refused_naming_each_field(run):
+  section = TeacherConfig(model=config_lib.dataclasses.replace(MODEL, d_model=16, tied=False))
+  found = refused(run.path, section)
+  assert 'another architecture' in found
+  assert 'd_model 8 there, 16 here' in found and 'tied True there, False here' in found
+  assert 'n_layers' not in found
+
+
+def test_a_larger_vocabulary_is_another_architecture(run):
+  section = TeacherConfig(model=config_lib.dataclasses.replace(MODEL, vocab_size=300))
+  assert 'vocab_size 257 there, 300 here' in refused(run.path, section)
+
+
+def test_another_tokenizer_is_refused(run, tmp_path):
+  folder = copy(run, tmp_path / 'x', lambda identity: identity['fingerprints'].update(tokenizer='another'))
+  assert 'another tokenizer (fingerprint another' in refused(folder)
+
+
+def test_a_damaged_run_json_is_refused(tmp_path):
+  (tmp_path / 'run.json').write_text('{"config": ')
+  assert 'run.json is damaged' in refused(tmp_path)
+
+
+def test_a_run_json_without_a_model_is_refused(tmp_path):
+  (tmp_path / 'run.json').write_text('{"config": {}}')
+  assert 'run.json' in refused(tmp_path)
+
+
+def test_a_run_json_of_another_version_with_unknown_fields_is_refused(run, tmp_path):
+  folder = copy(run, tmp_path / 'x', lambda identity: identity['config']['model'].update(new_field=1))
+  assert 'new_field' in refused(folder)
+
+
+def test_a_folder_without_checkpoints_is_refused(run, tmp_path):
+  folder = copy(run, tmp_path / 'x', lambda identity: None)
+  assert 'has no checkpoint yet' in load_refused(folder)
+  assert not (folder / 'checkpoints').exists()
+
+
+def test_a_step_that_is_not_there_is_refused_naming_those_that_are(run):
+  assert 'has no checkpoint of step 5; it has 3, 6' in load_refused(run.path, 5)
+
+
+def test_another_architecture_than_run_json_says_is_refused(run, tmp_path):
+  folder = copy(run, tmp_path / 'x', lambda identity: identity['config']['model'].update(d_ff=32))
+  (folder / 'checkpoints').symlink_to(run.checkpoints)
+  assert 'blocks/mlp' in load_refused(folder)
+
+
+@pytest.mark.parametrize(('asked', 'step'), [(0, 6), (3, 3), (6, 6)])
+def test_the_newest_or_the_named_step_is_loaded(run, asked, step):
+  model, params, found, weights = teachers.load(run, 'float32', mesh(), asked)
+  assert found == step
+  fresh = jax.jit(model.init)(jax.random.key(step))
+  jax.tree.map(np.testing.assert_array_equal, params, fresh)
+  assert weights == params_fingerprint(fresh)
+
+
+def test_the_weights_are_cast_and_sharded_and_keep_the_saved_fingerprint(run):
+  model, params, _, weights = teachers.load(run, 'bfloat16', mesh())
+  _, whole, _, same = teachers.load(run, 'float32', mesh())
+  assert weights == same
+  shardings = sharding.param_shardings(model.abstract(), mesh())
+  for low, full, placed in zip(*map(jax.tree.leaves, (params, whole, shardings)), strict=True):
+    assert low.dtype == jnp.bfloat16 and low.sharding == placed
+    np.testing.assert_array_equal(low, full.astype(jnp.bfloat16))
+
+
+def test_auto_is_float32_on_cpu(run):
+  assert {leaf.dtype for leaf in jax.tree.leaves(teachers.load(run, 'auto', mesh())[1])} == {jnp.dtype('float32')}
+
+
+def test_the_vocabulary_is_the_tokenizers_or_larger():
+  assert teachers.with_vocabulary(MODEL, BYTES, 'student').vocab_size == 257
+  larger = config_lib.dataclasses.replace(MODEL, vocab_size=300)
+  assert teachers.with_vocabulary(larger, BYTES, 'student') == larger
+  with pytest.raises(UserError, match=r"student.model.vocab_size = 100 is less than the tokenizer's 257"):
+    teachers.with_vocabulary(config_lib.dataclasses.replace(MODEL, vocab_size=100), BYTES, 'student')
+
+
+def test_the_folder_is_named_by_what_defines_the_teacher(tmp_path):
+  assert teachers.folder_of(str(tmp_path), 'a-laptop', 'abc').path == tmp_path / 'teachers' / 'a-laptop-abc'
+
+
+@pytest.mark.parametrize('part', [(0.0, 1.0), (0.0, 0.5), (0.5, 1.0)])
+def test_unigram_log_probabilities_are_counted_frequencies(tmp_path, part):
+  store = make_store(tmp_path / 'store', [50, 200, 7, 90, 300])
+  windows = Windows(store, 16, part)
+  found = teachers.unigram_log_probs(windows, 264)
+  tokens = store.read(*windows.range)
+  counts = np.asarray([1 + (tokens == v).sum() for v in range(264)])
+  np.testing.assert_allclose(found, np.log(counts / (len(tokens) + 264)), rtol=1e-6)
+  assert found.dtype == np.float32 and np.isfinite(found).all()
+  assert np.exp(found.astype(np.float64)).sum() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_unigram_counts_stop_at_max_tokens_and_at_the_distinct_tokens(tmp_path):
+  store = make_store(tmp_path / 'store', [500, 700])
+  first = teachers.unigram_log_probs(Windows(store, 16), 257, max_tokens=100)
+  np.testing.assert_array_equal(first, teachers.unigram_log_probs(Windows(store, 16, distinct_tokens=100), 257))
+  counts = 1 + np.bincount(store.read(0, 100), minlength=257)
+  np.testing.assert_allclose(first, np.log(counts / 357), rtol=1e-6)
