@@ -33,7 +33,11 @@ def models(vocab_size: int) -> dict[str, tuple[ModelConfig, ModelConfig]]:
   small = named('tiny-1m', vocab_size=vocab_size)
   medium = named('tiny-3m', vocab_size=vocab_size)
   large = dataclasses.replace(small, d_model=512, n_layers=6, d_ff=1408, n_heads=8, n_kv_heads=8, head_dim=64)
-  return {'smaller': (small, named('tiny-0.1m', vocab_size=vocab_size)), 'equal': (medium, medium), '12x': (small, large)}
+  return {
+    'smaller': (small, named('tiny-0.1m', vocab_size=vocab_size)),
+    'equal': (medium, medium),
+    '12x': (small, large),
+  }
 
 
 class Stepper:
@@ -98,9 +102,7 @@ def cohort(ratio: str, k: int, vocab_size: int, rounds: int, mesh) -> str:
   }
   times = timing.seconds(runs, rounds)
   ideal = k * times['lm'] + times['teacher']
-  return (
-    f'| {ratio} | {k} | {timing.ratio(times["cohort"], k * times["single"])} | {timing.ratio(ideal, k * times["single"])} |'
-  )
+  return f'| {ratio} | {k} | {timing.ratio(times["cohort"], k * times["single"])} | {timing.ratio(ideal, k * times["single"])} |'
 
 
 def main():

@@ -4,9 +4,11 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from importlib import metadata
 
 import jax
 import numpy as np
+import scipy.stats
 
 
 def seconds(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
@@ -22,25 +24,27 @@ def seconds(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str,
   return {name: np.asarray(t) for name, t in times.items()}
 
 
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+  """Median and its distribution-free interval of at least 95% (order statistics; from 6 values on)."""
+  ordered = np.sort(values)
+  low = max(0, int(scipy.stats.binom.ppf(0.025, len(ordered), 0.5)) - 1)
+  return float(np.median(ordered)), float(ordered[low]), float(ordered[-1 - low])
+
+
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> str:
-  """Median of the paired ratios and its distribution-free 95% interval (order statistics of the rounds)."""
-  ratios = np.sort(numerator / denominator)
-  n = len(ratios)
-  low = max(0, int(np.floor(n / 2 - 0.98 * np.sqrt(n))))
-  return f'{np.median(ratios):.3f} [{ratios[low]:.3f}, {ratios[n - 1 - low]:.3f}]'
+  """Median of the paired ratios and its interval."""
+  return '{:.3f} [{:.3f}, {:.3f}]'.format(*interval(numerator / denominator))
 
 
 def environment() -> str:
   """Versions and hardware, one line."""
-  import flax
-  import optax
-
   model = platform.processor() or platform.machine()
   if os.path.exists('/proc/cpuinfo'):
     with open('/proc/cpuinfo') as f:
       model = next((line.split(':')[1].strip() for line in f if line.startswith('model name')), model)
   device = jax.devices()[0]
+  versions = ', '.join(f'{name} {metadata.version(name)}' for name in ('jax', 'flax', 'optax', 'grain', 'array_record'))
   return (
-    f'jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}, python {platform.python_version()}; '
+    f'{versions}, python {platform.python_version()}; '
     f'{len(jax.devices())} x {device.device_kind}; {os.cpu_count()} cores, {model}'
   )
