@@ -40,7 +40,9 @@ def test_the_gradient_is_the_derivative_of_the_rows_own_loss(kind):
   _, dz_CxV = rows(student_CxV, teacher_CxV, labels_C, 0.3, loss, vocab)
   np.testing.assert_allclose(dz_CxV, jax.grad(loss_of)(student_CxV), atol=3e-6)
   assert not np.asarray(dz_CxV[:, V - 2 :]).any()
-  np.testing.assert_allclose(dz_CxV.sum(-1), 2 * loss.z_loss * jax.nn.logsumexp(student_CxV[:, : V - 2], axis=-1), atol=3e-6)
+  np.testing.assert_allclose(
+    dz_CxV.sum(-1), 2 * loss.z_loss * jax.nn.logsumexp(student_CxV[:, : V - 2], axis=-1), atol=3e-6
+  )
 
 
 @pytest.mark.parametrize('kind', KINDS, ids=str)
@@ -124,7 +126,14 @@ def test_hard_labels_that_tie_share_the_mass():
 def test_the_threshold_is_the_kth_largest_value_exactly():
   key = jax.random.key(0)
   ordinary = jax.random.normal(key, (C, 300))
-  cases = (ordinary, -jnp.abs(ordinary), 1e30 * ordinary, 1e-30 * ordinary, jnp.round(ordinary), jnp.where(ordinary > 0, ordinary, -1e30))
+  cases = (
+    ordinary,
+    -jnp.abs(ordinary),
+    1e30 * ordinary,
+    1e-30 * ordinary,
+    jnp.round(ordinary),
+    jnp.where(ordinary > 0, ordinary, -1e30),
+  )
   kth = jax.jit(lambda t, k: _threshold(t, jnp.ones_like(t), k, None))
   for t_CxV in cases:
     for k in (1, 2, 50, 299, 300):

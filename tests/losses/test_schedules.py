@@ -19,7 +19,9 @@ def test_a_constant_alpha_is_the_configs_at_every_step_exactly():
     assert set(alphas(alpha, (0, 1, 500, 999, 5000), AlphaSchedule(), lr_fraction=0.3)) == {float(np.float32(alpha))}
 
 
-@pytest.mark.parametrize('kind, halfway, quarter', [('linear', 0.5, 0.75), ('cosine', 0.5, (1 + np.cos(np.pi / 4)) / 2)])
+@pytest.mark.parametrize(
+  'kind, halfway, quarter', [('linear', 0.5, 0.75), ('cosine', 0.5, (1 + np.cos(np.pi / 4)) / 2)]
+)
 def test_alpha_moves_from_start_to_final_between_begin_and_end(kind, halfway, quarter):
   schedule = AlphaSchedule(kind, final=0.2, begin=0.1, end=0.5)
   expected = 0.2 + 0.6 * np.array([1, 1, quarter, halfway, 0, 0])
@@ -39,7 +41,9 @@ def test_an_alpha_tied_to_the_learning_rate_has_its_shape():
   for final in (0.0, 0.1):
     schedule = AlphaSchedule('lr', final=final, begin=0.2, end=0.3)
     for fraction in (0.0, 0.05, 0.5, 1.0):
-      np.testing.assert_allclose(alphas(0.6, (0, 250, 1000), schedule, fraction), final + (0.6 - final) * fraction, atol=1e-6)
+      np.testing.assert_allclose(
+        alphas(0.6, (0, 250, 1000), schedule, fraction), final + (0.6 - final) * fraction, atol=1e-6
+      )
 
 
 def test_no_schedule_step_or_alpha_compiles_anew():

@@ -44,22 +44,30 @@ def test_a_chunks_logits_are_float32_also_from_bfloat16(targets):
 def test_only_padding_is_cut_off_or_added(targets):
   for width in (8, 10, 13):
     fitted = _fit_vocabulary(targets, 8, width)
-    for leaf, before, axis in zip(jax.tree.leaves(fitted), jax.tree.leaves(targets), jax.tree.leaves(targets.vocab_axis), strict=True):
+    for leaf, before, axis in zip(
+      jax.tree.leaves(fitted), jax.tree.leaves(targets), jax.tree.leaves(targets.vocab_axis), strict=True
+    ):
       if axis == -1:
         assert leaf is before
       else:
         assert leaf.shape[axis] == width
-        np.testing.assert_array_equal(jax.lax.slice_in_dim(leaf, 0, 8, axis=axis), jax.lax.slice_in_dim(before, 0, 8, axis=axis))
+        np.testing.assert_array_equal(
+          jax.lax.slice_in_dim(leaf, 0, 8, axis=axis), jax.lax.slice_in_dim(before, 0, 8, axis=axis)
+        )
 
 
 def test_a_model_as_targets_is_its_logits_as_targets():
   x, w, xt, wt, labels = problem()
   weights = jnp.full(labels.shape, 1 / labels.size)
-  f = jax.jit(lambda targets: fused_loss(x, w, labels, weights, 0.5, targets, loss=LossConfig(temperature=2.0), chunk=4))
+  f = jax.jit(
+    lambda targets: fused_loss(x, w, labels, weights, 0.5, targets, loss=LossConfig(temperature=2.0), chunk=4)
+  )
   assert_close(f(ModelTargets(xt, wt)), f(LogitTargets(xt @ wt)))
 
 
-@pytest.mark.parametrize('kind', [{}, {'temperature': 2.0}, {'teacher_top_p': 0.6, 'rest': 'other'}, {'kd': 'hard_label'}], ids=str)
+@pytest.mark.parametrize(
+  'kind', [{}, {'temperature': 2.0}, {'teacher_top_p': 0.6, 'rest': 'other'}, {'kd': 'hard_label'}], ids=str
+)
 def test_tokens_that_the_training_split_never_had_are_no_harm(kind):
   """Their log frequency is -inf: no mass, as for a frequency too small to count."""
   x, w, _, wt, labels = problem()
@@ -67,7 +75,9 @@ def test_tokens_that_the_training_split_never_had_are_no_harm(kind):
 
   @jax.jit
   def f(log_probs_V):
-    loss = lambda x, w: fused_loss(x, w, labels, weights, 0.5, UnigramTargets(log_probs_V), loss=LossConfig(**kind), chunk=4)
+    loss = lambda x, w: fused_loss(
+      x, w, labels, weights, 0.5, UnigramTargets(log_probs_V), loss=LossConfig(**kind), chunk=4
+    )
     return jax.value_and_grad(loss, (0, 1), has_aux=True)(x, w)
 
   log_probs_V = jax.nn.log_softmax(wt[0])
