@@ -49,7 +49,8 @@ def _validation(axes, curves) -> None:
   for arm, records in curves.items():
     steps, ce = _series(records, 'validation_ce')
     if base:
-      ce = np.asarray([value - base[step] for step, value in zip(steps, ce, strict=True)])
+      pairs = [(step, value - base[step]) for step, value in zip(steps, ce, strict=True) if step in base]
+      steps, ce = np.asarray(pairs, float).reshape(-1, 2).T
     axes.plot(steps, ce, marker='o', markersize=3, label=arm, color=COLOURS.get(arm))
   what = 'less the baseline’s, nats per token\n(below 0: better)' if base else 'nats per token'
   axes.set(title='In-domain validation during training', xlabel='optimizer step', ylabel=f'cross-entropy, {what}')

@@ -128,7 +128,7 @@ def format_all(folder: pathlib.Path, job: jobs.Job, cells: Cells) -> str:
     '',
     _legend(job, cells, sets),
   ]
-  if BASELINE in cells:
+  if differences(cells):
     parts += ['', _differences_table(cells, sets)]
   parts += ['', _facts(job, cells)]
   return '\n'.join(parts)
