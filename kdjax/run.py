@@ -1,7 +1,7 @@
 """A run's folder: who it is, who owns it, how it stands.
 
 run.json       config, command, commit, versions, fingerprints: written once, compared on every later start
-owner.json     the token of the one process that may write here
+owner-N.json   the token of the process that may write here: the one of the greatest N; each claim creates the next
 status.json    state, step, heartbeat; renewed every few seconds by a thread, so that a long compile still beats
 checkpoints/   see kdjax/checkpoint.py
 metrics.jsonl  one line a step
@@ -40,6 +40,7 @@ class RunFolder:
     self.metrics = self.path / 'metrics.jsonl'
     self.results = self.path / 'results'
     self._token: str | None = None
+    self._claim: pathlib.Path
 
   @property
   def writes(self) -> bool:
@@ -99,34 +100,52 @@ class RunFolder:
     """Makes this process the folder's owner.
 
     A live owner is one whose heartbeat moves, or whose process still runs on this host. Raises UserError for a live one; waits up to
-    `timeout` seconds for the heartbeat of one on another host to stop.
+    `timeout` seconds for the heartbeat of one on another host to stop. Of several that claim at the same moment one creates the file
+    and the others fail: creating a file that must not exist is atomic where file locks are not to be had.
     """
     self._token = uuid.uuid4().hex
     if not self.writes:
       return
     self.path.mkdir(parents=True, exist_ok=True)
-    owner = read_json(self.path / 'owner.json')
-    if owner is not None and owner.get('released') is None and not self._is_gone(owner, timeout):
+    number, owner = self._owner()
+    if number and owner.get('released') is None and not self._is_gone(owner, timeout):
       raise UserError(
-        f'{self.path}: another trainer owns it (process {owner["pid"]} on {owner["host"]}); wait for it, or stop it and start again'
+        f'{self.path}: another trainer owns it (process {owner.get("pid")} on {owner.get("host")}); wait for it, or stop it and start again'
       )
-    write_json(self.path / 'owner.json', {'token': self._token, **_this_process()})
+    self._claim = self.path / f'owner-{number + 1}.json'
+    try:
+      with open(self._claim, 'x') as file:
+        file.write(json.dumps({'token': self._token, 'time': time.time(), **_this_process()}, indent=1))
+    except FileExistsError:
+      raise UserError(f'{self.path}: another trainer has claimed it at the same moment; this one leaves it alone') from None
     self.check_owner()
+    (self.path / f'owner-{number}.json').unlink(missing_ok=True)
+
+  def owns(self) -> bool:
+    return self._owner()[1].get('token') == self._token
 
   def check_owner(self) -> None:
     """Raises TrainingError where another process has taken the folder over. Called before each checkpoint."""
-    if self.writes and (read_json(self.path / 'owner.json') or {}).get('token') != self._token:
+    if self.writes and not self.owns():
       raise TrainingError(f'{self.path}: another trainer has taken this folder over; this one stops without writing')
 
   def release(self) -> None:
-    if self.writes and (read_json(self.path / 'owner.json') or {}).get('token') == self._token:
-      write_json(self.path / 'owner.json', {'token': self._token, **_this_process(), 'released': time.time()})
+    if self.writes and self.owns():
+      write_json(self._claim, {'token': self._token, **_this_process(), 'released': time.time()})
+
+  def _owner(self) -> tuple[int, dict[str, Any]]:
+    """The number and the content of the newest claim; (0, {}) where there is none, {} for one that was cut by a kill."""
+    numbers = [path.stem.removeprefix('owner-') for path in self.path.glob('owner-*.json')]
+    number = max((int(n) for n in numbers if n.isdigit()), default=0)
+    with contextlib.suppress(UserError):
+      return number, read_json(self.path / f'owner-{number}.json') or {}
+    return number, {}
 
   def _is_gone(self, owner: dict[str, Any], timeout: float) -> bool:
     if owner.get('host') == socket.gethostname() and owner.get('boot') == _boot_id():
       return _start_time(owner['pid']) != owner.get('started')
     first = (self.status() or {}).get('heartbeat')
-    if first is None or time.time() - first > timeout:
+    if time.time() - max(first or 0, owner.get('time', 0)) > timeout:
       return True
     print(
       f'{self.path}: owned by a process on {owner.get("host")}; waiting up to {timeout:.0f} s for its heartbeat to stop',
@@ -179,7 +198,7 @@ class Heartbeat:
   def _write(self) -> None:
     with self._lock:
       for folder in self._folders:
-        if folder.writes and (read_json(folder.path / 'owner.json') or {}).get('token') == folder._token:
+        if folder.writes and folder.owns():
           with contextlib.suppress(OSError):  # a full disk must not stop the heart; the checkpoint will tell
             write_json(folder.path / 'status.json', {**self._status, 'heartbeat': time.time()})
 
@@ -199,7 +218,10 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
   """The file's value; None where it is missing. Raises UserError where it is damaged."""
   try:
-    return json.loads(path.read_text())
+    value = json.loads(path.read_text())
+    if not isinstance(value, dict):
+      raise ValueError('not what was written')
+    return value
   except FileNotFoundError:
     return None
   except ValueError as e:
