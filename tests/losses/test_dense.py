@@ -39,11 +39,11 @@ def test_value_and_gradient_follow_the_formula_in_float64(loss):
   for alpha in (0.3, 1.0):
     with jax.enable_x64(True):
       (value, sums), grad = jax.value_and_grad(
-        lambda s: dense_loss(s, labels, weights, alpha, teacher_BxTxV, loss=loss), has_aux=True
+        lambda s, alpha=alpha: dense_loss(s, labels, weights, alpha, teacher_BxTxV, loss=loss), has_aux=True
       )(jnp.asarray(student_BxTxV))
       assert value.dtype == grad.dtype == jnp.float64
       value, grad, sums = jax.device_get((value, grad, sums))
-    exact = lambda s: reference.total(s, labels, weights, alpha, teacher_BxTxV, loss)
+    exact = lambda s, alpha=alpha: reference.total(s, labels, weights, alpha, teacher_BxTxV, loss)
     np.testing.assert_allclose(value, exact(student_BxTxV), rtol=1e-12)
     for i in np.ndindex(student_BxTxV.shape):
       moved = np.zeros_like(student_BxTxV)
@@ -103,7 +103,7 @@ def test_the_sums_are_those_of_entropies_and_agreement():
   _, sums = dense_loss(jnp.asarray(student_BxTxV), labels, weights, 0.4, jnp.asarray(teacher_BxTxV))
   entropy = lambda z: sum(
     w * -np.sum(np.exp(reference.log_softmax(r)) * reference.log_softmax(r))
-    for w, r in zip(weights.ravel(), z.reshape(-1, 9))
+    for w, r in zip(weights.ravel(), z.reshape(-1, 9), strict=True)
   )
   np.testing.assert_allclose(sums['student_entropy'], entropy(student_BxTxV), rtol=1e-5)
   np.testing.assert_allclose(sums['teacher_entropy'], entropy(teacher_BxTxV), rtol=1e-5)

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ KINDS = (
   *({'temperature': t, 'teacher_top_k': 0.2, 'rest': 'other'} for t in (1.0, 4.0)),
   *({'temperature': t, 'teacher_top_p': 0.7} for t in (1.0, 4.0)),
   *({'temperature': t, 'teacher_top_p': 0.7, 'rest': 'other'} for t in (0.5, 2.0)),
-  *({'temperature': t, 'teacher_top_k': 5, 'teacher_top_p': 0.8, 'rest': 'other'} for t in TEMPERATURES),
+  *({'temperature': t, 'teacher_top_k': 5, 'teacher_top_p': 0.8, 'rest': 'other'} for t in (1.0, 4.0)),
   {'teacher_top_k': 0.3, 'teacher_top_p': 0.6},
   {'mixing': 'ce_plus_alpha_kd', 'temperature': 2.0},
   {'mixing': 'one_minus_alpha_ce_plus_kd', 'temperature': 3.0},
@@ -73,15 +74,17 @@ def compare_with_dense(loss, targets_kind='model', chunk=5):
   x, w, xt, wt, labels = problem(B, T, v=V)
   targets, teacher_BxTxV = targets_of(targets_kind, xt, wt)
   fused = value_and_grad(loss, targets, chunk)
-  for weights in masks(B, T):
-    with jax.enable_x64(True):
-      dense = lambda alpha, weights=f64(weights): dense_value_and_grad(
-        loss, *f64((x, w)), jnp.asarray(teacher_BxTxV), labels, weights, alpha
-      )
-      exact = jax.device_get(jax.vmap(dense)(jnp.asarray(ALPHAS, jnp.float32).astype(jnp.float64)))
-    for k, alpha in enumerate(ALPHAS):
-      got = fused(x, w, targets, labels, weights, alpha)
-      assert_close(got, jax.tree.map(lambda a, k=k: a[k], exact), note=f'alpha {alpha}, weights {weights}')
+  cases = list(itertools.product(masks(B, T), ALPHAS))
+  with jax.enable_x64(True):
+
+    def dense(weights, alpha):
+      return dense_value_and_grad(loss, *f64((x, w)), jnp.asarray(teacher_BxTxV), labels, weights, alpha)
+
+    all_weights, alphas = (f64(jnp.stack([jnp.asarray(case[i], jnp.float32) for case in cases])) for i in range(2))
+    exact = jax.device_get(jax.vmap(dense)(all_weights, alphas))
+  for k, (weights, alpha) in enumerate(cases):
+    got = fused(x, w, targets, labels, weights, alpha)
+    assert_close(got, jax.tree.map(lambda a, k=k: a[k], exact), note=f'alpha {alpha}, weights {weights}')
 
 
 @pytest.mark.parametrize('kind', KINDS, ids=str)
@@ -168,10 +171,11 @@ def test_equal_models_have_a_kl_and_a_gradient_of_exactly_zero(kind, dtype):
 
 def test_alpha_0_is_the_language_model_alone_bit_for_bit():
   kinds = (
-    *({'temperature': t} for t in (0.5, 1.0, 1.7, 2.0, 3.0)),
-    {'temperature': 2.0, 'teacher_top_k': 4, 'rest': 'other', 'z_loss': 0.1},
+    {},
+    {'temperature': 2.0},
+    {'temperature': 3.0, 'mixing': 'ce_plus_alpha_kd'},
+    {'temperature': 1.7, 'teacher_top_k': 4, 'rest': 'other', 'z_loss': 0.1},
     {'kd': 'hard_label', 'z_loss': 0.1},
-    {'mixing': 'ce_plus_alpha_kd', 'temperature': 3.0},
   )
   x, w, xt, wt, labels = problem(2, 37, 16, v=101)
   weights = masks(2, 37)[1]
@@ -203,7 +207,7 @@ def test_padding_of_the_vocabulary_is_never_given_mass():
   ):
     f = value_and_grad(LossConfig(z_loss=0.1, **kind), None, 5, vocab_size=V)
     results = []
-    for fill, teacher_padding in ((0, 8), (1, 8), (1, 19), (1, 3)):
+    for fill, teacher_padding in ((0, 8), (1, 8), (1, 3)):
       padded = jnp.concatenate([w, fill * huge(1, 8, 8)], 1)
       teacher = ModelTargets(xt, jnp.concatenate([wt, fill * huge(2, 12, teacher_padding)], 1))
       (value, sums), (dx, dw) = f(x, padded, teacher, labels, weights, 0.4)

@@ -235,7 +235,7 @@ def test_whole_logits_exist_nowhere_in_the_compiled_loss():
   assert largest_array(dense.lower(x, w).compile().as_text()) >= n * v  # the measure sees them where they are
 
 
-@pytest.mark.parametrize('shape, collectives', [((2, 2, 2), 1), ((1, 1, 8), 1), ((2, 4, 1), 0)], ids=str)
+@pytest.mark.parametrize(('shape', 'collectives'), [((2, 2, 2), 1), ((1, 1, 8), 1), ((2, 4, 1), 0)], ids=str)
 def test_on_a_mesh_the_loop_holds_one_small_collective_and_no_whole_array(shape, collectives):
   hlo = compiled(mesh=mesh_of(shape)).as_text()
   replica, fsdp, tensor = shape

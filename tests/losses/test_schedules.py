@@ -20,7 +20,7 @@ def test_a_constant_alpha_is_the_configs_at_every_step_exactly():
 
 
 @pytest.mark.parametrize(
-  'kind, halfway, quarter', [('linear', 0.5, 0.75), ('cosine', 0.5, (1 + np.cos(np.pi / 4)) / 2)]
+  ('kind', 'halfway', 'quarter'), [('linear', 0.5, 0.75), ('cosine', 0.5, (1 + np.cos(np.pi / 4)) / 2)]
 )
 def test_alpha_moves_from_start_to_final_between_begin_and_end(kind, halfway, quarter):
   schedule = AlphaSchedule(kind, final=0.2, begin=0.1, end=0.5)
