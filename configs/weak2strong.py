@@ -11,4 +11,4 @@ from kdjax import scales
 
 
 def get_config(arg=None):
-  return scales.get_config('weak2strong', arg, alpha=0.4, teacher_tokens=0.5)
+  return scales.get_config('weak2strong', arg, alpha=0.2, teacher_tokens=0.5)

@@ -19,7 +19,7 @@ from kdjax.metrics import Progress
 from kdjax.models import Model
 
 BINS = 15  # of confidence, for the expected calibration error
-TEMPERATURES = tuple(float(t) for t in np.geomspace(0.7, 2.0, 12))
+TEMPERATURES = tuple(float(t) for t in np.geomspace(0.6, 3.0, 14))
 SUMS = {
   'ce': 'nll',
   'student_entropy': 'entropy',
