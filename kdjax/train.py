@@ -63,6 +63,7 @@ def run(config: Config, workdir: pathlib.Path | None = None, progress: bool = Tr
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     corpus = distributed.first_process_first(lambda: prepare(config.data, config.eval, config.runs, progress))
+    check(config, corpus, mesh)
     teacher = ensure_teacher(config, folder, corpus, mesh, progress)
     write_experiment(folder, config, teacher)
     train_students(config, folder, corpus, teacher, mesh, progress)
@@ -104,6 +105,30 @@ def run_config(
   }
 
 
+def check(config: Config, corpus: Corpus, mesh: Mesh) -> None:
+  """Raises UserError for a model that cannot be made, or does not fit the mesh: before the first one is trained, not after."""
+  data_parallel = mesh.shape['replica'] * mesh.shape['fsdp']
+  sections: dict[str, TeacherConfig | StudentConfig] = {'student': config.student}
+  if 'distilled' in config.student.arms:
+    sections['teacher'] = config.teacher
+  sizes = {}
+  for name, section in sections.items():
+    model = build(teachers.with_vocabulary(section.model, corpus.tokenizer, name))
+    sharding.param_shardings(model.abstract(), mesh)
+    sizes[name] = model.config.vocab_size
+    rows = section.batch_size // section.microbatches
+    if rows % data_parallel and not (name == 'teacher' and config.teacher.run):
+      raise UserError(
+        f"mesh: replica x fsdp = {data_parallel} does not divide the {name}'s batch_size / microbatches = {rows}; "
+        f'change --config.{name}.batch_size or --config.mesh.*'
+      )
+  if len(set(sizes.values())) > 1:
+    raise UserError(
+      f"the teacher's vocabulary ({sizes['teacher']} tokens) is not the student's ({sizes['student']}); "
+      'distillation needs the same one'
+    )
+
+
 def ensure_teacher(
   config: Config, folder: pathlib.Path, corpus: Corpus, mesh: Mesh, progress: bool = True
 ) -> RunFolder | None:
@@ -119,7 +144,7 @@ def ensure_teacher(
   identity = run_config(config, section, model, 'teacher', '')
   teacher = teachers.folder_of(config.runs, f'{config.name}-{config.scale}', config_lib.fingerprint(identity))
   loop.fit(
-    _cohort(config, 'teacher', corpus, model, mesh, [_member(config, section, teacher, identity)], progress=progress),
+    _cohort(config, 'teacher', corpus, model, [_member(config, section, teacher, identity)], progress=progress),
     mesh,
   )
   return teacher
@@ -141,11 +166,6 @@ def train_students(
     step = config.teacher.step if config.teacher.run else 0
     teacher_model, params, step, weights = teachers.load(teacher_folder, config.teacher.dtype, mesh, step)
     name = f'{weights}@{step}'
-    if teacher_model.config.vocab_size != model.config.vocab_size:
-      raise UserError(
-        f"the teacher's vocabulary ({teacher_model.config.vocab_size} tokens) is not the student's ({model.config.vocab_size}); "
-        'distillation needs the same one'
-      )
     teacher = Teacher(params)
     fingerprints['teacher'] = weights
   if 'unigram' in section.arms:
@@ -155,9 +175,7 @@ def train_students(
     _member(config, section, run_folder, run_config(config, section, model, run_folder.name, name))
     for run_folder in student_folders(config, folder)
   ]
-  loop.fit(
-    _cohort(config, 'student', corpus, model, mesh, members, teacher_model, teacher, fingerprints, progress), mesh
-  )
+  loop.fit(_cohort(config, 'student', corpus, model, members, teacher_model, teacher, fingerprints, progress), mesh)
 
 
 def student_folders(config: Config, folder: pathlib.Path) -> list[RunFolder]:
@@ -201,7 +219,6 @@ def _cohort(
   name: str,
   corpus: Corpus,
   model: Model,
-  mesh: Mesh,
   members: list[loop.Member],
   teacher_model: Model | None = None,
   teacher: Teacher = Teacher(),
@@ -210,12 +227,6 @@ def _cohort(
 ) -> loop.Cohort:
   """The cohort of the config's section `name` ('teacher' or 'student')."""
   section: TeacherConfig | StudentConfig = getattr(config, name)
-  data_parallel, rows = mesh.shape['replica'] * mesh.shape['fsdp'], section.batch_size // section.microbatches
-  if rows % data_parallel:
-    raise UserError(
-      f"mesh: replica x fsdp = {data_parallel} does not divide the {name}'s batch_size / microbatches = {rows}; "
-      f'change --config.{name}.batch_size or --config.mesh.*'
-    )
   total = config_lib.n_steps(section, config.data)
   windows = _windows(config, section, corpus)
   stream = BatchStream(windows, section.batch_size, section.seed)
