@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -113,14 +114,13 @@ def test_in_bfloat16_the_error_is_at_most_twice_the_dense_one(kind):
   w, wt = w / 4, wt / 8
   weights = masks(2, 32)[1]
   fused = value_and_grad(loss, None, chunk=8)
+  dense_loss_of = jax.jit(functools.partial(dense_value_and_grad, loss), static_argnames='preferred')
+  teacher_BxTxV = jnp.dot(xt, wt, preferred_element_type=jnp.float32)
   for alpha in ALPHAS:
     (got, sums), grads = fused(x, w, ModelTargets(xt, wt), labels, weights, alpha)
-    teacher_BxTxV = jnp.dot(xt, wt, preferred_element_type=jnp.float32)
-    (dense, dense_sums), dense_grads = dense_value_and_grad(
-      loss, x, w, teacher_BxTxV, labels, weights, alpha, jnp.float32
-    )
+    (dense, dense_sums), dense_grads = dense_loss_of(x, w, teacher_BxTxV, labels, weights, alpha, preferred=jnp.float32)
     with jax.enable_x64(True):
-      exact = dense_value_and_grad(loss, *f64((x, w)), f64(xt) @ f64(wt), labels, f64(weights), alpha)
+      exact = dense_loss_of(*f64((x, w)), f64(xt) @ f64(wt), labels, f64(weights), jnp.float32(alpha))
       (exact, exact_sums), exact_grads = jax.device_get(exact)
     assert [g.dtype for g in grads] == [jnp.bfloat16] * 2
     for mine, theirs, right in zip(grads, dense_grads, exact_grads, strict=True):
@@ -148,9 +148,7 @@ def test_the_heads_gradient_is_as_exact_with_512_chunks_as_with_one():
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(
-  'kind', [{}, {'teacher_top_k': 7, 'rest': 'other'}, {'teacher_top_p': 0.5, 'rest': 'other'}], ids=str
-)
+@pytest.mark.parametrize('kind', [{}, {'teacher_top_k': 7, 'teacher_top_p': 0.8, 'rest': 'other'}], ids=str)
 def test_equal_models_have_a_kl_and_a_gradient_of_exactly_zero(kind, dtype):
   losses = [LossConfig(temperature=t, **kind) for t in (0.5, 1.0, 1.7, 2.0, 3.0)]
 

@@ -102,7 +102,7 @@ def test_it_equals_the_loss_on_one_device_and_gradients_are_sharded_as_parameter
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_equal_models_have_a_kl_and_a_gradient_of_exactly_zero_over_a_sharded_vocabulary(shape, dtype):
   mesh = mesh_of(shape)
-  losses = [LossConfig(temperature=t) for t in (0.5, 1.0, 1.7, 2.0, 3.0)] + [
+  losses = [LossConfig(temperature=t) for t in (0.5, 1.0, 1.7, 3.0)] + [
     LossConfig(teacher_top_k=5, rest='other', temperature=2.0)
   ]
 
