@@ -325,7 +325,11 @@ def _chunks(chunk: int, labels_BxT, weights_BxT, hidden, tokenwise):
 
 
 def _fit_vocabulary(targets: Targets, vocab_size: int, width: int) -> Targets:
-  """Targets whose padded width is the student's: only padding is ever cut off or added. Raises UserError if real columns lack."""
+  """Targets with the student's number of columns: those beyond are cut off, missing padding is added.
+
+  Columns are all that can be seen here: that both sides have the same tokens is for the caller to know (kdjax/train.py compares the
+  tokenizers' fingerprints and the sizes). Raises UserError where the teacher has fewer columns than there are tokens.
+  """
   leaves, tree = jax.tree.flatten(targets)
   axes = jax.tree.leaves(targets.vocab_axis)
   fitted = []
