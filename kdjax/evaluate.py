@@ -10,7 +10,6 @@ that are not scored (the validation split; the validation share of an OOD set). 
 """
 
 import argparse
-import dataclasses
 import logging
 import pathlib
 import sys
@@ -24,9 +23,9 @@ from kdjax import cli, distributed, sharding
 from kdjax.analysis import table
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import MeshConfig
-from kdjax.data.corpus import prepare
-from kdjax.errors import TrainingError
-from kdjax.evals.job import evaluate, find
+from kdjax.data.corpus import Corpus, prepare
+from kdjax.errors import TrainingError, UserError
+from kdjax.evals.job import Job, evaluate, find, score_missing
 from kdjax.run import RunFolder
 
 log = logging.getLogger('kdjax')
@@ -48,51 +47,72 @@ def main(argv: Sequence[str] | None = None) -> None:
       parser.add_argument(f'--{axis}', type=int, default=-1 if axis == 'fsdp' else 1, help=f'devices along {axis}')
     distributed.add_arguments(parser)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if args.watch and args.step:
+      raise UserError('--step names one checkpoint, --watch takes each new one: give one of the two')
     distributed.initialize(args, 100)
     mesh = sharding.make_mesh(MeshConfig(args.replica, args.fsdp, args.tensor))
     with jax.set_mesh(mesh):
       if args.watch:
         watch(pathlib.Path(args.workdir), mesh)
-        return
-      job = find(pathlib.Path(args.workdir))
-      corpus = distributed.first_process_first(lambda: prepare(job.config.data, job.config.eval, job.config.runs))
-      evaluate(job, corpus, mesh, step=args.step)
+      else:
+        job = find(pathlib.Path(args.workdir))
+        corpus = distributed.first_process_first(lambda: prepare(job.config.data, job.config.eval, job.config.runs))
+        evaluate(job, corpus, mesh, step=args.step)
     if jax.process_index() == 0:
       print(table.write(pathlib.Path(args.workdir)))
 
 
 def watch(workdir: pathlib.Path, mesh: Mesh) -> None:
-  """Scores each new checkpoint of a run until its status says that it is over.
+  """Scores each new checkpoint of a run until its status says that it is over, then makes the table.
 
-  Raises TrainingError where the run's heartbeat stops.
+  Raises TrainingError where the run's heartbeat stops, or does not begin.
   """
   job = find(workdir)
-  corpus = prepare(job.config.data, job.config.eval, job.config.runs)
+  corpus = distributed.first_process_first(lambda: prepare(job.config.data, job.config.eval, job.config.runs))
   seen: set[tuple[pathlib.Path, int]] = set()
+  start = time.time()
   while True:
-    over = all((run.status() or {}).get('state') in ('done', 'failed') for run in job.runs)
+    # Both are asked before the scoring, which may take long: what the run does meanwhile is seen the next time.
+    over = all(_status(run, 'state') in ('done', 'failed') for run in job.runs)
+    beats = [_status(run, 'heartbeat') or 0.0 for run in job.runs]
+    silent = time.time() - max(start, *beats) > job.config.heartbeat_timeout
     for run in job.runs:
-      if not run.checkpoints.is_dir():
-        continue
-      saves = Checkpoints(run.checkpoints, read_only=True)
-      steps = saves.steps()
-      saves.close()
-      for at in steps:
+      for at in _steps(run):
         if (run.path, at) not in seen:
-          evaluate(dataclasses.replace(job, runs=[run]), corpus, mesh, step=at, progress=False)
-          log.info('scored %s at step %d', run.path, at)
           seen.add((run.path, at))
+          _score(job, run, at, corpus, mesh)
     if over:
+      evaluate(job, corpus, mesh)
       return
-    for run in job.runs:
-      _check_heartbeat(run, job.config.heartbeat_timeout)
-    time.sleep(POLL)
+    if silent:
+      raise TrainingError(
+        f'{workdir}: its trainer has been silent for more than {job.config.heartbeat_timeout} s; giving up'
+      )
+    time.sleep(min(POLL, job.config.heartbeat_timeout))
 
 
-def _check_heartbeat(run: RunFolder, timeout: float) -> None:
-  status = run.status() or {}
-  if status.get('state') == 'running' and time.time() - status.get('heartbeat', 0) > timeout:
-    raise TrainingError(f'{run.path}: its trainer has been silent for more than {timeout:.0f} s; giving up')
+def _score(job: Job, run: RunFolder, at: int, corpus: Corpus, mesh: Mesh) -> None:
+  try:
+    score_missing(job, [(run, at)], corpus, mesh, progress=False)
+    log.info('scored %s at step %d', run.path, at)
+  except UserError:
+    if at in _steps(run):
+      raise
+    log.info('passed over %s at step %d: its trainer has deleted it', run.path, at)
+
+
+def _steps(run: RunFolder) -> list[int]:
+  if not run.checkpoints.is_dir():
+    return []
+  saves = Checkpoints(run.checkpoints, read_only=True)
+  try:
+    return saves.steps()
+  finally:
+    saves.close()
+
+
+def _status(run: RunFolder, name: str):
+  return (run.status() or {}).get(name)
 
 
 if __name__ == '__main__':

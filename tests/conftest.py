@@ -1,6 +1,20 @@
-"""Eight virtual CPU devices for every test, set before jax is imported."""
+"""Eight virtual CPU devices for every test, set before jax is imported; a finished run to look at."""
 
 import os
+import pathlib
+
+import pytest
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'.strip()
+
+
+@pytest.fixture(scope='session')
+def main_job(tmp_path_factory) -> pathlib.Path:
+  """A folder with the tiny texts and a finished run of the tiny main job in `runs`. To be copied, not changed."""
+  from kdjax import train
+  from tests import tiny
+
+  home = tmp_path_factory.mktemp('main_job')
+  train.run(tiny.config(home), progress=False)
+  return home

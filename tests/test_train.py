@@ -25,19 +25,28 @@ SETS = ('in-domain', 'far', 'further')
 
 
 @pytest.fixture(scope='module')
-def home(tmp_path_factory) -> pathlib.Path:
-  return tmp_path_factory.mktemp('train')
+def home(main_job, tmp_path_factory) -> pathlib.Path:
+  """A copy of the finished run: the tests here add to it."""
+  home = tmp_path_factory.mktemp('train')
+  shutil.copytree(main_job / 'runs', home / 'runs')
+  return home
 
 
 @pytest.fixture(scope='module')
-def config(home):
-  return tiny.config(home)
+def make(main_job, home):
+  """A config of the same texts, its runs in this module's copy."""
+  return lambda **overrides: tiny.config(main_job, **({'runs': str(home / 'runs')} | overrides))
 
 
 @pytest.fixture(scope='module')
-def folder(home, config) -> pathlib.Path:
-  """One run of the main job, shared by the tests that only look."""
-  return train.run(config, progress=False)
+def config(make):
+  return make()
+
+
+@pytest.fixture(scope='module')
+def folder(home) -> pathlib.Path:
+  (folder,) = (home / 'runs').glob('tiny-*')
+  return folder
 
 
 @pytest.fixture(scope='module')
@@ -107,7 +116,8 @@ def test_run_again_it_trains_nothing_scores_nothing_and_prints_the_same_table(fo
   assert again == folder
   assert written(home) == before
   assert results(home) == scored
-  assert out.startswith(text)
+  lines = text.splitlines()
+  assert out.splitlines()[1 : len(lines)] == lines[1:]
 
 
 def test_students_share_their_first_weights_and_their_data(folder):
@@ -198,9 +208,9 @@ def test_a_run_knows_what_it_is(folder):
     assert facts['tokens'] == tiny.STEPS * 8 * 16
 
 
-def test_changing_how_it_is_evaluated_scores_again_and_trains_nothing(folder, home, config, capsys):
+def test_changing_how_it_is_evaluated_scores_again_and_trains_nothing(make, folder, home, config, capsys):
   before, scored = written(home), results(home)
-  other = tiny.config(home, **{'eval.window': 32, 'eval.stride': 8})
+  other = make(**{'eval.window': 32, 'eval.stride': 8})
   again, out = run(other, capsys)
   assert again == folder
   assert written(home) == before
@@ -221,9 +231,9 @@ def test_more_context_does_not_hurt(folder):
     assert len({tuple(t['tokens']) for t in tables}) == 1
 
 
-def test_another_alpha_shares_the_teacher(folder, home, teacher, capsys):
+def test_another_alpha_shares_the_teacher(make, folder, home, teacher, capsys):
   before = written(teacher.path)
-  other, out = run(tiny.config(home, **{'student.alpha': 0.9, 'student.arms': ('distilled',)}), capsys)
+  other, out = run(make(**{'student.alpha': 0.9, 'student.arms': ('distilled',)}), capsys)
   assert other != folder
   assert jobs.find(other).teacher.path == teacher.path
   assert written(teacher.path) == before
@@ -244,9 +254,9 @@ def test_a_baseline_alone_needs_no_teacher(tmp_path, home, capsys):
   assert jobs.find(folder).teacher is None
 
 
-def test_a_teacher_named_by_its_folder(folder, home, teacher, tmp_path, capsys):
+def test_a_teacher_named_by_its_folder(make, folder, teacher, tmp_path, capsys):
   """The distilled student is then the one that learned from the same teacher in the shared run: bit for bit."""
-  config = tiny.config(home, **{'teacher.run': str(teacher.path), 'student.arms': ('baseline', 'distilled')})
+  config = make(**{'teacher.run': str(teacher.path), 'student.arms': ('baseline', 'distilled')})
   workdir = tmp_path / 'mine'
   _, out = run(config, capsys, workdir)
   assert jobs.find(workdir).teacher.path == teacher.path
@@ -271,9 +281,9 @@ def refused(config, workdir=None) -> str:
   return str(e.value)
 
 
-def test_a_folder_of_another_config_is_refused_naming_the_fields(folder, home):
+def test_a_folder_of_another_config_is_refused_naming_the_fields(make, folder, home):
   before = written(home)
-  config = tiny.config(home, **{'student.alpha': 0.7, 'student.optimizer.weight_decay': 0.2})
+  config = make(**{'student.alpha': 0.7, 'student.optimizer.weight_decay': 0.2})
   found = refused(config, folder)
   assert 'was written by another config' in found
   assert 'student.alpha is 0.4 there, 0.7 here' in found
@@ -296,32 +306,32 @@ def test_a_folder_of_something_else_is_left_alone(folder, home, config, tmp_path
     ({'data.tokenizer': 'bpe', 'data.vocab_size': 300, 'teacher.model.vocab_size': 257}, 'tokenizer'),
   ],
 )
-def test_a_teacher_that_does_not_fit_is_refused_before_any_training(folder, home, teacher, tmp_path, changes, words):
-  config = tiny.config(home, **({'teacher.run': str(teacher.path)} | changes))
+def test_a_teacher_that_does_not_fit_is_refused_before_any_training(make, folder, teacher, tmp_path, changes, words):
+  config = make(**({'teacher.run': str(teacher.path)} | changes))
   found = refused(config, tmp_path / 'mine')
   assert words in found
   assert not (tmp_path / 'mine' / 'students').exists()
 
 
-def test_another_vocabulary_than_the_teachers_is_refused(folder, home, tmp_path):
-  found = refused(tiny.config(home, **{'student.model.vocab_size': 300}), tmp_path / 'mine')
+def test_another_vocabulary_than_the_teachers_is_refused(make, folder, tmp_path):
+  found = refused(make(**{'student.model.vocab_size': 300}), tmp_path / 'mine')
   assert "the teacher's vocabulary (257 tokens) is not the student's (300)" in found
 
 
-def test_a_students_vocabulary_that_is_too_small_is_refused_before_the_teacher_is_trained(home, tmp_path):
-  config = tiny.config(home, **{'student.model.vocab_size': 100, 'teacher.seed': 77})
+def test_a_students_vocabulary_that_is_too_small_is_refused_before_the_teacher_is_trained(make, home, tmp_path):
+  config = make(**{'student.model.vocab_size': 100, 'teacher.seed': 77})
   assert 'student.model.vocab_size = 100 is less' in refused(config, tmp_path / 'mine')
   assert len(list((home / 'runs' / 'teachers').iterdir())) == 1
 
 
-def test_a_batch_that_the_mesh_does_not_divide_is_refused_before_the_teacher_is_trained(home, tmp_path):
-  config = tiny.config(home, **{'student.batch_size': 12, 'teacher.seed': 78})
+def test_a_batch_that_the_mesh_does_not_divide_is_refused_before_the_teacher_is_trained(make, home, tmp_path):
+  config = make(**{'student.batch_size': 12, 'teacher.seed': 78})
   assert "does not divide the student's batch_size / microbatches = 12" in refused(config, tmp_path / 'mine')
   assert len(list((home / 'runs' / 'teachers').iterdir())) == 1
 
 
-def test_a_mesh_of_other_than_the_devices_here_is_refused(home, tmp_path):
-  config = tiny.config(home, **{'mesh.tensor': 3})
+def test_a_mesh_of_other_than_the_devices_here_is_refused(make, tmp_path):
+  config = make(**{'mesh.tensor': 3})
   assert 'does not divide the 8 devices here' in refused(config, tmp_path / 'mine')
 
 

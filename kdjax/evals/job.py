@@ -1,5 +1,6 @@
 """The eval job's work: what there is to score in a folder, and scoring what has not been scored yet."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -70,19 +71,8 @@ def evaluate(job: Job, corpus: Corpus, mesh: Mesh, step: int = 0, progress: bool
 
   The folder's evaluation.json then names the result files that belong together: arm -> set -> path.
   """
-  sets = {IN_DOMAIN: EvalSet(corpus.validation, corpus.test), **corpus.ood}
-  at = {run.path: _step(run, job.teacher_step if job.is_teacher(run) else step) for run in job.runs}
-  tasks = [_task(job, run, at[run.path], name, eval_set) for run in job.runs for name, eval_set in sets.items()]
-  missing = distributed.from_first_process([not task.file.exists() for task in tasks])
-  models = _Models(job, mesh)
-  total = sum(_n_tokens(task.eval_set) for task, wanted in zip(tasks, missing, strict=True) if wanted)
-  bar = Progress('evaluation', total, unit='token', enabled=progress and total > 0)
-  for task, wanted in zip(tasks, missing, strict=True):
-    if wanted:
-      table, meta = _score(task, models, job, mesh, bar)
-      if task.run.writes:
-        results.write(task.file, table, meta)
-  bar.close()
+  at = [(run, _step(run, job.teacher_step if job.is_teacher(run) else step)) for run in job.runs]
+  tasks = score_missing(job, at, corpus, mesh, progress)
   if jax.process_index() == 0:
     files: dict[str, dict[str, str]] = {}
     for task in tasks:
@@ -90,8 +80,27 @@ def evaluate(job: Job, corpus: Corpus, mesh: Mesh, step: int = 0, progress: bool
     write_json(job.folder / 'evaluation.json', files)
 
 
+def score_missing(
+  job: Job, checkpoints: list[tuple[RunFolder, int]], corpus: Corpus, mesh: Mesh, progress: bool = True
+) -> list['Task']:
+  """Scores those (run, step) on those sets that have no result file yet; returns all, in order."""
+  sets = {IN_DOMAIN: EvalSet(corpus.validation, corpus.test), **corpus.ood}
+  tasks = [_task(job, run, step, name, eval_set) for run, step in checkpoints for name, eval_set in sets.items()]
+  missing = distributed.from_first_process([not task.file.exists() for task in tasks])
+  models = _Models(job, mesh)
+  total = sum(_n_tokens(task.eval_set) for task, wanted in zip(tasks, missing, strict=True) if wanted)
+  bar = Progress('evaluation', total, unit='token', enabled=progress and total > 0)
+  with contextlib.closing(bar):
+    for task, wanted in zip(tasks, missing, strict=True):
+      if wanted:
+        table, meta = _score(task, models, job, mesh, bar)
+        if task.run.writes:
+          results.write(task.file, table, meta)
+  return tasks
+
+
 @dataclasses.dataclass(frozen=True)
-class _Task:
+class Task:
   """One checkpoint on one set; `key` is what the result depends on."""
 
   run: RunFolder
@@ -105,7 +114,7 @@ class _Task:
     return results.path(self.run.results, self.step, self.name, config_lib.fingerprint(self.key))
 
 
-def _task(job: Job, run: RunFolder, step: int, name: str, eval_set: EvalSet) -> _Task:
+def _task(job: Job, run: RunFolder, step: int, name: str, eval_set: EvalSet) -> Task:
   window = job.config.eval.window or job.config.data.seq_len
   key = {
     'version': VERSION,
@@ -117,10 +126,10 @@ def _task(job: Job, run: RunFolder, step: int, name: str, eval_set: EvalSet) -> 
     if job.teacher is None or job.is_teacher(run)
     else f'{job.teacher.name}@{_step(job.teacher, job.teacher_step)}',
   }
-  return _Task(run, step, name, eval_set, key)
+  return Task(run, step, name, eval_set, key)
 
 
-def _score(task: _Task, models: '_Models', job: Job, mesh: Mesh, bar: Progress) -> tuple[pd.DataFrame, dict[str, Any]]:
+def _score(task: Task, models: '_Models', job: Job, mesh: Mesh, bar: Progress) -> tuple[pd.DataFrame, dict[str, Any]]:
   """(per-document table of the test documents, metadata): the temperature is fitted on the set's validation documents first."""
   window, stride = task.key['window'], task.key['stride']
   on = functools.partial(

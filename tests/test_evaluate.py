@@ -1,0 +1,245 @@
+"""The eval job from its command line: apart from training, once or beside it; what it refuses."""
+
+import pathlib
+import shutil
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kdjax import evaluate
+from kdjax.evals import job as jobs
+from kdjax.evals import results
+from kdjax.run import RunFolder, read_json, write_json
+from tests import tiny
+
+MODELS = 4  # the teacher and three students
+SETS = 2
+
+
+@pytest.fixture
+def folder(main_job, tmp_path) -> pathlib.Path:
+  """The experiment as `train` left it, with its teacher and stores: a copy to be spoilt."""
+  shutil.copytree(main_job / 'runs', tmp_path / 'runs')
+  (folder,) = (tmp_path / 'runs').glob('tiny-*')
+  known = read_json(folder / 'experiment.json')
+  known['resolved']['heartbeat_timeout'] = 1
+  write_json(folder / 'experiment.json', known)
+  return folder
+
+
+def files(folder: pathlib.Path) -> dict[str, int]:
+  return {str(p.relative_to(folder.parent)): p.stat().st_mtime_ns for p in sorted(folder.parent.rglob('*.parquet'))}
+
+
+def forget(folder: pathlib.Path) -> None:
+  """Takes all results away."""
+  for path in folder.parent.rglob('*.parquet'):
+    path.unlink()
+  for name in ('evaluation.json', 'table.txt', 'results.csv'):
+    (folder / name).unlink()
+
+
+def refused(argv, capsys, code=2) -> str:
+  capsys.readouterr()
+  with pytest.raises(SystemExit) as e:
+    evaluate.main([str(arg) for arg in argv])
+  out, err = capsys.readouterr()
+  assert e.value.code == code, err
+  lines = [line for line in err.splitlines() if line.startswith('error: ')]
+  assert len(lines) == 1, err
+  assert 'Traceback' not in out + err
+  return lines[0]
+
+
+def flip_a_bit_of_the_weights(run: RunFolder, step: int) -> None:
+  """One in the middle of each array file: Orbax leaves copies that nothing reads any more."""
+  for path in (run.checkpoints / str(step) / 'params').rglob('d/*'):
+    data = bytearray(path.read_bytes())
+    if len(data) > 1000:  # smaller ones hold no array
+      data[len(data) // 2] ^= 1
+      path.write_bytes(data)
+
+
+def test_its_results_are_those_of_trains_own_evaluation(folder, capsys):
+  frame, table = pd.read_csv(folder / 'results.csv'), (folder / 'table.txt').read_text()
+  before = files(folder)
+  assert len(before) == MODELS * (SETS + 1)
+  documents = {name: results.read(folder.parent / name) for name in before}
+  forget(folder)
+  capsys.readouterr()
+  evaluate.main([f'--workdir={folder}'])
+  assert capsys.readouterr().out.splitlines()[1:] == table.splitlines()[1:]
+  assert files(folder).keys() == before.keys()
+  pd.testing.assert_frame_equal(pd.read_csv(folder / 'results.csv'), frame)
+  for name, (found, meta) in documents.items():
+    again, again_meta = results.read(folder.parent / name)
+    pd.testing.assert_frame_equal(again, found)
+    assert again_meta == meta
+
+
+def test_on_another_mesh_the_numbers_are_the_same(folder, capsys):
+  frame = pd.read_csv(folder / 'results.csv')
+  forget(folder)
+  evaluate.main([f'--workdir={folder}', '--replica=2', '--fsdp=2', '--tensor=2'])
+  again = pd.read_csv(folder / 'results.csv')
+  for column in ('bits_per_byte', 'perplexity', 'entropy', 'kl_to_teacher'):
+    np.testing.assert_allclose(again[column], frame[column], rtol=1e-4)
+
+
+def test_evaluating_again_changes_no_file(folder, capsys):
+  before = files(folder)
+  evaluate.main([f'--workdir={folder}'])
+  assert files(folder) == before
+
+
+def test_a_named_step_is_scored_beside_the_newest(folder, capsys):
+  before = files(folder)
+  capsys.readouterr()
+  evaluate.main([f'--workdir={folder}', '--step=8'])
+  assert 'bits/byte less the baseline' in capsys.readouterr().out
+  new = files(folder).keys() - before.keys()
+  assert len(new) == (MODELS - 1) * (SETS + 1)
+  assert all('-step8-' in name for name in new)
+  frame = pd.read_csv(folder / 'results.csv')
+  assert set(frame['step']) == {8, tiny.STEPS // 2}  # the teacher that they learned from is the same
+  evaluate.main([f'--workdir={folder}'])  # and back
+  assert set(pd.read_csv(folder / 'results.csv')['step']) == {tiny.STEPS, tiny.STEPS // 2}
+
+
+def test_a_step_that_is_not_there_is_refused_naming_those_that_are(folder, capsys):
+  found = refused([f'--workdir={folder}', '--step=7'], capsys)
+  assert 'has no checkpoint of step 7; it has 8, 12' in found
+
+
+def test_a_folder_that_is_neither_is_refused(tmp_path, capsys):
+  found = refused([f'--workdir={tmp_path}'], capsys)
+  assert f'{tmp_path} is neither an experiment nor a run' in found
+  assert 'is neither' in refused([f'--workdir={tmp_path / "none"}'], capsys)
+  assert not (tmp_path / 'none').exists()
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(folder, capsys):
+  assert 'does not divide the 8 devices' in refused([f'--workdir={folder}', '--tensor=3'], capsys)
+
+
+def test_one_runs_folder_is_scored_alone(folder, capsys):
+  run = folder / 'students' / 'distilled'
+  capsys.readouterr()
+  evaluate.main([f'--workdir={run}'])
+  out = capsys.readouterr().out
+  assert 'distilled' in out and 'baseline:' not in out and 'less the baseline' not in out
+  whole, alone = pd.read_csv(folder / 'results.csv'), pd.read_csv(run / 'results.csv')
+  mine = whole[whole['arm'] == 'distilled']
+  np.testing.assert_allclose(
+    alone.sort_values('set')['bits_per_byte'], mine.sort_values('set')['bits_per_byte'], rtol=1e-6
+  )
+
+
+def test_the_teachers_folder_is_a_run_as_well(folder, capsys):
+  teacher = jobs.find(folder).teacher
+  capsys.readouterr()
+  evaluate.main([f'--workdir={teacher.path}'])
+  assert teacher.name in capsys.readouterr().out
+
+
+def test_a_flipped_bit_in_the_weights_is_refused(folder, capsys):
+  forget(folder)
+  flip_a_bit_of_the_weights(RunFolder(folder / 'students' / 'distilled'), tiny.STEPS)
+  found = refused([f'--workdir={folder}'], capsys)
+  assert 'distilled' in found and 'damaged' in found and f'checkpoint {tiny.STEPS}' in found
+  assert not list((folder / 'students' / 'distilled' / 'results').glob('*.parquet'))
+  assert not (folder / 'table.txt').exists()
+
+
+def test_a_flipped_bit_in_the_teachers_weights_is_refused(folder, capsys):
+  forget(folder)
+  flip_a_bit_of_the_weights(jobs.find(folder).teacher, tiny.STEPS // 2)
+  assert 'damaged' in refused([f'--workdir={folder}'], capsys)
+
+
+def test_a_damaged_result_is_refused_and_scored_again_once_deleted(folder, capsys):
+  (path,) = (folder / 'students' / 'baseline' / 'results').glob('in-domain-*.parquet')
+  path.write_bytes(path.read_bytes()[:100])
+  assert str(path) in refused([f'--workdir={folder}'], capsys)
+  path.unlink()
+  evaluate.main([f'--workdir={folder}'])
+  assert path.exists()
+
+
+def test_a_damaged_experiment_json_is_refused(folder, capsys):
+  (folder / 'experiment.json').write_text('{')
+  assert 'experiment.json is damaged' in refused([f'--workdir={folder}'], capsys)
+
+
+def test_watching_a_finished_run_scores_every_checkpoint_makes_the_table_and_ends(folder, capsys):
+  table = (folder / 'table.txt').read_text()
+  forget(folder)
+  capsys.readouterr()
+  evaluate.main([f'--workdir={folder}', '--watch'])
+  assert capsys.readouterr().out.splitlines()[1:] == table.splitlines()[1:]
+  steps = {p.name.split('-step')[1].split('-')[0] for p in (folder / 'students').rglob('*.parquet')}
+  assert steps == {'8', '12'}
+  assert read_json(folder / 'evaluation.json').keys() == {'teacher', 'baseline', 'distilled', 'unigram'}
+
+
+def set_status(folder: pathlib.Path, state: str | None, beat: float) -> None:
+  for run in jobs.find(folder).students:
+    if state is None:
+      (run.path / 'status.json').unlink()
+    else:
+      write_json(run.path / 'status.json', run.status() | {'state': state, 'heartbeat': beat})
+
+
+@pytest.mark.parametrize('state', ['running', 'preempted', None])
+def test_watching_gives_up_when_the_trainer_is_silent(folder, capsys, state):
+  set_status(folder, state, time.time() - 1000)
+  found = refused([f'--workdir={folder}', '--watch'], capsys, code=1)
+  assert 'silent for more than 1 s; giving up' in found
+
+
+def test_watching_ends_when_the_run_has_failed(folder, capsys):
+  set_status(folder, 'failed', time.time() - 1000)
+  evaluate.main([f'--workdir={folder}', '--watch'])
+
+
+def test_watching_waits_for_a_live_trainer_and_scores_what_it_adds(folder, capsys, monkeypatch):
+  monkeypatch.setattr(evaluate, 'POLL', 0.1)
+  late = folder / 'students' / 'baseline' / 'checkpoints' / str(tiny.STEPS)
+  shutil.move(late, folder / 'late')
+  set_status(folder, 'running', time.time() + 1000)
+
+  def trainer():
+    time.sleep(3)
+    shutil.move(folder / 'late', late)
+    set_status(folder, 'done', time.time())
+
+  thread = threading.Thread(target=trainer)
+  thread.start()
+  forget(folder)
+  evaluate.main([f'--workdir={folder}', '--watch'])
+  thread.join()
+  assert list((folder / 'students' / 'baseline' / 'results').glob(f'in-domain-step{tiny.STEPS}-*.parquet'))
+
+
+def test_watching_passes_over_a_checkpoint_that_its_trainer_deletes(folder, capsys, monkeypatch):
+  """The trainer keeps the newest few: one may be gone between the look and the read."""
+  run = RunFolder(folder / 'students' / 'baseline')
+  forget(folder)
+  score = evaluate.score_missing
+
+  def slow(job, checkpoints, *args, **kwargs):
+    if (checkpoints[0][0].path, checkpoints[0][1]) == (run.path, 8):
+      shutil.rmtree(run.checkpoints / '8')
+    return score(job, checkpoints, *args, **kwargs)
+
+  monkeypatch.setattr(evaluate, 'score_missing', slow)
+  evaluate.main([f'--workdir={folder}', '--watch'])
+  steps = {p.name.split('-step')[1].split('-')[0] for p in run.results.glob('*.parquet')}
+  assert steps == {'12'}
+
+
+def test_a_step_and_watching_do_not_go_together(folder, capsys):
+  assert '--watch' in refused([f'--workdir={folder}', '--watch', '--step=8'], capsys)
