@@ -145,6 +145,11 @@ def test_the_teachers_folder_is_a_run_as_well(folder, capsys):
   assert teacher.name in capsys.readouterr().out
 
 
+# Orbax's reader leaves a task behind when a file is damaged; a process of its own says nothing of it.
+abandoned = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+
+
+@abandoned
 def test_a_flipped_bit_in_the_weights_is_refused(folder, capsys):
   forget(folder)
   flip_a_bit_of_the_weights(RunFolder(folder / 'students' / 'distilled'), tiny.STEPS)
@@ -154,6 +159,7 @@ def test_a_flipped_bit_in_the_weights_is_refused(folder, capsys):
   assert not (folder / 'table.txt').exists()
 
 
+@abandoned
 def test_a_flipped_bit_in_the_teachers_weights_is_refused(folder, capsys):
   forget(folder)
   flip_a_bit_of_the_weights(jobs.find(folder).teacher, tiny.STEPS // 2)
