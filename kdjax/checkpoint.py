@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from kdjax import distributed
 from kdjax.errors import TrainingError, UserError
 from kdjax.sharding import path_name
 from kdjax.step import TrainState
@@ -26,8 +27,9 @@ from kdjax.step import TrainState
 log = logging.getLogger('kdjax')
 
 FORMAT = 1
-# What Orbax, TensorStore and the JSON parser raise on damaged files; each was seen, see tests/test_checkpoint.py.
+# What Orbax, TensorStore and the JSON parser raise on damaged files, besides a bare Exception; see tests/test_checkpoint.py.
 DAMAGE = (ValueError, KeyError, OSError, RuntimeError, TypeError, AttributeError, AssertionError)
+NOT_WRITTEN = (OSError, ValueError, RuntimeError)  # TensorStore tells of a full disk by a ValueError
 
 
 class CheckpointDamaged(UserError):
@@ -66,9 +68,8 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps on disk, oldest first. From the folder's names: Orbax's own listing fails while another thread deletes an old step."""
-    return (
-      sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit()) if self.folder.exists() else []
-    )
+    paths = self.folder.iterdir() if self.folder.exists() else ()
+    return distributed.of_first_process(sorted(int(path.name) for path in paths if path.name.isdigit()))
 
   def save(self, step: int, state: TrainState, fingerprints: dict[str, str]) -> None:
     """Starts a save; the device arrays may be donated once this returns. Overwrites a damaged checkpoint of the same step."""
@@ -79,21 +80,27 @@ class Checkpoints:
       'fingerprints': fingerprints,
       'leaves': {k: _describe(v) for k, v in items.items()},
     }
+    self.wait()  # for the save before: Orbax would raise its error in the middle of this one
     if step in self.steps():
-      self.wait()
       self._manager.delete(step)
     args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
     try:
       self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(_sealed(meta))), force=True)
-    except OSError as e:
+    except NOT_WRITTEN as e:
       raise TrainingError(_full(self.folder, e)) from None
+
+  def discard_after(self, step: int) -> None:
+    """Deletes later checkpoints: a run goes on from `step`, and what did not verify must not pass for one of the newest to keep."""
+    for later in self.steps():
+      if later > step:
+        self._manager.delete(later)
 
   def wait(self) -> None:
     """Until the save under way is on disk."""
     try:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
-    except (OSError, ValueError, RuntimeError) as e:  # TensorStore tells of a full disk by a ValueError
+    except NOT_WRITTEN as e:
       raise TrainingError(_full(self.folder, e)) from None
 
   def close(self) -> None:
@@ -146,8 +153,8 @@ class Checkpoints:
     """The metadata of a step. Raises CheckpointDamaged where it is not what was written."""
     try:
       meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
-    except DAMAGE as e:
-      raise CheckpointDamaged(f'its metadata cannot be read ({_first_line(e)})') from None
+    except Exception as e:
+      raise _damaged(e, 'its metadata cannot be read') from None
     return _unsealed(meta)
 
   def _read(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -158,8 +165,8 @@ class Checkpoints:
     args = {name: ocp.args.StandardRestore(item) for name, item in wanted.items()}
     try:
       restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-    except DAMAGE as e:
-      raise CheckpointDamaged(f'it cannot be read ({_first_line(e)})') from None
+    except Exception as e:
+      raise _damaged(e, 'it cannot be read') from None
     items = {name: restored[name] for name in wanted}
     for name, item in items.items():
       for leaf, (_, _, checksum) in _describe(item).items():
@@ -243,6 +250,13 @@ def _unsealed(meta: Any) -> dict[str, Any]:
 
 def _digest(meta: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _damaged(error: Exception, what: str) -> Exception:
+  """An error of reading as CheckpointDamaged; any other error as it is."""
+  if type(error) is Exception or isinstance(error, DAMAGE):
+    return CheckpointDamaged(f'{what} ({_first_line(error)})')
+  return error
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,11 +13,13 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import ml_collections
 
 from kdjax import config as config_lib
 from kdjax.config import Config
+from kdjax.data.files import NO_SPACE
 from kdjax.errors import ConfigError, TrainingError, UserError
 
 log = logging.getLogger('kdjax')
@@ -74,17 +76,34 @@ def parse(
 def user_errors() -> Iterator[None]:
   """Prints a user's mistakes as lines on stderr, without a traceback, and exits."""
   logging.basicConfig(level=logging.INFO, format='%(message)s')
-  for name in ('jax', 'absl', 'orbax', 'grain'):
+  for name in ('jax', 'orbax', 'grain'):
     logging.getLogger(name).setLevel(logging.ERROR)
+  logging.getLogger('absl').setLevel(
+    logging.CRITICAL
+  )  # Orbax logs each error of a save, with tracebacks, before it raises it
+  sys.unraisablehook = _unraisable
   try:
     yield
   except TrainingError as e:
     _exit(e, 1)
   except UserError as e:
     _exit(e, 2)
+  except OSError as e:
+    if e.errno not in NO_SPACE:
+      raise
+    where = e.filename or 'a file'
+    _exit(
+      TrainingError(f'{where} cannot be written ({e.strerror}); free some disk space and run the same command again'), 1
+    )
   except KeyboardInterrupt:
     print('\nstopped', file=sys.stderr)
     sys.exit(130)
+
+
+def _unraisable(what: Any) -> None:
+  """Leaves out what TensorStore's threads print, once for each file, when a save has failed for lack of space."""
+  if str(what.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(what)
 
 
 def _exit(error: UserError, code: int) -> None:

@@ -1,7 +1,11 @@
 """Several processes: JAX's own runtime, and what one process does first for the others."""
 
 import argparse
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
@@ -47,7 +51,7 @@ def first_process_first(work: Callable[[], T]) -> T:
   if jax.process_index() == 0:
     try:
       result = work()
-    except UserError as e:
+    except Exception as e:  # raised again below, once the others know
       error = e
   failed = bool(multihost_utils.broadcast_one_to_all(np.asarray(error is not None)))
   if error is not None:
@@ -55,6 +59,33 @@ def first_process_first(work: Callable[[], T]) -> T:
   if failed:
     raise UserError('process 0 stopped with an error; its log says why')
   return result if jax.process_index() == 0 else work()  # type: ignore[return-value]
+
+
+def of_first_process(numbers: Sequence[int]) -> list[int]:
+  """Process 0's numbers on every process: what one sees on disk now, another may have seen a moment before."""
+  if jax.process_count() == 1:
+    return list(numbers)
+  count = int(multihost_utils.broadcast_one_to_all(np.asarray(len(numbers))))
+  mine = np.asarray(numbers if jax.process_index() == 0 else [0] * count, np.int32)
+  return [int(n) for n in multihost_utils.broadcast_one_to_all(mine)] if count else []
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+  """Around a command: a process of several that fails ends here and now.
+
+  Leaving in the ordinary way waits for the others, which wait for this one in the middle of a step or a save.
+  """
+  try:
+    yield
+  except BaseException as e:
+    if not jax.distributed.is_initialized():
+      raise
+    if not isinstance(e, SystemExit):
+      traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1)
 
 
 def from_first_process(values: Sequence[bool]) -> list[bool]:

@@ -34,7 +34,7 @@ POLL = 5.0  # seconds between looks at a watched folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  with cli.user_errors():
+  with distributed.leaving_at_once(), cli.user_errors():
     parser = argparse.ArgumentParser(
       prog='python -m kdjax.evaluate', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -6,6 +6,7 @@ Where a run may start: its newest checkpoint that verifies, else from scratch.
 
 import contextlib
 import dataclasses
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ from kdjax.losses import AlphaState, fused_loss
 from kdjax.metrics import MetricWriter, Progress, Speed, memory_gib
 from kdjax.run import Heartbeat, RunFolder
 from kdjax.step import Recipe, Teacher, TrainState, init_state, make_step, state_shardings
+
+log = logging.getLogger('kdjax')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,20 +82,22 @@ def fit(cohort: Cohort, mesh: Mesh) -> None:
   folders = [m.folder for m in cohort.members]
   for member in cohort.members:
     member.folder.check_config(member.config)
-  if all(folder.is_done() for folder in folders):
+  if all(folder.is_done() and (folder.checkpoints / str(cohort.total_steps)).is_dir() for folder in folders):
     return
   for folder in folders:
     folder.claim(cohort.heartbeat_timeout)
   heart = Heartbeat(folders, cohort.total_steps)
+  # A kill may leave one member a checkpoint ahead: the one before must still be there.
+  keep = max(cohort.keep, 2) if len(folders) > 1 else cohort.keep
   with heart.beating(), _stop_signal() as asked_to_stop, contextlib.ExitStack() as stack:
-    saves = [_closing(stack, Checkpoints(f.checkpoints, cohort.keep, cohort.keep_period)) for f in folders]
+    saves = [_closing(stack, Checkpoints(f.checkpoints, keep, cohort.keep_period)) for f in folders]
     states, shardings, start = _start(cohort, saves, mesh)
-    try:
-      _train(cohort, mesh, states, shardings, start, saves, heart, asked_to_stop)
-    except Preempted:
-      heart.finish('preempted')
-      raise
-    heart.finish('done')
+    stopped = _train(cohort, mesh, states, shardings, start, saves, heart, asked_to_stop)
+    heart.finish('preempted' if stopped is not None and stopped < cohort.total_steps else 'done')
+    if stopped is not None:
+      raise Preempted(
+        f'{cohort.title}: stopped at step {stopped} of {cohort.total_steps}, saved; the same command goes on from there'
+      )
 
 
 def calls(start: int, total: int, size: int, *every: int) -> list[tuple[int, int]]:
@@ -126,6 +131,7 @@ def _start(
       states.append(init(key))
       known['init'] = params_fingerprint(states[-1].params)
     else:
+      saves[k].discard_after(found[k].step)
       states.append(found[k].state)
     member.folder.record(member.config, known, member.notes | {'facts': cohort.facts})
   return tuple(states), shardings, found[0].step if found else 0
@@ -143,12 +149,15 @@ def _restore(
     if all(one.step == oldest for one in restored):
       return restored
     common = {step for step in common if step <= oldest}
+  if any(save.steps() for save in saves):
+    log.warning('no checkpoint of one step is in every folder of the cohort: starting from step 0')
   return None
 
 
 def _train(
   cohort: Cohort, mesh, states, shardings, start: int, saves: list[Checkpoints], heart: Heartbeat, asked_to_stop
-) -> None:
+) -> int | None:
+  """Trains to the last step, or until asked to stop: then returns the step that it stopped at. Everything is saved."""
   recipe, stream, total = cohort.recipe, cohort.stream, cohort.total_steps
   step_fn = make_step(recipe, shardings)
   validate = _validation(cohort, mesh)
@@ -156,7 +165,7 @@ def _train(
   stacked = NamedSharding(mesh, P(None, sharding.BATCH_AXES))
   rows = local_rows(NamedSharding(mesh, P(sharding.BATCH_AXES)), stream.batch_size)
   plan = calls(start, total, recipe.size, cohort.checkpoint_every, cohort.eval_every)
-  saved = start
+  stopped = None
   with contextlib.closing(report):
     for (first, n), local in zip(
       plan, stream.iterate(plan, recipe.size, rows, cohort.threads, cohort.prefetch), strict=True
@@ -167,23 +176,22 @@ def _train(
       at_eval = (cohort.eval_every and step % cohort.eval_every == 0) or step == total
       report.next(first, n, metrics, [validate(s.params) for s in states] if at_eval else None)
       heart.step(step)
-      stop = asked_to_stop(step)
+      stop = asked_to_stop(first, n)
       if stop or step == total or (cohort.checkpoint_every and step % cohort.checkpoint_every == 0):
         report.flush()
         _save(cohort, saves, step, states)
-        saved = step
-      if stop and step < total:
-        for save in saves:
-          save.wait()
-        raise Preempted(
-          f'{cohort.title}: stopped at step {saved} of {total}, saved; the same command goes on from there'
-        )
+      if stop:
+        stopped = step
+        break
     report.flush()
     for save in saves:
       save.wait()
+  return stopped
 
 
 def _save(cohort: Cohort, saves: list[Checkpoints], step: int, states: Sequence[TrainState]) -> None:
+  for save in saves:  # so that no member is ever more than one checkpoint ahead of another
+    save.wait()
   for member, save, state in zip(cohort.members, saves, states, strict=True):
     member.folder.check_owner()
     save.save(step, state, cohort.fingerprints)
@@ -286,21 +294,30 @@ class _Report:
 
 
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[Callable[[int], bool]]:
-  """A function of the step that says whether the run has been asked to stop, the same on all processes.
+def _stop_signal() -> Iterator[Callable[[int, int], bool]]:
+  """Says after a call (first step, number of steps) whether the run has been asked to stop, the same on all processes.
 
-  One process: a handler for SIGTERM and SIGINT. Several: JAX's own preemption notice, which a handler of ours would switch off.
+  One process: a handler for SIGTERM and SIGINT; a second SIGINT stops at once. Several: JAX's own preemption notice, which a handler of
+  ours would switch off.
   """
   if jax.process_count() > 1:
-    yield multihost_utils.reached_preemption_sync_point
+    # The processes agree on the step after the greatest that any of them has asked about: so each step is asked about.
+    reached = multihost_utils.reached_preemption_sync_point
+    yield lambda first, n: any([reached(step + 1) for step in range(first, first + n)])
     return
   asked = threading.Event()
   if threading.current_thread() is not threading.main_thread():
-    yield lambda step: False
+    yield lambda first, n: False
     return
-  old = {s: signal.signal(s, lambda *_: asked.set()) for s in (signal.SIGTERM, signal.SIGINT)}
+
+  def ask(number, frame):
+    if asked.is_set() and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    asked.set()
+
+  old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
   try:
-    yield lambda step: asked.is_set()
+    yield lambda first, n: asked.is_set()
   finally:
     for number, handler in old.items():
       signal.signal(number, handler)

@@ -50,6 +50,8 @@ def read_metrics(folder: pathlib.Path) -> list[dict[str, float]]:
 def _lines(path: pathlib.Path):
   if path.exists():
     for line in path.read_text().splitlines(keepends=True):
+      if not line.endswith('\n'):
+        return
       try:
         yield line, json.loads(line)
       except ValueError:

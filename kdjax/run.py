@@ -117,7 +117,9 @@ class RunFolder:
       with open(self._claim, 'x') as file:
         file.write(json.dumps({'token': self._token, 'time': time.time(), **_this_process()}, indent=1))
     except FileExistsError:
-      raise UserError(f'{self.path}: another trainer has claimed it at the same moment; this one leaves it alone') from None
+      raise UserError(
+        f'{self.path}: another trainer has claimed it at the same moment; this one leaves it alone'
+      ) from None
     self.check_owner()
     (self.path / f'owner-{number}.json').unlink(missing_ok=True)
 

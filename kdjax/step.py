@@ -137,8 +137,9 @@ def _gradients(recipe: Recipe, params, teacher: Teacher, batch: Batch, alphas):
     return jax.tree.map(jnp.add, total, gradient(params, teacher, microbatch, alphas)), None
 
   shapes = jax.eval_shape(gradient, params, teacher, jax.tree.map(lambda x: x[0], microbatches), alphas)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  return jax.lax.scan(body, zeros, microbatches)[0]
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)  # a sum of bfloat16 gradients too is float32
+  total = jax.lax.scan(body, zeros, microbatches)[0]
+  return jax.tree.map(lambda x, like: x.astype(like.dtype), total, shapes)
 
 
 def _loss(recipe: Recipe, params, teacher: Teacher, batch: Batch, alphas):

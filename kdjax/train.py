@@ -39,7 +39,7 @@ TARGETS = {'baseline': 'none', 'distilled': 'teacher', 'unigram': 'unigram'}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  with cli.user_errors():
+  with distributed.leaving_at_once(), cli.user_errors():
     parser = argparse.ArgumentParser(
       prog='python -m kdjax.train', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,0 +1,480 @@
+import json
+import logging
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdjax import checkpoint as checkpoint_lib
+from kdjax import sharding
+from kdjax.checkpoint import CheckpointDamaged, Checkpoints, checksums, params_fingerprint
+from kdjax.errors import TrainingError, UserError
+from kdjax.step import TrainState, state_shardings
+from tests import runs
+
+KNOWN = {'data': 'a', 'tokenizer': 'b'}
+
+
+def make_state(seed=0, param_dtype='float32', **fields) -> TrainState:
+  """A state of random bits: no two values alike, negative zeros and tiny numbers among them."""
+  recipe = runs.recipe(student=runs.model(param_dtype=param_dtype, **fields))
+  rng = np.random.default_rng(seed)
+
+  def fill(x):
+    if x.dtype == np.int32:
+      return jnp.asarray(rng.integers(0, 1000, x.shape), jnp.int32)
+    value = rng.standard_normal(x.shape) * 10.0 ** rng.integers(-30, 5, x.shape)
+    return jnp.asarray(np.where(rng.random(x.shape) < 0.02, -0.0, value), x.dtype)
+
+  return jax.tree.map(fill, runs.state(recipe))
+
+
+def place(state, on):
+  return jax.device_put(state, state_shardings(runs.recipe(), state, on))
+
+
+def abstract(state, on=None):
+  placed = state_shardings(runs.recipe(), state, on or runs.mesh())
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
+
+
+def save(folder, *steps, keep=10, on=None, **fields) -> dict[int, TrainState]:
+  saves = Checkpoints(folder, keep=keep)
+  states = {step: make_state(step, **fields) for step in steps}
+  for step, state in states.items():
+    saves.save(step, place(state, on or runs.mesh()), KNOWN)
+  saves.close()
+  return states
+
+
+@pytest.fixture(scope='module')
+def three(tmp_path_factory):
+  """A folder with steps 2, 4, 6, written once; tests damage copies."""
+  folder = tmp_path_factory.mktemp('three') / 'checkpoints'
+  return folder, save(folder, 2, 4, 6)
+
+
+@pytest.fixture
+def copy(three, tmp_path):
+  folder = tmp_path / 'checkpoints'
+  shutil.copytree(three[0], folder)
+  return folder
+
+
+def read(folder, like, **kwargs):
+  saves = Checkpoints(folder)
+  try:
+    return saves.verified(abstract(like, **kwargs), KNOWN)
+  finally:
+    saves.close()
+
+
+@pytest.mark.parametrize('param_dtype', ['float32', 'bfloat16'])
+def test_every_leaf_comes_back_bit_for_bit(tmp_path, param_dtype):
+  states = save(tmp_path / 'c', 3, param_dtype=param_dtype)
+  restored = read(tmp_path / 'c', states[3])
+  assert restored.step == 3
+  runs.assert_identical(runs.host(restored.state), runs.host(states[3]))
+  assert restored.state.params['embed']['embedding'].dtype == param_dtype
+
+
+def test_a_checkpoint_of_one_mesh_is_read_on_another(tmp_path):
+  states = save(tmp_path / 'c', 3, on=runs.mesh(2, 2, 2))
+  for shape in ((1, 2, 1), (1, 1, 1), (1, 2, 4)):
+    restored = read(tmp_path / 'c', states[3], on=runs.mesh(*shape))
+    runs.assert_identical(runs.host(restored.state), runs.host(states[3]))
+    kernel = restored.state.params['blocks']['mlp']['up']['kernel']
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 16 // shape[1], 32 // shape[2])
+
+
+def test_the_weights_alone_are_read_without_the_optimizer(copy, three):
+  shutil.rmtree(copy / '6' / 'optimizer')
+  saves = Checkpoints(copy, read_only=True)
+  params = saves.restore_params(6, abstract(three[1][6]).params)
+  runs.assert_identical(runs.host(params), runs.host(three[1][6].params))
+
+
+def test_a_checkpoint_holds_the_student_and_nothing_else(three):
+  saves = Checkpoints(three[0], read_only=True)
+  assert saves.steps() == [2, 4, 6]
+  assert {p.name for p in (three[0] / '6').iterdir() if p.is_dir()} == {'params', 'optimizer', 'counters', 'meta'}
+  leaves = saves.meta(6)['leaves']
+  names = {sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(three[1][6].params)}
+  assert leaves['params'].keys() == names
+  assert len(leaves['optimizer']) == 2 * len(names) + 1
+
+
+# Damage.
+
+
+def files_of(step: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(p for p in step.rglob('*') if p.is_file())
+
+
+def assert_never_wrong(folder, states, caplog):
+  """What is restored is what was written at that step, bit for bit; an older step only with a warning that says why."""
+  caplog.clear()
+  with caplog.at_level(logging.WARNING, 'kdjax'):
+    found = read(folder, states[6])
+  runs.assert_identical(runs.host(found.state), runs.host(states[found.step]))
+  if found.step != 6:
+    assert any(
+      r.message.startswith('passing over checkpoint 6') and len(r.message.rpartition(': ')[2]) > 10
+      for r in caplog.records
+    )
+  return found.step
+
+
+def test_a_bit_flipped_anywhere_is_never_read_in_silence(three, tmp_path, caplog):
+  """One bit, in random places of each kind of file of a checkpoint."""
+  source, states = three
+  rng = np.random.default_rng(0)
+  passed_over = 0
+  kinds: dict[str, list[pathlib.Path]] = {}
+  for path in files_of(source / '6'):
+    name = path.relative_to(source / '6')
+    kinds.setdefault(f'{name.parts[0]}/{"data" if "d" in name.parts else name.name}', []).append(path)
+  assert len(kinds) > 12
+  folder = tmp_path / 'checkpoints'
+  shutil.copytree(source, folder)
+  for kind, paths in kinds.items():
+    for _ in range(6 if kind.endswith(('data', 'metadata')) else 2):
+      path = folder / paths[rng.integers(len(paths))].relative_to(source)
+      good = path.read_bytes()
+      if not good:
+        continue
+      bad = bytearray(good)
+      bad[rng.integers(len(bad))] ^= 1 << rng.integers(8)
+      path.write_bytes(bytes(bad))
+      step = assert_never_wrong(folder, states, caplog)
+      passed_over += step != 6
+      path.write_bytes(good)
+  assert passed_over > 10
+  assert assert_never_wrong(folder, states, caplog) == 6
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'emptied', 'removed'])
+def test_a_truncated_or_removed_file_is_never_read_in_silence(three, tmp_path, caplog, damage):
+  source, states = three
+  folder = tmp_path / 'checkpoints'
+  shutil.copytree(source, folder)
+  passed_over = 0
+  for path in files_of(folder / '6'):
+    good = path.read_bytes()
+    if damage == 'removed':
+      path.unlink()
+    else:
+      path.write_bytes(good[: len(good) // 2] if damage == 'truncated' else b'')
+    passed_over += assert_never_wrong(folder, states, caplog) != 6
+    path.write_bytes(good)
+  assert passed_over > 5
+
+
+@pytest.mark.parametrize('item', ['params', 'optimizer', 'counters', 'meta'])
+def test_a_removed_item_is_walked_back_over(copy, three, caplog, item):
+  shutil.rmtree(copy / '6' / item)
+  assert assert_never_wrong(copy, three[1], caplog) == 4
+
+
+def test_weights_rewritten_in_another_dtype_are_walked_back_over(copy, three, tmp_path, caplog):
+  import orbax.checkpoint as ocp
+
+  narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), three[1][6].params)
+  shutil.rmtree(copy / '6' / 'params')
+  with ocp.StandardCheckpointer() as writer:
+    writer.save(copy / '6' / 'params', narrow)
+  assert assert_never_wrong(copy, three[1], caplog) == 4
+  assert 'checksum of params/' in caplog.text
+
+
+def test_a_step_that_was_swapped_for_another_is_walked_back_over(copy, three, caplog):
+  shutil.rmtree(copy / '6' / 'params')
+  shutil.copytree(copy / '4' / 'params', copy / '6' / 'params')
+  assert assert_never_wrong(copy, three[1], caplog) == 4
+
+
+def test_it_walks_back_as_far_as_it_must(copy, three, caplog):
+  for step in (6, 4):
+    shutil.rmtree(copy / str(step) / 'params')
+  assert assert_never_wrong(copy, three[1], caplog) == 2
+  assert [r.message.split(' of ')[0] for r in caplog.records] == [
+    'passing over checkpoint 6',
+    'passing over checkpoint 4',
+  ]
+
+
+def test_where_none_verifies_it_says_so_and_starts_nothing(copy, three):
+  for step in (2, 4, 6):
+    shutil.rmtree(copy / str(step) / 'counters')
+  with pytest.raises(CheckpointDamaged, match=r'none of the checkpoints \[2, 4, 6\] verifies'):
+    read(copy, three[1][6])
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path):
+  assert read(tmp_path / 'none', make_state()) is None
+
+
+def test_a_damaged_teacher_is_refused(copy, three):
+  (file,) = (copy / '6' / 'meta').glob('metadata')
+  file.write_text('{}')
+  saves = Checkpoints(copy, read_only=True)
+  with pytest.raises(CheckpointDamaged, match='checkpoint 6 is damaged: its metadata is not what was written'):
+    saves.restore_params(6, abstract(three[1][6]).params)
+
+
+SAVE_FOREVER = """
+import os
+os.environ['JAX_PLATFORMS'] = 'cpu'
+import sys
+from kdjax.checkpoint import Checkpoints
+from tests import runs
+from tests.test_checkpoint import KNOWN, make_state, place
+saves = Checkpoints(sys.argv[1], keep=3)
+for step in range(2, 10000, 2):
+  saves.save(step, place(make_state(step), runs.mesh()), KNOWN)
+  print(step, flush=True)
+"""
+
+
+def test_a_kill_in_mid_save_leaves_the_step_before(tmp_path):
+  folder = tmp_path / 'checkpoints'
+  process = subprocess.Popen(
+    [sys.executable, '-c', SAVE_FOREVER, str(folder)], stdout=subprocess.PIPE, text=True, cwd=runs.REPO
+  )
+  try:
+    for _ in range(3):
+      process.stdout.readline()
+    runs.wait_for(lambda: any('tmp' in p.name for p in folder.iterdir()), process, every=0.0005)
+  finally:
+    runs.kill(process)
+  left = [p.name for p in folder.iterdir()]
+  state = make_state()
+  saves = Checkpoints(folder, keep=3)
+  found = saves.verified(abstract(state), KNOWN)
+  assert found.step >= 4
+  runs.assert_identical(runs.host(found.state), runs.host(make_state(found.step)))
+  # The cut save is swept away, and the step can be saved again.
+  cut = found.step + 2
+  saves.save(cut, place(make_state(cut), runs.mesh()), KNOWN)
+  saves.wait()
+  saves.close()
+  assert read(folder, state).step == cut
+  assert not [name for name in (p.name for p in folder.iterdir()) if 'tmp' in name], left
+
+
+# Another run's checkpoint is sound: it is refused, not walked back over.
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'n_layers': 3}, r'blocks/attn/k/kernel is float32\(2, 16, 16\), the config says float32\(3, 16, 16\)'),
+    ({'tied': False}, r'of another architecture: it lacks head/kernel'),
+    ({'qk_norm': True}, r'of another architecture: it lacks blocks/attn/k_norm/scale'),
+    ({'param_dtype': 'bfloat16'}, r'is float32\(2, 16, 16\), the config says bfloat16'),
+  ],
+)
+def test_another_architecture_or_dtype_is_refused_by_name(copy, fields, message, caplog):
+  with pytest.raises(UserError, match=message) as e:
+    read(copy, make_state(**fields))
+  assert not isinstance(e.value, CheckpointDamaged)
+  assert 'passing over' not in caplog.text
+
+
+def test_another_fingerprint_is_refused_by_name(copy, three, caplog):
+  saves = Checkpoints(copy)
+  with pytest.raises(UserError, match=r'checkpoint 6 was written with another data \(a, here z\)') as e:
+    saves.verified(abstract(three[1][6]), {**KNOWN, 'data': 'z'})
+  assert not isinstance(e.value, CheckpointDamaged)
+  assert 'passing over' not in caplog.text
+
+
+# Which steps stay.
+
+
+def test_the_newest_and_the_multiples_of_the_period_stay(tmp_path):
+  saves = Checkpoints(tmp_path / 'c', keep=2, keep_period=6)
+  state = place(make_state(), runs.mesh())
+  for step in range(2, 15, 2):
+    saves.save(step, state, KNOWN)
+  saves.wait()
+  assert saves.steps() == [6, 12, 14]
+  saves.close()
+
+
+def test_without_a_period_only_the_newest_stay(tmp_path):
+  saves = Checkpoints(tmp_path / 'c', keep=1)
+  state = place(make_state(), runs.mesh())
+  for step in (2, 4, 6):
+    saves.save(step, state, KNOWN)
+  saves.wait()
+  assert saves.steps() == [6]
+  saves.close()
+
+
+def test_a_step_saved_again_replaces_a_damaged_one(copy, three):
+  (copy / '6' / 'meta' / 'metadata').write_text('{}')
+  saves = Checkpoints(copy, keep=10)
+  new = make_state(99)
+  saves.save(6, place(new, runs.mesh()), KNOWN)
+  saves.close()
+  runs.assert_identical(runs.host(read(copy, new).state), runs.host(new))
+
+
+def test_what_lies_beyond_the_step_gone_on_from_is_discarded_and_not_counted_as_newest(copy, three):
+  saves = Checkpoints(copy, keep=2)
+  saves.discard_after(2)
+  assert saves.steps() == [2]
+  state = place(make_state(), runs.mesh())
+  for step in (3, 4):
+    saves.save(step, state, KNOWN)
+  saves.wait()
+  assert saves.steps() == [3, 4]
+  saves.close()
+
+
+def test_a_reader_writes_and_sweeps_nothing(copy, three):
+  (copy / '8.orbax-checkpoint-tmp').mkdir()
+  before = sorted(str(p) for p in copy.rglob('*'))
+  saves = Checkpoints(copy, read_only=True)
+  saves.restore_params(6, abstract(three[1][6]).params)
+  saves.close()
+  assert sorted(str(p) for p in copy.rglob('*')) == before
+
+
+# Checksums.
+
+
+def test_checksums_do_not_depend_on_the_mesh():
+  state = make_state()
+  expected = checksums(state)
+  for shape in ((1, 8, 1), (2, 2, 2), (1, 2, 4)):
+    assert checksums(place(state, runs.mesh(*shape))) == expected
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int32', 'uint8'])
+def test_checksums_see_every_flipped_bit_and_every_swap(dtype):
+  rng = np.random.default_rng(0)
+  x = np.asarray(jnp.asarray(rng.permutation(35).reshape(5, 7)).astype(dtype))
+  (known,) = checksums({'x': jnp.asarray(x)}).values()
+  for _ in range(40):
+    flipped = np.ascontiguousarray(x).view(np.uint8).copy()
+    at = rng.integers(flipped.size)
+    flipped.flat[at] ^= 1 << rng.integers(8)
+    assert checksums({'x': jnp.asarray(flipped.view(x.dtype).reshape(x.shape))})['x'] != known
+  assert checksums({'x': jnp.asarray(x.reshape(7, 5))})['x'] == known  # the shape is compared beside it
+  swapped = x.copy()
+  swapped[0, 0], swapped[3, 2] = x[3, 2], x[0, 0]
+  assert checksums({'x': jnp.asarray(swapped)})['x'] != known
+  assert checksums({'x': jnp.asarray(x[::-1])})['x'] != known
+
+
+def test_negative_zero_is_not_zero():
+  assert checksums({'x': jnp.zeros(3)}) != checksums({'x': -jnp.zeros(3)})
+
+
+def test_a_fingerprint_is_of_the_weights():
+  params = make_state().params
+  assert params_fingerprint(params) == params_fingerprint(jax.tree.map(jnp.array, params))
+  moved = jax.tree.map(jnp.array, params)
+  moved['embed']['embedding'] = moved['embed']['embedding'].at[3, 1].add(1e-3)
+  assert params_fingerprint(params) != params_fingerprint(moved)
+
+
+def test_the_metadata_is_sealed():
+  meta = json.loads(json.dumps(checkpoint_lib._sealed({'step': 3, 'leaves': {'params': {'w': ['float32', [2], 17]}}})))
+  assert checkpoint_lib._unsealed(dict(meta))['step'] == 3
+  meta['leaves']['params']['w'][2] = 18
+  with pytest.raises(CheckpointDamaged):
+    checkpoint_lib._unsealed(meta)
+
+
+# A full disk.
+
+FILL = """
+import os
+os.environ['JAX_PLATFORMS'] = 'cpu'
+import resource, signal, sys
+from kdjax import cli
+from kdjax.checkpoint import Checkpoints
+from tests import runs
+from tests.test_checkpoint import KNOWN, make_state, place
+with cli.user_errors():
+  saves = Checkpoints(sys.argv[1], keep=3)
+  saves.save(2, place(make_state(2), runs.mesh()), KNOWN)
+  saves.wait()
+  print('first', flush=True)
+  {limit}
+  for step in range(4, 40, 2):
+    saves.save(step, place(make_state(step, n_layers={layers}), runs.mesh()), KNOWN)
+  saves.close()
+  print('not full')
+"""
+
+
+def assert_full(process, folder):
+  out, err = process.communicate(timeout=120)
+  assert out == 'first\n', err
+  (line,) = err.splitlines()
+  assert line.startswith(f'error: {folder}: a checkpoint could not be written')
+  assert 'free some disk space and run the same command again' in line
+  assert process.returncode == 1
+
+
+def fill(folder, limit='pass', layers=2):
+  return subprocess.Popen(
+    [sys.executable, '-c', FILL.format(limit=limit, layers=layers), str(folder)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    cwd=runs.REPO,
+  )
+
+
+def test_a_file_that_may_not_grow_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(tmp_path):
+  limit = 'resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))'
+  assert_full(fill(tmp_path / 'c', limit, layers=8), tmp_path / 'c')
+  state = make_state(2)
+  found = read(tmp_path / 'c', state)
+  assert found.step == 2
+  runs.assert_identical(runs.host(found.state), runs.host(state))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A tmpfs of less than a megabyte."""
+  folder = tmp_path / 'disk'
+  folder.mkdir()
+  mounted = subprocess.run(
+    ['mount', '-t', 'tmpfs', '-o', 'size=700k', 'none', str(folder)], capture_output=True, text=True, check=False
+  )
+  if mounted.returncode:
+    pytest.skip(f'no tmpfs can be mounted here: {mounted.stderr.strip()}')
+  yield folder
+  for _ in range(20):
+    if subprocess.run(['umount', str(folder)], check=False, capture_output=True).returncode == 0:
+      break
+    time.sleep(0.2)
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(small_disk):
+  folder = small_disk / 'c'
+  assert_full(fill(folder, layers=24), folder)
+  state = make_state(2)
+  found = read(folder, state)
+  assert found.step == 2
+  runs.assert_identical(runs.host(found.state), runs.host(state))
+
+
+def test_a_save_that_fails_is_told_by_the_next_one(tmp_path, monkeypatch):
+  saves = Checkpoints(tmp_path / 'c')
+  monkeypatch.setattr(saves._manager, 'save', lambda *a, **k: (_ for _ in ()).throw(OSError(28, 'No space left')))
+  with pytest.raises(TrainingError, match='could not be written .*free some disk space'):
+    saves.save(2, place(make_state(), runs.mesh()), KNOWN)
+  saves.close()

@@ -1,0 +1,65 @@
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from kdjax import sharding
+from kdjax.config import MeshConfig
+from kdjax.errors import UserError
+from tests import runs
+
+
+@pytest.mark.parametrize('fields', [{}, {'tied': False}, {'qk_norm': True}, {'tied': False, 'qk_norm': True}])
+def test_every_parameter_of_every_kind_of_model_has_a_rule(fields):
+  on = runs.mesh(2, 2, 2)
+  specs = sharding.param_shardings(runs.model(**fields).abstract(), on)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(specs):
+    name = sharding.path_name(path)
+    assert (leaf.spec == P()) == name.endswith('scale'), name
+
+
+def test_a_parameter_that_no_rule_matches_is_refused_by_name():
+  leaf = lambda *shape: jax.ShapeDtypeStruct(shape, 'float32')
+  params = {'blocks': {'attn': {'q': {'kernel': leaf(2, 16, 32), 'gate': leaf(2, 16)}}}}
+  with pytest.raises(UserError, match=r'blocks/attn/q/gate \(2, 16\)'):
+    sharding.param_shardings(params, runs.mesh())
+
+
+def test_a_rule_matches_the_whole_name():
+  params = {'other': {'embed': {'embedding': jax.ShapeDtypeStruct((40, 16), 'float32')}}}
+  with pytest.raises(UserError, match='other/embed/embedding'):
+    sharding.param_shardings(params, runs.mesh())
+
+
+def test_a_dimension_that_the_mesh_does_not_divide_is_refused_by_name():
+  with pytest.raises(UserError, match=r'fsdp = 8 does not divide 12 of embed/embedding.*--config\.mesh\.fsdp'):
+    sharding.param_shardings({'embed': {'embedding': jax.ShapeDtypeStruct((40, 12), 'float32')}}, runs.mesh(1, 8, 1))
+
+
+@pytest.mark.parametrize(
+  ('shape', 'expected'),
+  [((1, -1, 1), (1, 8, 1)), ((2, -1, 2), (2, 2, 2)), ((-1, 2, 1), (4, 2, 1)), ((1, 1, 8), (1, 1, 8))],
+)
+def test_one_axis_takes_the_devices_that_are_left(shape, expected):
+  on = sharding.make_mesh(MeshConfig(*shape))
+  assert tuple(on.shape.values()) == expected
+  assert set(on.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+@pytest.mark.parametrize('shape', [(1, 3, 1), (3, -1, 1), (1, 1, 1), (2, 8, 1), (16, -1, 1)])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape):
+  with pytest.raises(UserError, match='8 devices'):
+    sharding.make_mesh(MeshConfig(*shape))
+
+
+def test_hidden_states_keep_their_rows_apart():
+  with jax.set_mesh(runs.mesh(2, 2, 2)):
+    rows = jax.jit(sharding.constrain)(jax.numpy.zeros((8, 4, 16)))
+  assert rows.sharding.shard_shape(rows.shape) == (2, 4, 16)
+
+
+def test_one_device_needs_no_constraint():
+  assert sharding.mesh_in_use() is None
+  with jax.set_mesh(runs.mesh()):
+    assert sharding.mesh_in_use() is None
+  with jax.set_mesh(runs.mesh(1, 2, 1)):
+    assert sharding.mesh_in_use() is not None
