@@ -1,4 +1,4 @@
-"""A weak teacher, smaller than the student and trained on half of its tokens: does the student gain?
+"""A weak teacher, smaller than the student and trained on three fifths of its tokens: does the student gain?
 
     python -m kdjax.train --config=configs/weak2strong.py                 two CPU cores, within ten minutes
     python -m kdjax.train --config=configs/weak2strong.py:scale=colab     one accelerator
@@ -11,4 +11,4 @@ from kdjax import scales
 
 
 def get_config(arg=None):
-  return scales.get_config('weak2strong', arg, alpha=0.2, teacher_tokens=0.5)
+  return scales.get_config('weak2strong', arg, alpha=0.2, teacher_tokens=0.6)
