@@ -149,6 +149,16 @@ class Checkpoints:
         f'{self.folder}: checkpoint {step} is damaged: {e}; delete it or name another step'
       ) from None
 
+  def fingerprint(self, step: int) -> str:
+    """`params_fingerprint` of a step's weights, as they were when they were saved; reads no weights."""
+    try:
+      leaves = self.meta(step)['leaves']['params']
+    except CheckpointDamaged as e:
+      raise CheckpointDamaged(
+        f'{self.folder}: checkpoint {step} is damaged: {e}; delete it or name another step'
+      ) from None
+    return _fingerprint({name: checksum for name, (_, _, checksum) in leaves.items()})
+
   def meta(self, step: int) -> dict[str, Any]:
     """The metadata of a step. Raises CheckpointDamaged where it is not what was written."""
     try:
@@ -182,7 +192,7 @@ def checksums(tree) -> dict[str, int]:
 
 def params_fingerprint(params) -> str:
   """Short hash of a model's weights."""
-  return hashlib.sha256(json.dumps(checksums(params), sort_keys=True).encode()).hexdigest()[:12]
+  return _fingerprint(checksums(params))
 
 
 @jax.jit
@@ -208,6 +218,10 @@ def _items(state: TrainState) -> dict[str, Any]:
     'skipped_in_row': state.skipped_in_row,
   }
   return {'params': state.params, 'optimizer': state.opt_state, 'counters': counters}
+
+
+def _fingerprint(sums: dict[str, int]) -> str:
+  return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _named(tree) -> dict[str, Any]:

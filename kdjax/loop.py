@@ -303,7 +303,7 @@ def _stop_signal() -> Iterator[Callable[[int, int], bool]]:
   if jax.process_count() > 1:
     # The processes agree on the step after the greatest that any of them has asked about: so each step is asked about.
     reached = multihost_utils.reached_preemption_sync_point
-    yield lambda first, n: any([reached(step + 1) for step in range(first, first + n)])
+    yield lambda first, n: any(reached(step + 1) for step in range(first, first + n))
     return
   asked = threading.Event()
   if threading.current_thread() is not threading.main_thread():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kdjax import sharding
+from kdjax import flops, sharding
 from kdjax.checkpoint import Checkpoints, params_fingerprint
 from kdjax.config import ModelConfig, RopeScaling, TeacherConfig
 from kdjax.data.batches import Windows
@@ -118,6 +118,7 @@ def unigram_log_probs(windows: Windows, padded_vocab_size: int, max_tokens: int 
   return np.log(counts / counts.sum()).astype(np.float32)
 
 
-def folder_of(runs: str, name: str, identity: str) -> RunFolder:
-  """Where a teacher trained by its config lives: shared by all configs that ask for the same one."""
-  return RunFolder(pathlib.Path(runs) / 'teachers' / f'{name}-{identity}')
+def folder_of(runs: str, model: Model, identity: str) -> RunFolder:
+  """Where a teacher trained by its config lives: shared by all configs that ask for the same one. Named by non-embedding parameters."""
+  millions = flops.count_params(model.config).non_embedding / 1e6
+  return RunFolder(pathlib.Path(runs) / 'teachers' / f'{millions:.3g}M-{identity}')

@@ -35,6 +35,16 @@ from kdjax.step import Recipe, Teacher
 
 log = logging.getLogger('kdjax')
 
+SPEEDS = {  # fields that change how fast a result comes, and not what it is
+  'attention',
+  'remat',
+  'scan_unroll',
+  'max_seq_len',
+  'microbatches',
+  'forward_microbatch',
+  'chunk_tokens',
+  'chunk_megabytes',
+}
 TARGETS = {'baseline': 'none', 'distilled': 'teacher', 'unigram': 'unigram'}
 
 
@@ -64,8 +74,9 @@ def run(config: Config, workdir: pathlib.Path | None = None, progress: bool = Tr
   with jax.set_mesh(mesh):
     corpus = distributed.first_process_first(lambda: prepare(config.data, config.eval, config.runs, progress))
     check(config, corpus, mesh)
-    teacher = ensure_teacher(config, folder, corpus, mesh, progress)
-    write_experiment(folder, config, teacher)
+    teacher = teacher_folder(config, corpus)
+    write_experiment(folder, config, teacher)  # before training, for an eval job that watches
+    train_teacher(config, corpus, teacher, mesh, progress)
     train_students(config, folder, corpus, teacher, mesh, progress)
     jobs.evaluate(jobs.find(folder), corpus, mesh, progress=progress)
   if jax.process_index() == 0:
@@ -77,9 +88,11 @@ def run(config: Config, workdir: pathlib.Path | None = None, progress: bool = Tr
 def experiment(config: Config) -> dict[str, Any]:
   """What an experiment's results depend on: the config less its name, places, speeds and schedules of saving."""
   values = config_lib.as_dict(config)
-  kept = {key: values[key] for key in ('data', 'teacher', 'student', 'loss')}
-  kept['data'] = _data_identity(config)
-  return kept
+  kept = {key: values[key] for key in ('teacher', 'student', 'loss')} | {'data': _data_identity(config)}
+  kept['student']['arms'] = sorted(config.student.arms)
+  if 'distilled' not in config.student.arms:
+    del kept['teacher']
+  return _without_speeds(kept)
 
 
 def run_config(
@@ -91,11 +104,11 @@ def run_config(
   """
   target = TARGETS.get(arm, 'none')
   learns = isinstance(section, StudentConfig) and target != 'none'
-  return {
+  identity = {
     'arm': arm,
     'model': dataclasses.asdict(model.config),
     'data': _data_identity(config),
-    **{key: getattr(section, key) for key in ('seed', 'tokens', 'batch_size', 'microbatches')},
+    **{key: getattr(section, key) for key in ('seed', 'tokens', 'batch_size')},
     'slice': list(section.slice),
     'optimizer': dataclasses.asdict(section.optimizer),
     'target': {'teacher': teacher, 'unigram': 'unigram'}.get(target, 'none'),
@@ -103,6 +116,7 @@ def run_config(
     'alpha_schedule': dataclasses.asdict(section.alpha_schedule if learns else AlphaSchedule()),  # type: ignore[union-attr]
     'loss': dataclasses.asdict(_arm_loss(config, learns)),
   }
+  return _without_speeds(identity)
 
 
 def check(config: Config, corpus: Corpus, mesh: Mesh) -> None:
@@ -129,10 +143,8 @@ def check(config: Config, corpus: Corpus, mesh: Mesh) -> None:
     )
 
 
-def ensure_teacher(
-  config: Config, folder: pathlib.Path, corpus: Corpus, mesh: Mesh, progress: bool = True
-) -> RunFolder | None:
-  """The teacher's run folder, trained now if it is not there. None where no arm learns from a model."""
+def teacher_folder(config: Config, corpus: Corpus) -> RunFolder | None:
+  """The teacher's run folder: the one that the config names, or where its own teacher is or will be. None where no arm has one."""
   section = config.teacher
   if 'distilled' not in config.student.arms:
     return None
@@ -140,14 +152,17 @@ def ensure_teacher(
     teacher = RunFolder(section.run)
     teachers.check(teacher, section, corpus.tokenizer)
     return teacher
-  model = build(teachers.with_vocabulary(section.model, corpus.tokenizer, 'teacher'))
-  identity = run_config(config, section, model, 'teacher', '')
-  teacher = teachers.folder_of(config.runs, f'{config.name}-{config.scale}', config_lib.fingerprint(identity))
-  loop.fit(
-    _cohort(config, 'teacher', corpus, model, [_member(config, section, teacher, identity)], progress=progress),
-    mesh,
-  )
-  return teacher
+  model, identity = _teacher(config, corpus)
+  return teachers.folder_of(config.runs, model, config_lib.fingerprint(identity))
+
+
+def train_teacher(config: Config, corpus: Corpus, folder: RunFolder | None, mesh: Mesh, progress: bool = True) -> None:
+  """Trains the config's own teacher, if it is not there yet."""
+  if folder is None or config.teacher.run:
+    return
+  model, identity = _teacher(config, corpus)
+  members = [_member(config, config.teacher, folder, identity)]
+  loop.fit(_cohort(config, 'teacher', corpus, model, members, progress=progress), mesh)
 
 
 def train_students(
@@ -212,6 +227,12 @@ def _member(
   alpha = alpha_state(identity['alpha'], schedule, config_lib.n_steps(section, config.data))
   notes = {'resolved': _resolved(config, folder.path), 'versions': versions(), 'git': git_commit()}
   return loop.Member(folder, identity, alpha, notes)
+
+
+def _teacher(config: Config, corpus: Corpus) -> tuple[Model, dict[str, Any]]:
+  """(model, what defines its run) of the teacher that the config describes."""
+  model = build(teachers.with_vocabulary(config.teacher.model, corpus.tokenizer, 'teacher'))
+  return model, run_config(config, config.teacher, model, 'teacher', '')
 
 
 def _cohort(
@@ -291,6 +312,13 @@ def _windows(config: Config, section: TeacherConfig | StudentConfig, corpus: Cor
 def _data_identity(config: Config) -> dict[str, Any]:
   values = dataclasses.asdict(config.data)
   return {key: value for key, value in values.items() if key not in ('cache', 'prefetch', 'threads')}
+
+
+def _without_speeds(value: Any) -> Any:
+  """Nested dicts less the fields that change how fast a result comes, and not what it is."""
+  if not isinstance(value, dict):
+    return value
+  return {key: _without_speeds(inner) for key, inner in value.items() if key not in SPEEDS}
 
 
 def _warn_of_epochs(name: str, section: TeacherConfig | StudentConfig, stream: BatchStream, total: int) -> None:

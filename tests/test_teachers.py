@@ -15,7 +15,7 @@ from kdjax.data.batches import Windows
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
 from kdjax.losses import alpha_state
-from kdjax.models import build
+from kdjax.models import build, named
 from kdjax.optimizer import adamw, learning_rate
 from kdjax.run import RunFolder
 from kdjax.step import Recipe, init_state
@@ -174,7 +174,8 @@ def test_the_vocabulary_is_the_tokenizers_or_larger():
 
 
 def test_the_folder_is_named_by_what_defines_the_teacher(tmp_path):
-  assert teachers.folder_of(str(tmp_path), 'a-laptop', 'abc').path == tmp_path / 'teachers' / 'a-laptop-abc'
+  model = build(named('tiny-1m', vocab_size=256))
+  assert teachers.folder_of(str(tmp_path), model, 'abc').path == tmp_path / 'teachers' / '1.07M-abc'
 
 
 @pytest.mark.parametrize('part', [(0.0, 1.0), (0.0, 0.5), (0.5, 1.0)])

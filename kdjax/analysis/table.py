@@ -11,6 +11,7 @@ from kdjax.analysis.statistics import Interval, mean_interval, performance_gap_r
 from kdjax.errors import UserError
 from kdjax.evals import job as jobs
 from kdjax.evals import results
+from kdjax.evals.score import TEMPERATURES
 from kdjax.run import RunFolder, read_json
 
 LN2 = math.log(2)
@@ -145,7 +146,7 @@ def _quality(cells: Cells, sets: list[str]) -> str:
     fitted.append(
       [
         arm,
-        *(f'{scored[name].bits_per_byte("nll_fitted"):.3f} ({scored[name].meta["temperature"]:.2f})' for name in sets),
+        *(f'{scored[name].bits_per_byte("nll_fitted"):.3f} ({_temperature(scored[name])})' for name in sets),
       ]
     )
   return f'{_align(plain)}\n\n{_align(fitted)}'
@@ -214,6 +215,13 @@ def _facts(job: jobs.Job, cells: Cells) -> str:
       f'xz -9 on the in-domain test text: {corpus["xz9_bits_per_byte"]:.3f} bits per byte; {verdict} ({best:.3f})'
     )
   return '\n'.join(lines)
+
+
+def _temperature(cell: Cell) -> str:
+  """The fitted temperature; at an end of the grid, which it may have wanted to pass, with a sign."""
+  value = cell.meta['temperature']
+  sign = '<=' if value <= min(TEMPERATURES) else '>=' if value >= max(TEMPERATURES) else ''
+  return f'{sign}{value:.2f}'
 
 
 def _ordered_sets(cells: Cells) -> list[str]:

@@ -85,7 +85,14 @@ def score_missing(
 ) -> list['Task']:
   """Scores those (run, step) on those sets that have no result file yet; returns all, in order."""
   sets = {IN_DOMAIN: EvalSet(corpus.validation, corpus.test), **corpus.ood}
-  tasks = [_task(job, run, step, name, eval_set) for run, step in checkpoints for name, eval_set in sets.items()]
+  teacher = ''
+  if job.teacher:
+    teacher = f'{_weights(job.teacher, _step(job.teacher, job.teacher_step))} in {job.config.teacher.dtype}'
+  tasks = [
+    _task(job, run, step, weights, teacher, name, eval_set)
+    for run, step, weights in [(run, step, _weights(run, step)) for run, step in checkpoints]
+    for name, eval_set in sets.items()
+  ]
   missing = distributed.from_first_process([not task.file.exists() for task in tasks])
   models = _Models(job, mesh)
   total = sum(_n_tokens(task.eval_set) for task, wanted in zip(tasks, missing, strict=True) if wanted)
@@ -114,7 +121,7 @@ class Task:
     return results.path(self.run.results, self.step, self.name, config_lib.fingerprint(self.key))
 
 
-def _task(job: Job, run: RunFolder, step: int, name: str, eval_set: EvalSet) -> Task:
+def _task(job: Job, run: RunFolder, step: int, weights: str, teacher: str, name: str, eval_set: EvalSet) -> Task:
   window = job.config.eval.window or job.config.data.seq_len
   key = {
     'version': VERSION,
@@ -122,9 +129,8 @@ def _task(job: Job, run: RunFolder, step: int, name: str, eval_set: EvalSet) -> 
     'test': eval_set.test.fingerprint,
     'window': window,
     'stride': job.config.eval.stride or max(1, window // 2),
-    'teacher': ''
-    if job.teacher is None or job.is_teacher(run)
-    else f'{job.teacher.name}@{_step(job.teacher, job.teacher_step)}',
+    'weights': weights,
+    'teacher': '' if job.is_teacher(run) else teacher,
   }
   return Task(run, step, name, eval_set, key)
 
@@ -183,6 +189,14 @@ def _step(run: RunFolder, step: int) -> int:
   saves = Checkpoints(run.checkpoints, read_only=True)
   try:
     return teachers.final_step(run, saves, step)
+  finally:
+    saves.close()
+
+
+def _weights(run: RunFolder, step: int) -> str:
+  saves = Checkpoints(run.checkpoints, read_only=True)
+  try:
+    return saves.fingerprint(step)
   finally:
     saves.close()
 

@@ -72,7 +72,10 @@ def score(
 
 
 def fit_temperature(table: pd.DataFrame, temperatures) -> float:
-  """The evaluation temperature with the least NLL: the minimum of a parabola in log T through the best grid point and its neighbours."""
+  """The evaluation temperature with the least NLL: the minimum of a parabola in log T through the best grid point and its neighbours.
+
+  Where the least is at an end of the grid it is that end: the table marks it.
+  """
   nll = np.stack(table['nll_at'].to_list()).sum(0)
   best = int(np.argmin(nll))
   if best in (0, len(nll) - 1):
