@@ -12,7 +12,7 @@ from kdjax.config import Config
 from kdjax.errors import ConfigError
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
-LEAVES = dict(config_lib._leaves(Config, ''))
+LEAVES = dict(config_lib.leaves(Config, ''))
 
 
 def problems(**overrides) -> list[str]:

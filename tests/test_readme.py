@@ -45,7 +45,9 @@ def test_every_command_that_ci_does_not_run_runs_at_a_tiny_scale(tmp_path):
     assert words[:2] == ['python', '-m'], f'nothing runs {command!r}'
     if '--config' in command:
       words += [*TINY, f'--config.runs={tmp_path / "runs"}']
-    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+      [sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, f'{command}\n{done.stderr[-2000:]}'
     assert 'in-domain' in done.stdout
 

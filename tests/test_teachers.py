@@ -1,5 +1,6 @@
 """The teacher's treatment: what it may be, how it is loaded, and the unigram that is no model."""
 
+import dataclasses
 import json
 
 import jax
@@ -83,7 +84,7 @@ def test_fields_that_change_no_result_may_differ(run, field):
     'scan_unroll': 2,
     'max_seq_len': 128,
   }
-  section = TeacherConfig(model=config_lib.dataclasses.replace(MODEL, **{field: other[field]}))
+  section = TeacherConfig(model=dataclasses.replace(MODEL, **{field: other[field]}))
   teachers.check(run, section, BYTES)
 
 
@@ -94,7 +95,7 @@ def test_a_missing_folder_is_no_run_folder(tmp_path):
 
 
 def test_another_architecture_is_refused_naming_each_field(run):
-  section = TeacherConfig(model=config_lib.dataclasses.replace(MODEL, d_model=16, tied=False))
+  section = TeacherConfig(model=dataclasses.replace(MODEL, d_model=16, tied=False))
   found = refused(run.path, section)
   assert 'another architecture' in found
   assert 'd_model 8 there, 16 here' in found and 'tied True there, False here' in found
@@ -102,7 +103,7 @@ def test_another_architecture_is_refused_naming_each_field(run):
 
 
 def test_a_larger_vocabulary_is_another_architecture(run):
-  section = TeacherConfig(model=config_lib.dataclasses.replace(MODEL, vocab_size=300))
+  section = TeacherConfig(model=dataclasses.replace(MODEL, vocab_size=300))
   assert 'vocab_size 257 there, 300 here' in refused(run.path, section)
 
 
@@ -167,10 +168,10 @@ def test_auto_is_float32_on_cpu(run):
 
 def test_the_vocabulary_is_the_tokenizers_or_larger():
   assert teachers.with_vocabulary(MODEL, BYTES, 'student').vocab_size == 257
-  larger = config_lib.dataclasses.replace(MODEL, vocab_size=300)
+  larger = dataclasses.replace(MODEL, vocab_size=300)
   assert teachers.with_vocabulary(larger, BYTES, 'student') == larger
   with pytest.raises(UserError, match=r"student.model.vocab_size = 100 is less than the tokenizer's 257"):
-    teachers.with_vocabulary(config_lib.dataclasses.replace(MODEL, vocab_size=100), BYTES, 'student')
+    teachers.with_vocabulary(dataclasses.replace(MODEL, vocab_size=100), BYTES, 'student')
 
 
 def test_the_folder_is_named_by_what_defines_the_teacher(tmp_path):

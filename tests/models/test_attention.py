@@ -152,7 +152,7 @@ def test_a_written_out_document_mask_stops_at_2048_tokens(implementation, monkey
 
   assert trace(2048, True) == (1, 2048, 2, 8)
   assert trace(4096, False) == (1, 4096, 2, 8)
-  with pytest.raises(UserError, match='2049 x 2049 document mask.*set data.mask_documents=False') as caught:
+  with pytest.raises(UserError, match=r'2049 x 2049 document mask.*set data.mask_documents=False') as caught:
     trace(2049, True)
   assert '\n' not in str(caught.value)
 

@@ -226,7 +226,7 @@ def test_bfloat16_computes_over_float32_weights(style):
 
 
 def test_bfloat16_weights_are_taken_as_they_are(style):
-  model, params, hidden = style
+  _, params, hidden = style
   tokens = random_tokens()
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   back = jax.tree.map(lambda x: x.astype(jnp.float32), rounded)

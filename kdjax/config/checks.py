@@ -1,0 +1,163 @@
+"""What is wrong with a config whose fields and types are right: every problem, one line each, with the field's name."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from kdjax.config.schema import Config, DataConfig, StudentConfig, TeacherConfig
+
+MIXINGS = ('normalised', 'ce_plus_alpha_kd', 'one_minus_alpha_ce_plus_kd')
+ARMS = ('baseline', 'distilled', 'unigram')
+CHOICES = {
+  'scale': ('laptop', 'colab', 'paper'),
+  'model.dtype': ('auto', 'float32', 'bfloat16'),
+  'model.param_dtype': ('float32', 'bfloat16'),
+  'model.attention': ('auto', 'xla', 'cudnn', 'splash'),
+  'model.remat': ('none', 'full', 'dots'),
+  'optimizer.schedule': ('cosine', 'wsd'),
+  'alpha_schedule.kind': ('constant', 'linear', 'cosine', 'lr'),
+  'loss.kd': ('forward_kl', 'hard_label'),
+  'loss.mixing': MIXINGS,
+  'loss.rest': ('renormalise', 'other'),
+  'teacher.dtype': ('auto', 'float32', 'bfloat16'),
+}
+
+
+# Fields by their full name, or by their last part where it means the same wherever it stands.
+POSITIVE = (
+  'd_model',
+  'n_layers',
+  'd_ff',
+  'n_heads',
+  'n_kv_heads',
+  'head_dim',
+  'pad_vocab_to',
+  'scan_unroll',
+  'norm_eps',
+  'rope_theta',
+  'factor',
+  'low_freq_factor',
+  'high_freq_factor',
+  'learning_rate',
+  'eps',
+  'clip_norm',
+  'batch_size',
+  'microbatches',
+  'loss.temperature',
+  'data.seq_len',
+  'data.vocab_size',
+  'data.threads',
+  'eval.every_batches',
+  'checkpoint.keep',
+  'steps_per_call',
+  'max_skipped',
+  'heartbeat_timeout',
+)
+NOT_NEGATIVE = (
+  'weight_decay',
+  'forward_microbatch',
+  'vocab_size',
+  'loss.z_loss',
+  'loss.chunk_tokens',
+  'loss.chunk_megabytes',
+  'teacher.step',
+  'data.distinct_tokens',
+  'data.prefetch',
+  'eval.max_bytes',
+  'eval.max_document_bytes',
+  'eval.max_validation_bytes',
+  'eval.window',
+  'eval.stride',
+  'eval.every',
+  'checkpoint.every',
+  'checkpoint.keep_period',
+)
+
+
+def problems(config: Config) -> Iterator[str]:
+  """What is wrong with a config whose fields and types are right."""
+  flat = dict(values(config, ''))
+  for key, value in flat.items():
+    choices = next((c for name, c in CHOICES.items() if key == name or key.endswith('.' + name)), None)
+    if choices and value not in choices:
+      yield f'{key}: unknown value {value!r}; known: {", ".join(choices)}'
+    leaf = key.rpartition('.')[2]
+    if leaf.endswith('seed') and not 0 <= value < 2**32:
+      yield f'{key}: must be at least 0 and below 2^32, got {value}'
+    if (leaf in NOT_NEGATIVE or key in NOT_NEGATIVE) and value < 0:
+      yield f'{key}: must not be below 0, got {value:g}'
+    if (leaf in POSITIVE or key in POSITIVE) and value <= 0:
+      yield f'{key}: must be above 0, got {value:g}'
+  student, teacher, data, loss = config.student, config.teacher, config.data, config.loss
+  for key, alpha in (('student.alpha', student.alpha), ('student.alpha_schedule.final', student.alpha_schedule.final)):
+    if not 0 <= alpha <= 1:
+      yield f'{key}: must be in [0, 1], got {alpha:g}'
+  if not 0 <= student.alpha_schedule.begin <= student.alpha_schedule.end <= 1:
+    yield 'student.alpha_schedule: begin and end must satisfy 0 <= begin <= end <= 1'
+  if loss.teacher_top_k < 0 or (loss.teacher_top_k > 1 and not loss.teacher_top_k.is_integer()):
+    yield f'loss.teacher_top_k: must be 0 (all), a share in (0, 1) or a whole number, got {loss.teacher_top_k:g}'
+  if not 0 < loss.teacher_top_p <= 1:
+    yield f'loss.teacher_top_p: must be in (0, 1], got {loss.teacher_top_p:g}'
+  if loss.kd == 'hard_label' and (loss.teacher_top_k or loss.teacher_top_p < 1 or loss.temperature != 1):
+    yield 'loss.kd: hard_label has no temperature, top-k or top-p; leave them at their defaults'
+  if not student.arms or len(set(student.arms)) != len(student.arms) or set(student.arms) - set(ARMS):
+    yield f'student.arms: must be different ones of {", ".join(ARMS)}, got {", ".join(student.arms) or "none"}'
+  for name, section in (('student', student), ('teacher', teacher)):
+    yield from section_problems(name, section, data)
+  for key in ('validation_fraction', 'test_fraction'):
+    if not 0 < getattr(data, key) < 1:
+      yield f'data.{key}: must be between 0 and 1, got {getattr(data, key):g}'
+  if data.validation_fraction + data.test_fraction >= 1:
+    yield 'data: validation_fraction + test_fraction leave no documents for training'
+  if not 0 < config.eval.ood_validation_fraction < 1:
+    yield f'eval.ood_validation_fraction: must be between 0 and 1, got {config.eval.ood_validation_fraction:g}'
+  rows, forward = student.batch_size // max(1, student.microbatches), teacher.forward_microbatch
+  if 0 < forward < rows and rows % forward:
+    yield f'teacher.forward_microbatch: {forward} does not divide student.batch_size / student.microbatches = {rows}'
+  if teacher.step > 0 and not teacher.run:
+    yield 'teacher.step: there is no teacher.run that it could be a step of'
+  window = config.eval.window or data.seq_len
+  for name, section in (('student', student), ('teacher', teacher)):
+    if window > section.model.max_seq_len:
+      yield f'eval.window: {window} tokens are more than {name}.model.max_seq_len = {section.model.max_seq_len}'
+  if config.eval.stride > max(window, 0):
+    yield f'eval.stride: {config.eval.stride} is more than the window of {window} tokens'
+  for axis in ('replica', 'fsdp', 'tensor'):
+    size = getattr(config.mesh, axis)
+    if size < 1 and size != -1:
+      yield f'mesh.{axis}: must be a number of devices, or -1 for what is left, got {size}'
+  if [config.mesh.replica, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
+    yield 'mesh: only one axis can be -1 (what is left)'
+
+
+def section_problems(name: str, section: TeacherConfig | StudentConfig, data: DataConfig) -> Iterator[str]:
+  optimizer, model = section.optimizer, section.model
+  if model.n_kv_heads > 0 and model.n_heads % model.n_kv_heads:
+    yield f'{name}.model.n_kv_heads: {model.n_kv_heads} does not divide {name}.model.n_heads = {model.n_heads}'
+  if model.head_dim % 2:
+    yield f'{name}.model.head_dim: must be even (rotary positions turn pairs), got {model.head_dim}'
+  if data.seq_len > section.model.max_seq_len:
+    yield f'data.seq_len: {data.seq_len} tokens are more than {name}.model.max_seq_len = {section.model.max_seq_len}'
+  if section.batch_size > 0 and section.microbatches > 0 and section.batch_size % section.microbatches:
+    yield f'{name}.microbatches: {section.microbatches} does not divide {name}.batch_size = {section.batch_size}'
+  if section.tokens < section.batch_size * data.seq_len:
+    yield f'{name}.tokens: {section.tokens} is less than one step of {section.batch_size} x {data.seq_len} tokens'
+  if not 0 <= section.slice[0] < section.slice[1] <= 1:
+    yield f'{name}.slice: must satisfy 0 <= from < to <= 1, got {section.slice}'
+  for key in ('warmup_fraction', 'decay_fraction', 'final_fraction'):
+    if not 0 <= getattr(optimizer, key) <= 1:
+      yield f'{name}.optimizer.{key}: must be in [0, 1], got {getattr(optimizer, key):g}'
+  for key in ('b1', 'b2'):
+    if not 0 <= getattr(optimizer, key) < 1:
+      yield f'{name}.optimizer.{key}: must be in [0, 1), got {getattr(optimizer, key):g}'
+  if optimizer.schedule == 'wsd' and optimizer.warmup_fraction + optimizer.decay_fraction > 1:
+    yield f'{name}.optimizer: warmup_fraction + decay_fraction are more than the whole run'
+
+
+def values(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from values(value, f'{prefix}{field.name}.')
+    else:
+      yield prefix + field.name, value
