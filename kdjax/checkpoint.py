@@ -63,6 +63,8 @@ class Checkpoints:
         read_only=read_only,
         create=not read_only,
         cleanup_tmp_directories=not read_only,
+        # The managers of a cohort save at the same time: without names of their own their barriers are taken for one another.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self.folder.parent.name),
       ),
     )
 

@@ -159,12 +159,10 @@ def assert_close(a, b, relative):
 # Real processes.
 
 
-def start(
-  config: pathlib.Path, workdir: pathlib.Path, *arguments: str, devices: int = 1, module='kdjax.train', **options: Any
-) -> subprocess.Popen:
-  """`python -m kdjax.train` in a process group of its own; stdout and stderr in files beside the workdir."""
+def environment(devices: int = 1) -> dict[str, str]:
+  """Of a process on the CPU with so many virtual devices."""
   flags = re.sub(r'--xla_force_host_platform_device_count=\d+', '', os.environ.get('XLA_FLAGS', ''))
-  environment = {
+  return {
     **os.environ,
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count={devices}'.strip(),
@@ -172,13 +170,19 @@ def start(
     'JAX_ENABLE_COMPILATION_CACHE': 'false',
     'PYTHONUNBUFFERED': '1',
   }
+
+
+def start(
+  config: pathlib.Path, workdir: pathlib.Path, *arguments: str, devices: int = 1, module='kdjax.train', **options: Any
+) -> subprocess.Popen:
+  """`python -m kdjax.train` in a process group of its own; stdout and stderr in files beside the workdir."""
   command = [sys.executable, '-m', module, f'--workdir={workdir}', *arguments]
   if module == 'kdjax.train':
     command.insert(3, f'--config={config}')
   workdir.parent.mkdir(parents=True, exist_ok=True)
   name = f'{workdir.name}-{len(list(workdir.parent.glob(f"{workdir.name}-*.err")))}'
   with open(workdir.parent / f'{name}.out', 'w') as out, open(workdir.parent / f'{name}.err', 'w') as err:
-    process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=workdir.parent, **options)
+    process = subprocess.Popen(command, stdout=out, stderr=err, env=environment(devices), cwd=workdir.parent, **options)
   process.log = workdir.parent / name  # type: ignore[attr-defined]
   return process
 

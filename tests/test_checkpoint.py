@@ -475,6 +475,6 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(sm
 def test_a_save_that_fails_is_told_by_the_next_one(tmp_path, monkeypatch):
   saves = Checkpoints(tmp_path / 'c')
   monkeypatch.setattr(saves._manager, 'save', lambda *a, **k: (_ for _ in ()).throw(OSError(28, 'No space left')))
-  with pytest.raises(TrainingError, match='could not be written .*free some disk space'):
+  with pytest.raises(TrainingError, match=r'could not be written .*free some disk space'):
     saves.save(2, place(make_state(), runs.mesh()), KNOWN)
   saves.close()

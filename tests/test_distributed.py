@@ -1,0 +1,301 @@
+"""Several devices and several processes: the same data, the same losses to float tolerance, and no hang when one of them fails."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from kdjax import distributed, train
+from kdjax.cli import load_config
+from kdjax.data.batches import BatchStream, Windows
+from kdjax.data.corpus import prepare
+from kdjax.evals import results
+from kdjax.run import RunFolder, read_json
+from tests import runs, tiny
+
+ARMS = ('baseline', 'distilled', 'unigram')
+LONG = {'student.arms': ('baseline', 'unigram'), 'student.tokens': 1200 * 8 * 16, 'checkpoint.every': 100, 'eval.every': 10}
+
+
+def start_two(config, workdir, *arguments, devices=1):
+  """Two processes over loopback."""
+  port = runs.free_port()
+  flags = (f'--coordinator=127.0.0.1:{port}', '--processes=2')
+  return [
+    runs.start(config, workdir, *flags, f'--process={i}', *arguments, devices=devices)
+    for i in range(2)
+  ]
+
+
+def done(*processes, timeout=240):
+  codes = runs.finish(*processes, timeout=timeout)
+  assert codes == [0] * len(codes), '\n'.join(runs.errors(p)[-3000:] for p in processes)
+
+
+def trained(workdir, arms=ARMS):
+  teacher = read_json(workdir / 'experiment.json')['teacher']
+  return [workdir / 'students' / arm for arm in arms] + ([workdir / teacher] if teacher else [])
+
+
+def assert_close(workdir, expected, arms=ARMS, rtol=1e-4, only_scored=False):
+  """Bit-identical data, losses and scores equal to float tolerance."""
+  for one, other in zip(trained(workdir, arms), trained(expected, arms), strict=True):
+    known, like = (RunFolder(folder).identity()['fingerprints'] for folder in (one, other))
+    assert {k: known[k] for k in ('data', 'tokenizer')} == {k: like[k] for k in ('data', 'tokenizer')}
+    assert known.get('init') == like.get('init')
+    got, wanted = runs.metrics(one), runs.metrics(other)
+    assert [r['step'] for r in got] == [r['step'] for r in wanted]
+    assert [r['tokens'] for r in got] == [r['tokens'] for r in wanted]
+    for name in ('loss', 'ce', 'grad_norm'):
+      np.testing.assert_allclose([r[name] for r in got], [r[name] for r in wanted], rtol=rtol, err_msg=f'{one} {name}')
+    files = [sorted((folder / 'results').glob('*.parquet')) for folder in (one, other)]
+    assert [f.name.partition('-step')[0] for f in files[0]] == [f.name.partition('-step')[0] for f in files[1]]
+    for file, like in zip(*files, strict=True):
+      table, wanted_table = results.read(file)[0], results.read(like)[0]
+      assert list(table['doc']) == list(wanted_table['doc'])
+      np.testing.assert_allclose(table['nll'], wanted_table['nll'], rtol=rtol)
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+  """Text and token stores that all the experiments share."""
+  folder = tmp_path_factory.mktemp('home')
+  config = tiny.config(folder)
+  prepare(config.data, config.eval, config.runs, progress=False)
+  return folder
+
+
+def experiment(home, folder, **fields):
+  """(config file, workdir) of an experiment with teachers of its own."""
+  folder.mkdir(exist_ok=True)
+  config = tiny.write_config(folder, **{'data.cache': str(home / 'runs' / 'stores'), **tiny.write_text(home), **fields})
+  return config, folder / 'run'
+
+
+@pytest.fixture(scope='module')
+def alone(home, tmp_path_factory):
+  """The experiment in one process on one device."""
+  config, workdir = experiment(home, tmp_path_factory.mktemp('alone') / 'e')
+  done(runs.start(config, workdir))
+  return workdir
+
+
+ROWS_OF_A_PROCESS = """
+import json, sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from kdjax import sharding
+from kdjax.cli import load_config
+from kdjax.config import MeshConfig
+from kdjax.data.batches import BatchStream, Windows, local_rows, to_global
+from kdjax.data.corpus import prepare
+port, process, file, out = sys.argv[1:]
+jax.distributed.initialize(f'127.0.0.1:{port}', 2, int(process))
+config = load_config(file)
+corpus = prepare(config.data, config.eval, config.runs, progress=False)
+stream = BatchStream(Windows(corpus.train, config.data.seq_len), 8, 43)
+for shape in ((1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)):
+  mesh = sharding.make_mesh(MeshConfig(*shape))
+  rows = local_rows(NamedSharding(mesh, P(sharding.BATCH_AXES)), 8)
+  plan = [(0, 3), (3, 2)]
+  parts = []
+  for local in stream.iterate(plan, 3, rows, 2, 2):
+    batch = to_global(local, rows, NamedSharding(mesh, P(None, sharding.BATCH_AXES)), 8)
+    parts.append({k: [[s.index[1].indices(8)[:2], np.asarray(s.data).tolist()] for s in v.addressable_shards] for k, v in batch.items()})
+  json.dump(parts, open(f'{out}/{"x".join(map(str, shape))}-{process}.json', 'w'))
+"""
+
+
+def test_every_process_reads_the_rows_that_one_process_would(home, tmp_path):
+  config, _ = experiment(home, tmp_path / 'e')
+  port = runs.free_port()
+  both = [
+    subprocess.Popen(
+      [sys.executable, '-c', ROWS_OF_A_PROCESS, str(port), str(i), str(config), str(tmp_path)],
+      env=runs.environment(devices=2),
+    )
+    for i in range(2)
+  ]
+  try:
+    assert [p.wait(120) for p in both] == [0, 0]
+  finally:
+    for process in both:
+      runs.kill(process)
+  loaded = load_config(str(config))
+  corpus = prepare(loaded.data, loaded.eval, loaded.runs, progress=False)
+  stream = BatchStream(Windows(corpus.train, loaded.data.seq_len), 8, 43)
+  for shape in ('1x4x1', '2x1x2', '1x2x2', '1x1x4'):
+    seen = set()
+    for i in range(2):
+      for call, part in enumerate(json.loads((tmp_path / f'{shape}-{i}.json').read_text())):
+        for name, shards in part.items():
+          for (first, last), value in shards:
+            seen.update(range(first, last))
+            for k, step in enumerate(range(*((0, 3), (3, 5))[call])):
+              np.testing.assert_array_equal(np.asarray(value)[k], stream.rows(step, range(first, last))[name])
+    assert seen == set(range(8)), shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('arguments', 'devices'),
+  [((), 1), ((), 2), (('--config.mesh.tensor=2', '--config.mesh.fsdp=1'), 1), (('--config.mesh.replica=2', '--config.mesh.tensor=2'), 2)],
+  ids=['fsdp', 'fsdp of 4', 'tensor', 'replica and tensor'],
+)  # fmt: skip
+def test_two_processes_train_and_score_as_one_does(home, alone, tmp_path, arguments, devices):
+  config, workdir = experiment(home, tmp_path / 'e')
+  both = start_two(config, workdir, *arguments, devices=devices)
+  done(*both)
+  assert_close(workdir, alone)
+  printed = [runs.output(p)[0] for p in both]
+  assert 'bits/byte' in printed[0]
+  assert printed[1] == ''  # one process speaks
+
+
+@pytest.mark.slow
+def test_eight_devices_train_and_score_as_one_does(home, alone, tmp_path):
+  for name, arguments in (('a', ()), ('b', ('--config.mesh.replica=2', '--config.mesh.tensor=2'))):
+    config, workdir = experiment(home, tmp_path / name)
+    done(runs.start(config, workdir, *arguments, devices=8))
+    assert_close(workdir, alone)
+
+
+@pytest.fixture(scope='module')
+def long_alone(home, tmp_path_factory):
+  config, workdir = experiment(home, tmp_path_factory.mktemp('long') / 'e', **LONG)
+  done(runs.start(config, workdir))
+  return workdir
+
+
+def lines(workdir) -> int:
+  path = workdir / 'students' / 'baseline' / 'metrics.jsonl'
+  return path.read_bytes().count(b'\n') if path.exists() else 0
+
+
+def stopped_at(workdir) -> int:
+  status = RunFolder(workdir / 'students' / 'baseline').status()
+  assert status['state'] == 'preempted'
+  return runs.leaves(workdir / 'students' / 'baseline')['step']
+
+
+@pytest.mark.slow
+def test_two_processes_told_to_stop_save_at_one_step_and_one_goes_on(home, long_alone, tmp_path):
+  config, workdir = experiment(home, tmp_path / 'e', **LONG)
+  both = start_two(config, workdir)
+  runs.wait_for(lambda: lines(workdir) >= 40, both[0])
+  for process in both:
+    process.send_signal(signal.SIGTERM)
+  done(*both)
+  assert 'saved; the same command goes on from there' in runs.errors(both[0])
+  step = stopped_at(workdir)
+  assert 40 <= step < 1200
+  assert {runs.leaves(folder)['step'] for folder in trained(workdir, LONG['student.arms'])} == {step}
+  done(runs.start(config, workdir))
+  assert_close(workdir, long_alone, LONG['student.arms'], rtol=0.02)
+  assert lines(workdir) == 1200
+
+
+@pytest.mark.slow
+def test_one_process_killed_goes_on_with_two(home, long_alone, tmp_path):
+  config, workdir = experiment(home, tmp_path / 'e', **LONG)
+  process = runs.start(config, workdir)
+  runs.wait_for(lambda: lines(workdir) >= 200, process)
+  runs.kill(process)
+  done(*start_two(config, workdir))
+  assert_close(workdir, long_alone, LONG['student.arms'], rtol=0.02)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_go_on_bit_identically_with_two(home, tmp_path):
+  fields = LONG | {'student.tokens': 300 * 8 * 16}
+  ends = []
+  for name in ('undisturbed', 'killed'):
+    config, workdir = experiment(home, tmp_path / name, **fields)
+    if name == 'killed':
+      both = start_two(config, workdir)
+      runs.wait_for(lambda workdir=workdir: lines(workdir) >= 150, both[0])
+      for process in both:
+        runs.kill(process)
+    done(*start_two(config, workdir))
+    ends.append([(runs.leaves(f), runs.metrics(f)) for f in trained(workdir, LONG['student.arms'])])
+  assert ends[0] == ends[1]
+
+
+def assert_one_line(process, text, code=2):
+  assert process.returncode == code, runs.errors(process)
+  told = [line for line in runs.errors(process).splitlines() if 'error' in line]
+  assert len(told) == 1, told
+  assert text in told[0]
+  assert 'Traceback' not in runs.errors(process)
+
+
+@pytest.mark.slow
+def test_a_config_that_is_wrong_ends_both_processes_with_its_line(home, tmp_path):
+  config, workdir = experiment(home, tmp_path / 'e')
+  both = start_two(config, workdir, '--config.student.alpha=2')
+  runs.finish(*both, timeout=60)
+  for process in both:
+    assert_one_line(process, 'student.alpha: must be in [0, 1], got 2')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('argument', 'text'),
+  [
+    ('--config.data.source=nowhere.txt', 'nowhere.txt'),
+    ('--config.mesh.fsdp=3', 'does not divide the 2 devices'),
+    ('--config.student.batch_size=9', 'does not divide'),
+  ],
+)
+def test_an_error_of_the_data_or_the_mesh_ends_both_processes_and_one_tells(home, tmp_path, argument, text):
+  config, workdir = experiment(home, tmp_path / 'e')
+  both = start_two(config, workdir, argument)
+  codes = runs.finish(*both, timeout=90)
+  assert 0 not in codes
+  assert_one_line(both[0], text)
+
+
+@pytest.mark.slow
+def test_a_folder_lost_in_mid_run_ends_both_processes_and_one_tells(home, tmp_path):
+  config, workdir = experiment(home, tmp_path / 'e', **LONG)
+  both = start_two(config, workdir)
+  runs.wait_for(lambda: lines(workdir) >= 40, both[0])
+  (workdir / 'students' / 'baseline' / 'owner-99.json').write_text('{"token": "another"}')
+  assert 0 not in runs.finish(*both, timeout=90)
+  assert_one_line(both[0], 'another trainer has taken this folder over', code=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_process_that_dies_takes_the_other_with_it(home, tmp_path, victim):
+  config, workdir = experiment(home, tmp_path / 'e', **LONG, heartbeat_timeout=10)
+  both = start_two(config, workdir)
+  runs.wait_for(lambda: lines(workdir) >= 40, both[0])
+  runs.kill(both[victim])
+  runs.finish(*both, timeout=90)
+  assert both[1 - victim].returncode != 0
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (('--coordinator=127.0.0.1:1', '--processes=2'), 'belong together'),
+    (('--coordinator=127.0.0.1:1', '--processes=2', '--process=2'), 'must be from 0 to 1'),
+    (('--process=0',), 'belong together'),
+  ],
+)
+def test_incomplete_addresses_are_refused(home, tmp_path, capsys, arguments, message):
+  config, workdir = experiment(home, tmp_path / 'e')
+  with pytest.raises(SystemExit) as e:
+    train.main([f'--config={config}', f'--workdir={workdir}', *arguments])
+  assert e.value.code == 2
+  assert message in capsys.readouterr().err
+
+
+def test_one_process_does_its_own_work():
+  assert distributed.first_process_first(lambda: 3) == 3
+  assert distributed.of_first_process([1, 2]) == [1, 2]
+  assert distributed.from_first_process([True, False]) == [True, False]

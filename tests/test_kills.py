@@ -1,0 +1,126 @@
+"""Real trainers, killed at any point and started again: in the end there is no trace of it in any number."""
+
+import random
+import time
+
+import pandas as pd
+import pytest
+
+from kdjax.evals import results
+from kdjax.run import RunFolder
+from tests import runs, tiny
+
+STUDENTS = {'fast': ('baseline', 'unigram'), 'whole': ('baseline', 'distilled', 'unigram')}
+
+
+class Experiment:
+  """An experiment in a folder of its own, with its own token stores and teacher."""
+
+  def __init__(self, folder, kind):
+    self.folder, self.kind, self.workdir = folder, kind, folder / 'run'
+    fields = {'student.arms': STUDENTS[kind], 'checkpoint.every': 2, 'eval.max_bytes': 800, 'eval.batch_size': 64}
+    folder.mkdir()
+    self.config = tiny.write_config(folder, **fields)
+
+  def start(self):
+    return runs.start(self.config, self.workdir)
+
+  def finish(self):
+    """Runs it to the end; what it printed, less its own place."""
+    process = self.start()
+    assert runs.finish(process, timeout=300) == [0], runs.errors(process)
+    return runs.output(process)[0].replace(str(self.folder), '')
+
+  def glob(self, pattern):
+    return list(self.folder.glob(pattern))
+
+  def trained(self):
+    return [self.workdir / 'students' / arm for arm in STUDENTS[self.kind]] + self.glob('runs/teachers/*')
+
+
+@pytest.fixture(scope='module', params=['fast', pytest.param('whole', marks=pytest.mark.slow)])
+def undisturbed(request, tmp_path_factory):
+  experiment = Experiment(tmp_path_factory.mktemp('undisturbed') / 'e', request.param)
+  return experiment, experiment.finish()
+
+
+def assert_same(experiment: Experiment, printed: str, undisturbed) -> None:
+  expected, table = undisturbed
+  assert printed == table
+  for one, other in zip(experiment.trained(), expected.trained(), strict=True):
+    assert runs.leaves(one) == runs.leaves(other), one.name
+    assert runs.metrics(one) == runs.metrics(other), one.name
+    assert RunFolder(one).is_done()
+    files = [sorted((folder / 'results').glob('*.parquet')) for folder in (one, other)]
+    assert files[0]
+    for file, like in zip(*files, strict=True):
+      assert file.name == like.name
+      pd.testing.assert_frame_equal(results.read(file)[0], results.read(like)[0], check_exact=True)
+
+
+# When to kill: each is seen in the files.
+
+
+def building_stores(experiment):
+  return experiment.glob('runs/stores/*/*') and not experiment.glob('runs/stores/*/corpus.json')
+
+
+def compiling(experiment):
+  """A run folder is claimed and not a step has been written."""
+  claimed = {path.parent for path in experiment.folder.rglob('run.json')}
+  return any(not (p / 'results').exists() and not (p / 'metrics.jsonl').exists() for p in claimed)
+
+
+def saving(experiment):
+  return experiment.glob('**/checkpoints/*tmp*')
+
+
+def kill_when(experiment, condition, delay: float = 0.0) -> bool:
+  """Starts it and kills it at the moment; False where it has come to its end before."""
+  process = experiment.start()
+  until = time.monotonic() + 200
+  while process.poll() is None and not condition(experiment):
+    assert time.monotonic() < until, runs.errors(process)
+    time.sleep(0.002)
+  time.sleep(delay)
+  alive = process.poll() is None
+  runs.kill(process)
+  assert alive or process.returncode == 0, runs.errors(process)
+  return alive
+
+
+def test_killed_while_building_compiling_and_saving_it_ends_as_if_it_had_not_been(undisturbed, tmp_path):
+  experiment = Experiment(tmp_path / 'e', undisturbed[0].kind)
+  assert kill_when(experiment, building_stores)
+  assert not experiment.glob('runs/stores/*/corpus.json')
+  assert kill_when(experiment, compiling, 0.3)
+  assert not experiment.glob('**/metrics.jsonl') or experiment.kind == 'whole'
+  assert kill_when(experiment, saving)
+  assert saving(experiment)  # it was in flight
+  assert_same(experiment, experiment.finish(), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('undisturbed', ['whole'], indirect=True)
+def test_killed_twenty_times_at_random_points_it_ends_as_if_it_had_not_been(undisturbed, tmp_path):
+  rng = random.Random(0)
+  began = time.monotonic()
+  undisturbed[0].finish()
+  whole = time.monotonic() - began  # a start that finds all done: mostly imports
+  kills: list[str] = []
+  in_flight = 0
+  while len(kills) < 20:
+    experiment = Experiment(tmp_path / f'e{len(kills)}', 'whole')
+    alive = True
+    while alive and len(kills) < 20:
+      condition = rng.choice([building_stores, compiling, saving, saving, None, None, None])
+      if condition is None:
+        moment = time.monotonic() + rng.uniform(0.3, 3) * whole
+        alive = kill_when(experiment, lambda _, moment=moment: time.monotonic() > moment)
+      else:
+        alive = kill_when(experiment, condition, rng.choice([0, rng.uniform(0, 2)]))
+      in_flight += alive and bool(saving(experiment))
+      kills += [condition.__name__ if condition else 'any'] * alive
+    assert_same(experiment, experiment.finish(), undisturbed)
+  assert {'building_stores', 'compiling', 'saving', 'any'} <= set(kills)
+  assert in_flight >= 2

@@ -1,0 +1,300 @@
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import signal
+import threading
+
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdjax import loop, train
+from kdjax.checkpoint import Checkpoints
+from kdjax.data.corpus import prepare
+from kdjax.errors import TrainingError, UserError
+from kdjax.loop import calls
+from kdjax.metrics import MetricWriter, read_metrics
+from kdjax.run import RunFolder, write_json
+from tests import runs, tiny
+
+ARMS = ('baseline', 'unigram')  # a cohort that needs no teacher
+
+
+@given(
+  st.integers(0, 60), st.integers(0, 60), st.integers(1, 12), st.lists(st.integers(0, 13), max_size=3)
+)
+def test_calls_cover_every_step_once_and_are_cut_at_every_boundary(start, more, size, every):
+  total = start + more
+  plan = calls(start, total, size, *every)
+  assert [step for first, n in plan for step in range(first, first + n)] == list(range(start, total))
+  assert all(1 <= n <= size for _, n in plan)
+  ends = {first + n for first, n in plan}
+  assert {b for e in every if e for b in range(e, total + 1, e) if b > start} <= ends
+  # And at nothing else: a call is short only because of a boundary or the end.
+  assert all(n == size or first + n == total or any(e and (first + n) % e == 0 for e in every) for first, n in plan)
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  """One folder of text and token stores for all."""
+  folder = tmp_path_factory.mktemp('text')
+  config = make_config(folder)
+  prepare(config.data, config.eval, config.runs, progress=False)
+  return folder
+
+
+def make_config(folder, **overrides):
+  fields = {'student.arms': ARMS, 'checkpoint.every': 3, 'checkpoint.keep': 9, 'eval.every': 5, 'mesh.fsdp': 1}
+  return tiny.config(folder, **fields | overrides)
+
+
+def fit(text, folder: pathlib.Path, **overrides) -> None:
+  """Trains the students of an experiment in `folder`; no teacher, no evaluation."""
+  config = make_config(text, **overrides)
+  corpus = prepare(config.data, config.eval, config.runs, progress=False)
+  on = runs.mesh()
+  with jax.set_mesh(on):
+    train.train_students(config, folder, corpus, None, on, progress=False)
+
+
+@pytest.fixture(scope='module')
+def undisturbed(text, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('undisturbed')
+  fit(text, folder)
+  return folder
+
+
+def students(folder):
+  return [folder / 'students' / arm for arm in ARMS]
+
+
+def assert_same_runs(folder, expected):
+  for one, other in zip(students(folder), students(expected), strict=True):
+    assert runs.leaves(one) == runs.leaves(other)
+    assert runs.metrics(one) == runs.metrics(other)
+    assert RunFolder(one).is_done()
+
+
+def interrupted(undisturbed, folder, *steps: int, metrics_to: int | None = None) -> None:
+  """A copy of the finished run as a kill would leave it: the checkpoints of each student up to a step, the status still running."""
+  shutil.copytree(undisturbed, folder)
+  for student, step in zip(students(folder), steps, strict=True):
+    for path in (student / 'checkpoints').iterdir():
+      if path.name.isdigit() and int(path.name) > step:
+        shutil.rmtree(path)
+    status = json.loads((student / 'status.json').read_text())
+    write_json(student / 'status.json', status | {'state': 'running'})
+
+
+def test_a_run_writes_one_line_a_step_checkpoints_and_what_it_is(undisturbed):
+  for student in students(undisturbed):
+    records = runs.metrics(student)
+    assert [r['step'] for r in records] == list(range(1, tiny.STEPS + 1))
+    assert {'loss', 'ce', 'grad_norm', 'learning_rate', 'alpha', 'tokens', 'skipped'} <= records[0].keys()
+    assert [r['step'] for r in records if 'validation_ce' in r] == [5, 10, 12]
+    assert RunFolder(student).status()['step'] == tiny.STEPS
+    identity = RunFolder(student).identity()
+    assert {'data', 'tokenizer', 'init'} <= identity['fingerprints'].keys()
+    assert identity['config']['arm'] == student.name
+  assert runs.leaves(students(undisturbed)[0])['step'] == tiny.STEPS
+
+
+def test_a_finished_run_does_nothing_when_started_again(text, undisturbed, tmp_path):
+  shutil.copytree(undisturbed, tmp_path / 'r')
+  stat = lambda: {p: p.stat().st_mtime_ns for p in (tmp_path / 'r').rglob('*') if p.is_file()}
+  before = stat()
+  fit(text, tmp_path / 'r')
+  assert stat() == before
+
+
+def test_a_run_resumed_at_any_checkpoint_is_bit_identical(text, undisturbed, tmp_path):
+  for step in (3, 9, 12):
+    interrupted(undisturbed, tmp_path / str(step), step, step)
+    fit(text, tmp_path / str(step))
+    assert_same_runs(tmp_path / str(step), undisturbed)
+
+
+def test_a_cohort_goes_on_from_the_newest_step_that_all_members_have(text, undisturbed, tmp_path):
+  interrupted(undisturbed, tmp_path / 'r', 9, 6)
+  fit(text, tmp_path / 'r')
+  assert_same_runs(tmp_path / 'r', undisturbed)
+
+
+def test_a_cohort_walks_back_together_over_a_damaged_checkpoint(text, undisturbed, tmp_path, caplog):
+  interrupted(undisturbed, tmp_path / 'r', 9, 9)
+  shutil.rmtree(students(tmp_path / 'r')[1] / 'checkpoints' / '9' / 'optimizer')
+  with caplog.at_level(logging.WARNING, 'kdjax'):
+    fit(text, tmp_path / 'r')
+  assert 'passing over checkpoint 9 of' in caplog.text
+  assert_same_runs(tmp_path / 'r', undisturbed)
+
+
+def test_a_cohort_killed_in_its_first_save_starts_again_and_says_so(text, undisturbed, tmp_path, caplog):
+  interrupted(undisturbed, tmp_path / 'r', 3, 0)
+  with caplog.at_level(logging.WARNING, 'kdjax'):
+    fit(text, tmp_path / 'r')
+  assert 'starting from step 0' in caplog.text
+  assert_same_runs(tmp_path / 'r', undisturbed)
+
+
+def test_a_run_that_is_done_but_whose_last_checkpoint_is_gone_is_trained_to_the_end_again(text, undisturbed, tmp_path):
+  shutil.copytree(undisturbed, tmp_path / 'r')
+  for student in students(tmp_path / 'r'):
+    shutil.rmtree(student / 'checkpoints' / '12')
+  fit(text, tmp_path / 'r')
+  assert_same_runs(tmp_path / 'r', undisturbed)
+
+
+def test_the_second_of_two_checkpoints_is_kept_for_a_cohort_that_keeps_one(text, tmp_path):
+  fit(text, tmp_path / 'r', **{'checkpoint.keep': 1})
+  for student in students(tmp_path / 'r'):
+    assert sorted(int(p.name) for p in (student / 'checkpoints').iterdir()) == [9, 12]
+
+
+def test_no_member_is_more_than_one_checkpoint_ahead(text, tmp_path, monkeypatch):
+  """Each save begins when all members' saves of the step before are on disk."""
+  steps = {}
+  save = Checkpoints.save
+
+  def watched(self, step, *args):
+    others = [path for path in students(tmp_path / 'r') if path.exists()]
+    for other in others:
+      done = [int(p.name) for p in (other / 'checkpoints').iterdir() if p.name.isdigit()]
+      assert step <= 3 or max(done) >= step - 3, (other.name, step, done)
+    steps[str(self.folder)] = step
+    return save(self, step, *args)
+
+  monkeypatch.setattr(Checkpoints, 'save', watched)
+  fit(text, tmp_path / 'r')
+  assert set(steps.values()) == {12}
+
+
+@pytest.mark.parametrize('tail', ['{"step": 10, "lo', '{"step": 10, "loss": 1.0}', '\x00\x00'])
+def test_metrics_beyond_the_checkpoint_or_torn_are_mended(tmp_path, tail):
+  lines = [json.dumps({'step': step, 'loss': step / 3}) + '\n' for step in range(1, 10)]
+  (tmp_path / 'metrics.jsonl').write_text(''.join(lines) + tail)
+  assert [r['step'] for r in read_metrics(tmp_path)] == list(range(1, 10))
+  writer = MetricWriter(tmp_path, 6)
+  writer.write(7, {'loss': 7 / 3})
+  writer.close()
+  assert (tmp_path / 'metrics.jsonl').read_text() == ''.join(lines[:7])
+  writer = MetricWriter(tmp_path, 0)
+  writer.close()
+  assert (tmp_path / 'metrics.jsonl').read_text() == ''
+
+
+def test_a_torn_line_is_not_joined_to_the_next(tmp_path):
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n{"step": 2}')
+  writer = MetricWriter(tmp_path, 2)
+  writer.write(3, {})
+  writer.close()
+  assert [r['step'] for r in read_metrics(tmp_path)] == [1, 3]
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run_and_its_last_checkpoint_stands(text, tmp_path):
+  fields = {'student.optimizer.learning_rate': 1e37, 'student.optimizer.warmup_fraction': 0.5, 'max_skipped': 3}
+  with pytest.raises(TrainingError, match=r'not finite 3 steps in a row.*last checkpoint is good') as e:
+    fit(text, tmp_path / 'r', **fields)
+  assert '\n' not in str(e.value)
+  for student in students(tmp_path / 'r'):
+    status = RunFolder(student).status()
+    assert status['state'] == 'failed'
+    assert 'not finite' in status['error']
+  # Started again it fails again, having lost nothing.
+  steps = [p.name for p in (students(tmp_path / 'r')[0] / 'checkpoints').iterdir()]
+  with pytest.raises(TrainingError, match='not finite'):
+    fit(text, tmp_path / 'r', **fields)
+  assert [p.name for p in (students(tmp_path / 'r')[0] / 'checkpoints').iterdir()] == steps
+
+
+@contextlib.contextmanager
+def at_step(monkeypatch, step: int, action):
+  """Runs `action` when the trainer has dispatched this step."""
+  tell = loop.Heartbeat.step
+
+  def step_(self, at):
+    tell(self, at)
+    if at >= step and not step_.done:
+      step_.done = True
+      action()
+
+  step_.done = False
+  with monkeypatch.context() as m:
+    m.setattr(loop.Heartbeat, 'step', step_)
+    yield
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_run_saved_and_it_goes_on_bit_identically(text, undisturbed, tmp_path, monkeypatch, number):
+  before = signal.getsignal(number)
+  with at_step(monkeypatch, 7, lambda: os.kill(os.getpid(), number)):
+    with pytest.raises(loop.Preempted, match='stopped at step 8 of 12, saved; the same command goes on'):
+      fit(text, tmp_path / 'r')
+  assert signal.getsignal(number) is before
+  for student in students(tmp_path / 'r'):
+    assert RunFolder(student).status()['state'] == 'preempted'
+    assert runs.leaves(student)['step'] == 8
+  fit(text, tmp_path / 'r')
+  assert_same_runs(tmp_path / 'r', undisturbed)
+
+
+def test_a_signal_in_the_last_step_ends_the_command_with_the_run_done(text, undisturbed, tmp_path, monkeypatch):
+  with at_step(monkeypatch, 12, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+    with pytest.raises(loop.Preempted, match='stopped at step 12 of 12'):
+      fit(text, tmp_path / 'r')
+  assert_same_runs(tmp_path / 'r', undisturbed)
+
+
+def test_a_second_interrupt_stops_at_once(text, tmp_path, monkeypatch):
+  def twice():
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+
+  with at_step(monkeypatch, 4, twice), pytest.raises(KeyboardInterrupt):
+    fit(text, tmp_path / 'r')
+  assert RunFolder(students(tmp_path / 'r')[0]).status()['state'] == 'failed'
+
+
+def test_a_trainer_in_another_thread_sets_no_signal_handler(text, undisturbed, tmp_path):
+  thread = threading.Thread(target=fit, args=(text, tmp_path / 'r'))
+  thread.start()
+  thread.join()
+  assert_same_runs(tmp_path / 'r', undisturbed)
+
+
+def test_a_folder_taken_over_in_mid_run_is_left_at_the_next_checkpoint_untouched(text, tmp_path, monkeypatch):
+  (first, _), seen = students(tmp_path / 'r'), []
+
+  def take_over():
+    (claim,) = first.glob('owner-*.json')
+    write_json(first / 'owner-9.json', json.loads(claim.read_text()) | {'token': 'another', 'host': 'elsewhere'})
+    seen.extend(sorted((first / 'checkpoints').iterdir()))
+
+  with at_step(monkeypatch, 8, take_over):
+    with pytest.raises(TrainingError, match='taken this folder over'):
+      fit(text, tmp_path / 'r')
+  left = [p for p in sorted((first / 'checkpoints').iterdir()) if p.name.isdigit()]
+  assert [p.name for p in left] == ['3', '6']
+  assert json.loads((first / 'owner-9.json').read_text())['token'] == 'another'
+  assert RunFolder(first).status()['state'] == 'running'  # the new owner's to change
+
+
+def test_another_config_is_refused_before_anything_is_touched(text, undisturbed, tmp_path):
+  shutil.copytree(undisturbed, tmp_path / 'r')
+  with pytest.raises(UserError, match=r'written by another config: .*seed is 43 there, 44 here'):
+    fit(text, tmp_path / 'r', **{'student.seed': 44})
+  assert_same_runs(tmp_path / 'r', undisturbed)
+
+
+def test_a_data_stream_of_another_order_is_refused_by_name(text, undisturbed, tmp_path):
+  interrupted(undisturbed, tmp_path / 'r', 6, 6)
+  for student in students(tmp_path / 'r'):
+    identity = json.loads((student / 'run.json').read_text())
+    identity['fingerprints']['data'] = 'another'
+    write_json(student / 'run.json', identity)
+  with pytest.raises(UserError, match=r'the data is not the one the run began with \(another, now'):
+    fit(text, tmp_path / 'r')
