@@ -1,5 +1,6 @@
 """The main job, whole: a teacher, three students, the eval job, the table. And what it refuses."""
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -337,7 +338,7 @@ def test_a_mesh_of_other_than_the_devices_here_is_refused(make, tmp_path):
 
 def test_more_tokens_than_an_epoch_are_noted(folder, home, config, caplog):
   corpus = train.prepare(config.data, config.eval, config.runs, progress=False)
-  section = config_lib.dataclasses.replace(config.student, tokens=50_000)
+  section = dataclasses.replace(config.student, tokens=50_000)
   stream = train.BatchStream(train._windows(config, section, corpus), 8, 0)
   with caplog.at_level(logging.WARNING, 'kdjax'):
     train._warn_of_epochs('student', section, stream, config_lib.n_steps(section, config.data))
