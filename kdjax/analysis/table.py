@@ -162,7 +162,7 @@ def _legend(job: jobs.Job, cells: Cells, sets: list[str]) -> str:
   return (
     'Perplexity per token; top-1 accuracy and ECE (expected calibration error, 15 bins) in-domain. Fitted T: the evaluation temperature\n'
     'of that model and set, fitted on documents of the set that are not scored. unigram: a control whose teacher is no model but the\n'
-    f"training tokens' frequencies. Scored: {counts}; {windows}."
+    f"training tokens' frequencies.\nScored: {counts};\n{windows}."
   )
 
 
