@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -163,11 +163,18 @@ class Checkpoints:
 
   def meta(self, step: int) -> dict[str, Any]:
     """The metadata of a step. Raises CheckpointDamaged where it is not what was written."""
-    try:
-      meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
-    except Exception as e:
-      raise _damaged(e, 'its metadata cannot be read') from None
-    return _unsealed(meta)
+    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    return _unsealed(_read(lambda: self._restore(step, args)['meta'], 'its metadata cannot be read'))
+
+  def _restore(self, step: int, args: ocp.args.Composite):
+    """Orbax's restore, on each process for itself: one that finds its share damaged must not leave the others in a barrier."""
+    if jax.process_count() == 1:
+      return self._manager.restore(step, args=args)
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
+    with ocp.CheckpointManager(self.folder, options=options) as reader:
+      return reader.restore(step, args=args)
 
   def _read(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
     """The items, verified against the metadata."""
@@ -175,10 +182,7 @@ class Checkpoints:
     for name, item in wanted.items():
       _check_shapes(meta['leaves'].get(name), item, f'{self.folder}, checkpoint {step}, {name}')
     args = {name: ocp.args.StandardRestore(item) for name, item in wanted.items()}
-    try:
-      restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-    except Exception as e:
-      raise _damaged(e, 'it cannot be read') from None
+    restored = _read(lambda: self._restore(step, ocp.args.Composite(**args)), 'it cannot be read')
     items = {name: restored[name] for name in wanted}
     for name, item in items.items():
       for leaf, (_, _, checksum) in _describe(item).items():
@@ -268,11 +272,18 @@ def _digest(meta: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _damaged(error: Exception, what: str) -> Exception:
-  """An error of reading as CheckpointDamaged; any other error as it is."""
-  if type(error) is Exception or isinstance(error, DAMAGE):
-    return CheckpointDamaged(f'{what} ({_first_line(error)})')
-  return error
+def _read(work: Callable[[], Any], what: str) -> Any:
+  """What `work` reads. Raises CheckpointDamaged, on every process, where one of them cannot read its share."""
+  result, error = None, None
+  try:
+    result = work()
+  except Exception as e:
+    if type(e) is not Exception and not isinstance(e, DAMAGE):
+      raise
+    error = e
+  if distributed.on_any_process(error is not None):
+    raise CheckpointDamaged(f'{what} ({_first_line(error) if error else "on another process"})') from None
+  return result
 
 
 def _first_line(error: BaseException) -> str:

@@ -76,11 +76,13 @@ def parse(
 def user_errors() -> Iterator[None]:
   """Prints a user's mistakes as lines on stderr, without a traceback, and exits."""
   logging.basicConfig(level=logging.INFO, format='%(message)s')
+  log.setLevel(logging.INFO)  # these two, where a library has set up the root logger before
+  for handler in logging.getLogger().handlers:
+    handler.setFormatter(logging.Formatter('%(message)s'))
   for name in ('jax', 'orbax', 'grain'):
     logging.getLogger(name).setLevel(logging.ERROR)
-  logging.getLogger('absl').setLevel(
-    logging.CRITICAL
-  )  # Orbax logs each error of a save, with tracebacks, before it raises it
+  # Orbax logs each error of a save, with tracebacks, before it raises it.
+  logging.getLogger('absl').setLevel(logging.CRITICAL)
   sys.unraisablehook = _unraisable
   try:
     yield

@@ -70,6 +70,10 @@ def of_first_process(numbers: Sequence[int]) -> list[int]:
   return [int(n) for n in multihost_utils.broadcast_one_to_all(mine)] if count else []
 
 
+def on_any_process(flag: bool) -> bool:
+  return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
 @contextlib.contextmanager
 def leaving_at_once() -> Iterator[None]:
   """Around a command: a process of several that fails ends here and now.

@@ -36,7 +36,7 @@ def make_state(seed=0, param_dtype='float32', **fields) -> TrainState:
 
 
 def place(state, on):
-  return jax.device_put(state, state_shardings(runs.recipe(), state, on))
+  return jax.device_put(runs.host(state), state_shardings(runs.recipe(), state, on))
 
 
 def abstract(state, on=None):

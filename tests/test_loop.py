@@ -24,9 +24,7 @@ from tests import runs, tiny
 ARMS = ('baseline', 'unigram')  # a cohort that needs no teacher
 
 
-@given(
-  st.integers(0, 60), st.integers(0, 60), st.integers(1, 12), st.lists(st.integers(0, 13), max_size=3)
-)
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 12), st.lists(st.integers(0, 13), max_size=3))
 def test_calls_cover_every_step_once_and_are_cut_at_every_boundary(start, more, size, every):
   total = start + more
   plan = calls(start, total, size, *every)
