@@ -139,8 +139,10 @@ class RunFolder:
     """The number and the content of the newest claim; (0, {}) where there is none, {} for one that was cut by a kill."""
     numbers = [path.stem.removeprefix('owner-') for path in self.path.glob('owner-*.json')]
     number = max((int(n) for n in numbers if n.isdigit()), default=0)
-    with contextlib.suppress(UserError):
-      return number, read_json(self.path / f'owner-{number}.json') or {}
+    for _ in range(50):  # a rival may stand between creating its claim and writing it; a second later it was killed there
+      with contextlib.suppress(UserError):
+        return number, read_json(self.path / f'owner-{number}.json') or {}
+      time.sleep(0.02)
     return number, {}
 
   def _is_gone(self, owner: dict[str, Any], timeout: float) -> bool:
