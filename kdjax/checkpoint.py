@@ -106,7 +106,10 @@ class Checkpoints:
       raise TrainingError(_full(self.folder, e)) from None
 
   def close(self) -> None:
-    self._manager.close()
+    try:
+      self._manager.close()
+    except NOT_WRITTEN as e:
+      raise TrainingError(_full(self.folder, e)) from None
 
   def verified(
     self, abstract: TrainState, fingerprints: dict[str, str], among: Iterable[int] | None = None

@@ -81,8 +81,11 @@ def user_errors() -> Iterator[None]:
     handler.setFormatter(logging.Formatter('%(message)s'))
   for name in ('jax', 'orbax', 'grain'):
     logging.getLogger(name).setLevel(logging.ERROR)
-  # Orbax logs each error of a save, with tracebacks, before it raises it.
-  logging.getLogger('absl').setLevel(logging.CRITICAL)
+  for name in (
+    'absl',
+    'asyncio',
+  ):  # Orbax's and its event loops' logs of a failed save, with tracebacks, before it is raised
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   sys.unraisablehook = _unraisable
   try:
     yield

@@ -1,18 +1,23 @@
 """Where a run's numbers go: a JSONL line a step, TensorBoard events, a progress bar."""
 
+import contextlib
 import json
 import os
 import pathlib
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import tensorboardX
 import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from kdjax import flops
+from kdjax.errors import TrainingError
 from kdjax.models import Model
 
 
@@ -21,25 +26,43 @@ class MetricWriter:
 
   def __init__(self, folder: pathlib.Path, step: int):
     self.path = folder / 'metrics.jsonl'
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = [line for line, record in _lines(self.path) if record['step'] <= step]
-    temporary = self.path.with_suffix('.tmp')
-    temporary.write_text(''.join(kept))
-    os.replace(temporary, self.path)
-    self._file = open(self.path, 'a')  # noqa: SIM115 - closed by close()
-    self._board = tensorboardX.SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1 if step else None)
+    with self._disk():
+      # Not SummaryWriter: the thread that writes for it dies of a full disk, and then its queue blocks this one for ever.
+      (folder / 'tensorboard').mkdir(parents=True, exist_ok=True)
+      self._board = EventsWriter(str(folder / 'tensorboard' / 'events'), f'.{os.getpid()}')
+      if step:  # TensorBoard then leaves out what a killed run wrote of later steps
+        self._board.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+      kept = [line for line, record in _lines(self.path) if record['step'] <= step]
+      temporary = self.path.with_suffix('.tmp')
+      temporary.write_text(''.join(kept))
+      os.replace(temporary, self.path)
+      self._file = open(self.path, 'a')  # noqa: SIM115 - closed by close()
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    self._file.write(json.dumps({'step': step, **values}) + '\n')
-    for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+    scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+    with self._disk():
+      self._file.write(json.dumps({'step': step, **values}) + '\n')
+      self._board.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
 
   def flush(self) -> None:
-    self._file.flush()
+    with self._disk():
+      self._file.flush()
+      self._board.flush()
 
   def close(self) -> None:
-    self._file.close()
-    self._board.close()
+    for file in (self._file, self._board):
+      with contextlib.suppress(OSError):  # what must be on disk was flushed before
+        file.close()
+
+  @contextlib.contextmanager
+  def _disk(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as e:
+      raise TrainingError(
+        f'{self.path} cannot be written ({e.strerror}); free some disk space and run the same command again: '
+        'it goes on from the last good checkpoint'
+      ) from None
 
 
 def read_metrics(folder: pathlib.Path) -> list[dict[str, float]]:

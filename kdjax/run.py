@@ -133,13 +133,16 @@ class RunFolder:
 
   def release(self) -> None:
     if self.writes and self.owns():
-      write_json(self._claim, {'token': self._token, **_this_process(), 'released': time.time()})
+      with contextlib.suppress(OSError):  # a full disk: the next trainer finds this process gone
+        write_json(self._claim, {'token': self._token, **_this_process(), 'released': time.time()})
 
   def _owner(self) -> tuple[int, dict[str, Any]]:
     """The number and the content of the newest claim; (0, {}) where there is none, {} for one that was cut by a kill."""
     numbers = [path.stem.removeprefix('owner-') for path in self.path.glob('owner-*.json')]
     number = max((int(n) for n in numbers if n.isdigit()), default=0)
-    for _ in range(50):  # a rival may stand between creating its claim and writing it; a second later it was killed there
+    for _ in range(
+      50
+    ):  # a rival may stand between creating its claim and writing it; a second later it was killed there
       with contextlib.suppress(UserError):
         return number, read_json(self.path / f'owner-{number}.json') or {}
       time.sleep(0.02)

@@ -9,10 +9,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from kdjax import sharding
 from kdjax.checkpoint import Checkpoints
@@ -227,6 +229,17 @@ def wait_for(condition, process=None, timeout: float = 120, every: float = 0.02)
     if time.monotonic() > until:
       raise AssertionError(f'not seen within {timeout} s:\n{errors(process)[-3000:] if process else ""}')
     time.sleep(every)
+
+
+def small_disk(folder: pathlib.Path, size: str) -> Iterator[pathlib.Path]:
+  """A tmpfs, for fixtures to yield from; the test is skipped where none can be mounted."""
+  folder.mkdir()
+  command = ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'none', str(folder)]
+  mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+  if mounted.returncode:
+    pytest.skip(f'no tmpfs can be mounted here: {mounted.stderr.strip()}')
+  yield folder
+  wait_for(lambda: subprocess.run(['umount', str(folder)], check=False, capture_output=True).returncode == 0, every=0.2)
 
 
 def free_port() -> int:

@@ -4,7 +4,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -448,19 +447,7 @@ def test_a_file_that_may_not_grow_ends_the_run_with_one_line_and_keeps_the_last_
 
 @pytest.fixture
 def small_disk(tmp_path):
-  """A tmpfs of less than a megabyte."""
-  folder = tmp_path / 'disk'
-  folder.mkdir()
-  mounted = subprocess.run(
-    ['mount', '-t', 'tmpfs', '-o', 'size=700k', 'none', str(folder)], capture_output=True, text=True, check=False
-  )
-  if mounted.returncode:
-    pytest.skip(f'no tmpfs can be mounted here: {mounted.stderr.strip()}')
-  yield folder
-  for _ in range(20):
-    if subprocess.run(['umount', str(folder)], check=False, capture_output=True).returncode == 0:
-      break
-    time.sleep(0.2)
+  yield from runs.small_disk(tmp_path / 'disk', '700k')
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(small_disk):

@@ -1,5 +1,6 @@
 """Real trainers, killed at any point and started again: in the end there is no trace of it in any number."""
 
+import contextlib
 import random
 import time
 
@@ -32,7 +33,9 @@ class Experiment:
     return runs.output(process)[0].replace(str(self.folder), '')
 
   def glob(self, pattern):
-    return list(self.folder.glob(pattern))
+    with contextlib.suppress(FileNotFoundError):  # a folder that was renamed while it was looked through
+      return list(self.folder.glob(pattern))
+    return []
 
   def trained(self):
     return [self.workdir / 'students' / arm for arm in STUDENTS[self.kind]] + self.glob('runs/teachers/*')
@@ -67,7 +70,7 @@ def building_stores(experiment):
 
 def compiling(experiment):
   """A run folder is claimed and not a step has been written."""
-  claimed = {path.parent for path in experiment.folder.rglob('run.json')}
+  claimed = {path.parent for path in experiment.glob('**/run.json')}
   return any(not (p / 'results').exists() and not (p / 'metrics.jsonl').exists() for p in claimed)
 
 
@@ -124,3 +127,40 @@ def test_killed_twenty_times_at_random_points_it_ends_as_if_it_had_not_been(undi
     assert_same(experiment, experiment.finish(), undisturbed)
   assert {'building_stores', 'compiling', 'saving', 'any'} <= set(kills)
   assert in_flight >= 2
+
+
+@pytest.fixture
+def disk(tmp_path):
+  yield from runs.small_disk(tmp_path / 'disk', '24m')
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_in_mid_run_ends_it_with_one_line_and_nothing_lost(tmp_path, disk):
+  fields = {
+    'student.arms': ('baseline', 'unigram'), 'student.tokens': 400 * 8 * 16, 'checkpoint.every': 10,
+    'eval.max_bytes': 800, 'data.cache': str(tmp_path / 'stores'),
+  }  # fmt: skip
+  ends = []
+  for place in (tmp_path / 'undisturbed', disk / 'filled'):
+    experiment = Experiment(place, 'fast')
+    experiment.config = tiny.write_config(tmp_path, **fields)
+    if place.parent == disk:
+      experiment.workdir = disk / 'run'
+      process = runs.start(experiment.config, experiment.workdir)
+      student = experiment.workdir / 'students' / 'baseline'
+      runs.wait_for(lambda student=student: (student / 'checkpoints' / '100').exists(), process, every=0.002)
+      filler = disk / 'filler'
+      with contextlib.suppress(OSError), open(filler, 'wb', buffering=0) as file:
+        while True:
+          file.write(bytes(1000))
+      assert runs.finish(process, timeout=120) == [1], runs.errors(process)
+      told = [line for line in runs.errors(process).splitlines() if 'sees' not in line]
+      assert len(told) == 1, '\n'.join(line[:300] for line in told)
+      assert told[0].startswith('error: ')
+      assert 'free some disk space' in told[0]
+      filler.unlink()
+      saved = runs.leaves(student)['step']
+      assert 100 <= saved < 400
+    experiment.finish()
+    ends.append([(runs.leaves(f), runs.metrics(f)) for f in experiment.trained()])
+  assert ends[0] == ends[1]
