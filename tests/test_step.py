@@ -72,7 +72,7 @@ def test_what_follows_the_last_step_of_a_call_is_zero_and_counts_for_nothing():
   assert all((np.asarray(m)[2:] == 0).all() for m in metrics[0].values())
 
 
-@pytest.mark.parametrize('microbatches', [2, 4])
+@pytest.mark.parametrize('microbatches', [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_gradient_accumulation_equals_the_whole_batch_however_the_tokens_lie(microbatches):
   batch = {name: jnp.asarray(value[0]) for name, value in runs.batches(0, 1).items()}
   per_microbatch = (batch['labels'] >= 0).reshape(-1, microbatches, runs.SEQ).sum((0, 2))
@@ -93,6 +93,7 @@ def _gradients(recipe, states, teacher, batch, alphas=(0.4,)):
   )
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_of_bfloat16_weights_are_summed_in_float32():
   student = runs.model(param_dtype='bfloat16', dtype='float32')
   batch = {name: jnp.asarray(value[0]) for name, value in runs.batches(0, 1, rows=64).items()}
@@ -108,7 +109,7 @@ def test_accumulated_gradients_of_bfloat16_weights_are_summed_in_float32():
   assert error[16] < 1.5 * error[1]
 
 
-@pytest.mark.parametrize('rows', [1, 2, 4])
+@pytest.mark.parametrize('rows', [2, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (1, 4))])
 def test_the_teachers_microbatch_changes_nothing(rows):
   batch = {name: jnp.asarray(value[0]) for name, value in runs.batches(0, 1).items()}
   whole, parts = distilled(), distilled(teacher_microbatch=rows)
@@ -316,7 +317,7 @@ def in_loops(text: str) -> list[str]:
   return [line for name in seen for line in by_name[name]]
 
 
-@pytest.mark.parametrize('shape', [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize('shape', [(1, 1, 1), pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 2, 2), (1, 2, 4)])
 def test_no_array_of_the_compiled_step_has_the_size_of_tokens_times_vocabulary(shape):
   replica, fsdp, tensor = shape
   whole = N_TOKENS // (replica * fsdp) * WIDE // tensor  # one device's share: even that is too much
@@ -330,7 +331,7 @@ def test_the_search_for_whole_logits_finds_them():
   assert max(size for line in text.splitlines() for size in sizes(line)) >= N_TOKENS * WIDE
 
 
-@pytest.mark.parametrize('shape', [(1, 8, 1), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize('shape', [pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 2, 2), (1, 2, 4)])
 def test_the_losss_loop_gathers_no_whole_array(shape):
   text = compiled(N_TOKENS // (shape[0] * shape[1]) // 8, shape)
   found = [
