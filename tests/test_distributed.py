@@ -261,7 +261,8 @@ for path in sorted(pathlib.Path(folder, '4').rglob('*')):
 """
 
 
-@pytest.mark.parametrize('damage', ['truncated', pytest.param('flipped', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('damage', ['truncated', 'flipped'])
 def test_processes_agree_on_a_damaged_checkpoint_although_one_alone_sees_it(tmp_path, damage):
   port, folder = runs.free_port(), tmp_path / 'run' / 'checkpoints'
   both = [

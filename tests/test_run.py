@@ -86,7 +86,7 @@ def test_a_trainer_that_is_done_gives_its_folder_back(folder):
 
 
 def test_of_trainers_that_start_at_the_same_moment_exactly_one_trains(folder):
-  at = time.time() + 8
+  at = time.time() + 5
   several = [trainer(folder.path, at) for _ in range(4)]
   try:
     runs.wait_for(lambda: sum(p.poll() is not None for p in several) == 3, timeout=60)

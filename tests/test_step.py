@@ -118,7 +118,7 @@ def test_the_teachers_microbatch_changes_nothing(rows):
   runs.assert_close(jax.jit(lambda states: _gradients(parts, states, teacher, batch))(states), expected, 1e-6)
 
 
-@pytest.mark.parametrize('size', [1, 4])
+@pytest.mark.parametrize('size', [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_alpha_0_beside_a_teacher_is_the_lm_only_program_bit_for_bit(size):
   alone = start(runs.recipe(size=size), (0.0,))
   beside = start(distilled(size=size), (0.0,))
