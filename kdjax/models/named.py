@@ -39,8 +39,8 @@ def _qwen3(d_model: int, n_layers: int, d_ff: int, n_heads: int, n_kv_heads: int
   )
 
 
-def _laptop(d_model: int, n_layers: int, d_ff: int, n_heads: int) -> ModelConfig:
-  """Llama style, tied; the vocabulary is the tokenizer's. Named by non-embedding parameters."""
+def _laptop(d_model: int, n_layers: int, d_ff: int, n_heads: int, qk_norm: bool = False) -> ModelConfig:
+  """Llama style, tied; the vocabulary is the tokenizer's. Named by non-embedding parameters. So few layers that none is worth a loop."""
   return ModelConfig(
     d_model=d_model,
     n_layers=n_layers,
@@ -49,6 +49,8 @@ def _laptop(d_model: int, n_layers: int, d_ff: int, n_heads: int) -> ModelConfig
     n_kv_heads=n_heads,
     head_dim=d_model // n_heads,
     tied=True,
+    qk_norm=qk_norm,
+    scan_unroll=n_layers,
   )
 
 
@@ -69,20 +71,28 @@ NAMED: dict[str, ModelConfig] = {
   'tiny-1m': _laptop(128, 5, 384, 4),
   'tiny-3m': _laptop(192, 6, 576, 6),
   'tiny-10m': _laptop(384, 6, 960, 6),
+  'tiny-30m': _laptop(576, 8, 1536, 9),
+  # Qwen3 style: with QK-norm.
+  'tiny-qwen-0.1m': _laptop(64, 2, 192, 4, qk_norm=True),
+  'tiny-qwen-0.3m': _laptop(96, 3, 256, 4, qk_norm=True),
+  'tiny-qwen-1m': _laptop(128, 5, 384, 4, qk_norm=True),
+  'tiny-qwen-3m': _laptop(192, 6, 576, 6, qk_norm=True),
+  'tiny-qwen-10m': _laptop(384, 6, 960, 6, qk_norm=True),
 }
 
 
 def named(name: str, **changes) -> ModelConfig:
   """A known config, with fields changed. Raises UserError for an unknown name or field."""
   if name not in NAMED:
-    raise UserError(f"model: unknown name '{name}'; {_nearest(name, NAMED)}")
+    raise UserError(f"model: unknown name '{name}'; {nearest(name, NAMED)}")
   fields = [field.name for field in dataclasses.fields(ModelConfig)]
   for field in changes:
     if field not in fields:
-      raise UserError(f"model: unknown field '{field}' for {name}; {_nearest(field, fields)}")
+      raise UserError(f"model: unknown field '{field}' for {name}; {nearest(field, fields)}")
   return dataclasses.replace(NAMED[name], **changes)
 
 
-def _nearest(name: str, known) -> str:
+def nearest(name: str, known) -> str:
+  """'did you mean a or b?', or what is known."""
   near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
   return f'did you mean {" or ".join(near)}?' if near else f'known: {", ".join(known)}'
