@@ -11,13 +11,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from kdjax import distributed
 from kdjax.errors import TrainingError, UserError
@@ -50,16 +51,25 @@ class Checkpoints:
     folder: where the steps' folders live.
     keep: how many of the newest stay.
     keep_period: multiples of this many steps stay for good; 0: none.
+    keep_steps: these stay for good too.
     read_only: an eval job's view; never writes or cleans up.
   """
 
-  def __init__(self, folder: str | os.PathLike, keep: int = 2, keep_period: int = 0, read_only: bool = False):
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    keep: int = 2,
+    keep_period: int = 0,
+    keep_steps: Sequence[int] = (),
+    read_only: bool = False,
+  ):
+    policies = [preservation.LatestN(keep), preservation.CustomSteps(keep_steps)]
+    policies += [preservation.EveryNSteps(keep_period)] if keep_period else []
     self.folder = epath.Path(os.path.abspath(folder) if '://' not in str(folder) else folder)
     self._manager = ocp.CheckpointManager(
       self.folder,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=None if read_only else keep,
-        keep_period=keep_period or None,
+        preservation_policy=None if read_only else preservation.AnyPreservationPolicy(policies),
         read_only=read_only,
         create=not read_only,
         cleanup_tmp_directories=not read_only,

@@ -6,14 +6,15 @@ Exit codes: 0 done, 2 the config or a file is wrong, 1 a run could not go on, 13
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import importlib.util
 import logging
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import ml_collections
 
@@ -23,15 +24,27 @@ from kdjax.data.files import NO_SPACE
 from kdjax.errors import ConfigError, TrainingError, UserError
 
 log = logging.getLogger('kdjax')
+T = TypeVar('T')
 
 
-def load_config(spec: str, overrides: dict[str, str] | None = None) -> Config:
+def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
   """`configs/weak2strong.py:scale=paper` and its overrides -> a checked Config. Raises ConfigError with every problem."""
+  return load_as(Config, config_lib.problems, spec, overrides or {})
+
+
+def load_as(kind: type[T], check: Callable[[T], Iterable[str]], spec: str, overrides: Mapping[str, str]) -> T:
+  """The same for a config of any kind and what checks it."""
   path, _, arg = spec.partition(':')
   config = _get_config(pathlib.Path(path), arg)
-  problems = config_lib.override(config, overrides or {})
+  fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+  unknown = set(config.keys()) - fields
+  if len(unknown) > max(3, len(config.keys()) / 2):
+    raise ConfigError(
+      [f'{path} is no config for this command: it knows nothing of {", ".join(sorted(unknown)[:4])}, ...']
+    )
+  problems = config_lib.override(config, overrides, kind)
   try:
-    resolved = config_lib.resolve(config)
+    resolved = config_lib.resolve_as(kind, check, config)
   except ConfigError as e:
     raise ConfigError(problems + e.problems) from None
   if problems:
@@ -58,18 +71,18 @@ def split_args(argv: Sequence[str]) -> tuple[str | None, dict[str, str], list[st
 
 
 def parse(
-  parser: argparse.ArgumentParser, argv: Sequence[str], needs_config: bool = True
-) -> tuple[Config | None, argparse.Namespace]:
+  parser: argparse.ArgumentParser,
+  argv: Sequence[str],
+  load: Callable[[str, Mapping[str, str]], T] = load_config,  # type: ignore[assignment]
+) -> tuple[T, argparse.Namespace]:
   """The config and the command's own options."""
   spec, overrides, rest = split_args(argv)
   args = parser.parse_args(rest)
   if spec is None:
     if overrides:
       raise ConfigError([f'--config.{next(iter(overrides))}: there is no --config=FILE to change'])
-    if needs_config:
-      raise ConfigError(['--config=FILE is missing, e.g. --config=configs/weak2strong.py'])
-    return None, args
-  return load_config(spec, overrides), args
+    raise ConfigError(['--config=FILE is missing, e.g. --config=configs/weak2strong.py'])
+  return load(spec, overrides), args
 
 
 @contextlib.contextmanager

@@ -15,3 +15,7 @@ class ConfigError(UserError):
 
 class TrainingError(UserError):
   """A run that cannot go on (a non-finite loss, a lost folder). Its last good checkpoint stands."""
+
+
+class OwnedError(UserError):
+  """A live process is at work in a folder."""

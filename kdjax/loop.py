@@ -25,7 +25,7 @@ from kdjax.data.batches import BatchStream, Windows, local_rows, to_global
 from kdjax.errors import TrainingError
 from kdjax.losses import AlphaState, fused_loss
 from kdjax.metrics import MetricWriter, Progress, Speed, memory_gib
-from kdjax.run import Heartbeat, RunFolder
+from kdjax.run import Heartbeat, RunFolder, claim_all
 from kdjax.step import Recipe, Teacher, TrainState, init_state, make_step, state_shardings
 
 log = logging.getLogger('kdjax')
@@ -33,11 +33,12 @@ log = logging.getLogger('kdjax')
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-  """One student of a cohort: its folder, what defines it and what else run.json should keep, its alpha."""
+  """One student of a cohort: its folder, what defines it, its alpha, its name for people, and what else run.json should keep."""
 
   folder: RunFolder
   config: dict[str, Any]
   alpha: AlphaState
+  label: str  # in the progress bar
   notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -58,6 +59,7 @@ class Cohort:
   eval_batches: int
   keep: int
   keep_period: int
+  keep_steps: tuple[int, ...]  # and these checkpoints for good
   max_skipped: int
   heartbeat_timeout: float
   fingerprints: dict[str, str]
@@ -84,13 +86,12 @@ def fit(cohort: Cohort, mesh: Mesh) -> None:
     member.folder.check_config(member.config)
   if all(folder.is_done() and (folder.checkpoints / str(cohort.total_steps)).is_dir() for folder in folders):
     return
-  for folder in folders:
-    folder.claim(cohort.heartbeat_timeout)
+  claim_all(folders, cohort.heartbeat_timeout)
   heart = Heartbeat(folders, cohort.total_steps)
   # A kill may leave one member a checkpoint ahead: the one before must still be there.
   keep = max(cohort.keep, 2) if len(folders) > 1 else cohort.keep
   with heart.beating(), _stop_signal() as asked_to_stop, contextlib.ExitStack() as stack:
-    saves = [_closing(stack, Checkpoints(f.checkpoints, keep, cohort.keep_period)) for f in folders]
+    saves = [_closing(stack, Checkpoints(f.checkpoints, keep, cohort.keep_period, cohort.keep_steps)) for f in folders]
     states, shardings, start = _start(cohort, saves, mesh)
     stopped = _train(cohort, mesh, states, shardings, start, saves, heart, asked_to_stop)
     heart.finish('preempted' if stopped is not None and stopped < cohort.total_steps else 'done')
@@ -100,11 +101,11 @@ def fit(cohort: Cohort, mesh: Mesh) -> None:
       )
 
 
-def calls(start: int, total: int, size: int, *every: int) -> list[tuple[int, int]]:
-  """(first step, number of steps) of each call from `start` to `total`, cut at the multiples of each of `every`."""
+def calls(start: int, total: int, size: int, *every: int, at: Sequence[int] = ()) -> list[tuple[int, int]]:
+  """(first step, number of steps) of each call from `start` to `total`, cut at the multiples of each of `every` and at the steps `at`."""
   out = []
   while start < total:
-    ends = [total, start + size] + [(start // e + 1) * e for e in every if e]
+    ends = [total, start + size] + [(start // e + 1) * e for e in every if e] + [step for step in at if step > start]
     out.append((start, min(ends) - start))
     start = min(ends)
   return out
@@ -164,7 +165,7 @@ def _train(
   report = _Report(cohort, start)
   stacked = NamedSharding(mesh, P(None, sharding.BATCH_AXES))
   rows = local_rows(NamedSharding(mesh, P(sharding.BATCH_AXES)), stream.batch_size)
-  plan = calls(start, total, recipe.size, cohort.checkpoint_every, cohort.eval_every)
+  plan = calls(start, total, recipe.size, cohort.checkpoint_every, cohort.eval_every, at=cohort.keep_steps)
   stopped = None
   with contextlib.closing(report):
     for (first, n), local in zip(
@@ -177,7 +178,8 @@ def _train(
       report.next(first, n, metrics, [validate(s.params) for s in states] if at_eval else None)
       heart.step(step)
       stop = asked_to_stop(first, n)
-      if stop or step == total or (cohort.checkpoint_every and step % cohort.checkpoint_every == 0):
+      at_save = (cohort.checkpoint_every and step % cohort.checkpoint_every == 0) or step in cohort.keep_steps
+      if stop or step == total or at_save:
         report.flush()
         _save(cohort, saves, step, states)
       if stop:
@@ -280,7 +282,7 @@ class _Report:
         if validation is not None and i == n - 1:
           values['validation_ce'] = float(validation[k])
         writer.write(first + i + 1, values)
-    names = [m.config['arm'] for m in self._cohort.members]
+    names = [m.label for m in self._cohort.members]
     losses = {f'{name} ce': f'{m["ce"][n - 1]:.3f}' for name, m in zip(names, metrics, strict=True)}
     kd = {f'{name} kd': f'{m["kd"][n - 1]:.3f}' for name, m in zip(names, metrics, strict=True) if 'kd' in m}
     tokens = {'tok/s': f'{rates["tokens_per_second"]:,.0f}'} if 'tokens_per_second' in rates else {}

@@ -19,13 +19,13 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
 import jax
 
-from kdjax.errors import TrainingError, UserError
+from kdjax.errors import OwnedError, TrainingError, UserError
 
 STATES = ('running', 'done', 'failed', 'preempted')
 BEAT = 2.0  # seconds
@@ -99,7 +99,7 @@ class RunFolder:
   def claim(self, timeout: float) -> None:
     """Makes this process the folder's owner.
 
-    A live owner is one whose heartbeat moves, or whose process still runs on this host. Raises UserError for a live one; waits up to
+    A live owner is one whose heartbeat moves, or whose process still runs on this host. Raises OwnedError for a live one; waits up to
     `timeout` seconds for the heartbeat of one on another host to stop. Of several that claim at the same moment one creates the file
     and the others fail: creating a file that must not exist is atomic where file locks are not to be had.
     """
@@ -109,7 +109,7 @@ class RunFolder:
     self.path.mkdir(parents=True, exist_ok=True)
     number, owner = self._owner()
     if number and owner.get('released') is None and not self._is_gone(owner, timeout):
-      raise UserError(
+      raise OwnedError(
         f'{self.path}: another trainer owns it (process {owner.get("pid")} on {owner.get("host")}); wait for it, or stop it and start again'
       )
     self._claim = self.path / f'owner-{number + 1}.json'
@@ -117,7 +117,7 @@ class RunFolder:
       with open(self._claim, 'x') as file:
         file.write(json.dumps({'token': self._token, 'time': time.time(), **_this_process()}, indent=1))
     except FileExistsError:
-      raise UserError(
+      raise OwnedError(
         f'{self.path}: another trainer has claimed it at the same moment; this one leaves it alone'
       ) from None
     self.check_owner()
@@ -164,6 +164,17 @@ class RunFolder:
       if (self.status() or {}).get('heartbeat') != first:
         return False
     return True
+
+
+def claim_all(folders: Sequence[RunFolder], timeout: float) -> None:
+  """Makes this process the owner of all of them, or of none: raises OwnedError where one has a live owner."""
+  for k, folder in enumerate(folders):
+    try:
+      folder.claim(timeout)
+    except OwnedError:
+      for claimed in folders[:k]:
+        claimed.release()
+      raise
 
 
 class Heartbeat:

@@ -35,14 +35,24 @@ def get_config(name: str, arg: str | None, alpha: float, teacher_tokens: float =
     teacher_tokens: the teacher's training tokens as a share of the student's (below 1: undertrained).
   """
   scale = config_lib.parse_arg(arg, scale=SCALES)['scale']
-  config = config_lib.default()
-  config.name, config.scale = name, scale
-  {'laptop': _laptop, 'colab': _colab, 'paper': _paper}[scale](config)
+  config = base(scale)
+  config.name = name
   for section, model in zip((config.teacher, config.student), MODELS[name][scale], strict=True):
-    config_lib.set_model(section, named(model, **({'remat': 'full'} if scale == 'paper' else {})))
-    section.model.max_seq_len = max(config.data.seq_len, 1024)
+    run = {key: section.model[key] for key in ('remat', 'max_seq_len')}
+    config_lib.set_model(section, named(model, **run))
   config.student.alpha = alpha
   config.teacher.tokens = int(teacher_tokens * config.student.tokens)
+  return config
+
+
+def base(scale: str) -> ml_collections.ConfigDict:
+  """All of a scale but the models and alpha."""
+  config = config_lib.default()
+  config.scale = scale
+  {'laptop': _laptop, 'colab': _colab, 'paper': _paper}[scale](config)
+  for section in (config.teacher, config.student):
+    section.model.remat = 'full' if scale == 'paper' else 'none'
+    section.model.max_seq_len = max(config.data.seq_len, 1024)
   return config
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from kdjax import flops, sharding
 from kdjax.checkpoint import Checkpoints, params_fingerprint
-from kdjax.config import ModelConfig, RopeScaling, TeacherConfig
+from kdjax.config import Config, ModelConfig, RopeScaling, TeacherConfig, n_steps
 from kdjax.data.batches import Windows
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
@@ -54,6 +54,14 @@ def final_step(folder: RunFolder, saves: Checkpoints, step: int = 0) -> int:
   if step and step not in steps:
     raise UserError(f'{folder.path} has no checkpoint of step {step}; it has {", ".join(map(str, steps))}')
   return step or steps[-1]
+
+
+def step_of(config: Config) -> int:
+  """Which checkpoint of its run a config's teacher is; 0: the newest."""
+  section = config.teacher
+  if section.run:
+    return section.step
+  return n_steps(section, config.data) if section.trunk else 0
 
 
 def check(folder: RunFolder, section: TeacherConfig, tokenizer: Tokenizer) -> None:

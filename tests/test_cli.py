@@ -206,13 +206,6 @@ def test_a_programming_error_keeps_its_traceback():
     _ = 1 / 0
 
 
-def test_needs_config_is_the_commands_choice():
-  parser = argparse.ArgumentParser()
-  parser.add_argument('--x')
-  config, args = cli.parse(parser, ['--x=1'], needs_config=False)
-  assert config is None and args.x == '1'
-
-
 def test_deterministic_flags_are_added_once(monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '--xla_a=1')
   cli.set_deterministic()

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdjax import loop, train
+from kdjax import loop, train, training
 from kdjax.checkpoint import Checkpoints
 from kdjax.data.corpus import prepare
 from kdjax.errors import TrainingError, UserError
@@ -56,7 +56,7 @@ def fit(text, folder: pathlib.Path, **overrides) -> None:
   corpus = prepare(config.data, config.eval, config.runs, progress=False)
   on = runs.mesh()
   with jax.set_mesh(on):
-    train.train_students(config, folder, corpus, None, on, progress=False)
+    training.train_students(train.students(config, folder), corpus, None, on, progress=False)
 
 
 @pytest.fixture(scope='module')

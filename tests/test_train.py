@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from kdjax import config as config_lib
-from kdjax import flops, train
+from kdjax import flops, train, training
 from kdjax.analysis import table
 from kdjax.checkpoint import Checkpoints
 from kdjax.errors import UserError
@@ -179,7 +179,7 @@ def test_the_mixed_loss_is_the_mixture_of_its_parts(folder, config):
 
 
 def test_the_learning_rate_in_the_metrics_is_the_schedules(folder, config):
-  rate = train.learning_rate(config.student.optimizer, tiny.STEPS)
+  rate = training.learning_rate(config.student.optimizer, tiny.STEPS)
   records = read_metrics(students(folder)['baseline'].path)
   np.testing.assert_allclose([r['learning_rate'] for r in records], [rate(s) for s in range(tiny.STEPS)], rtol=1e-6)
 
@@ -339,12 +339,12 @@ def test_a_mesh_of_other_than_the_devices_here_is_refused(make, tmp_path):
 def test_more_tokens_than_an_epoch_are_noted(folder, home, config, caplog):
   corpus = train.prepare(config.data, config.eval, config.runs, progress=False)
   section = dataclasses.replace(config.student, tokens=50_000)
-  stream = train.BatchStream(train._windows(config, section, corpus), 8, 0)
+  stream = training.BatchStream(training._windows(config, section, corpus), 8, 0)
   with caplog.at_level(logging.WARNING, 'kdjax'):
-    train._warn_of_epochs('student', section, stream, config_lib.n_steps(section, config.data))
+    training._warn_of_epochs('student', section, stream, config_lib.n_steps(section, config.data))
     assert 'distinct tokens' in caplog.text
     caplog.clear()
-    train._warn_of_epochs('student', config.student, stream, tiny.STEPS)
+    training._warn_of_epochs('student', config.student, stream, tiny.STEPS)
     assert not caplog.text
 
 

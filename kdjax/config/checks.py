@@ -1,13 +1,15 @@
 """What is wrong with a config whose fields and types are right: every problem, one line each, with the field's name."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from kdjax.config.schema import Config, DataConfig, StudentConfig, TeacherConfig
+from kdjax.config.schema import Config, DataConfig, EvalConfig, StudentConfig, TeacherConfig
 
 MIXINGS = ('normalised', 'ce_plus_alpha_kd', 'one_minus_alpha_ce_plus_kd')
 ARMS = ('baseline', 'distilled', 'unigram')
+OWN_SETS = ('in-domain', 'validation')  # of every corpus
 CHOICES = {
   'scale': ('laptop', 'colab', 'paper'),
   'model.dtype': ('auto', 'float32', 'bfloat16'),
@@ -64,6 +66,7 @@ NOT_NEGATIVE = (
   'data.distinct_tokens',
   'data.prefetch',
   'eval.max_bytes',
+  'eval.max_items',
   'eval.max_document_bytes',
   'eval.max_validation_bytes',
   'eval.window',
@@ -111,11 +114,16 @@ def problems(config: Config) -> Iterator[str]:
     yield 'data: validation_fraction + test_fraction leave no documents for training'
   if not 0 < config.eval.ood_validation_fraction < 1:
     yield f'eval.ood_validation_fraction: must be between 0 and 1, got {config.eval.ood_validation_fraction:g}'
+  yield from set_problems(config.eval)
   rows, forward = student.batch_size // max(1, student.microbatches), teacher.forward_microbatch
   if 0 < forward < rows and rows % forward:
     yield f'teacher.forward_microbatch: {forward} does not divide student.batch_size / student.microbatches = {rows}'
   if teacher.step > 0 and not teacher.run:
     yield 'teacher.step: there is no teacher.run that it could be a step of'
+  if teacher.trunk and teacher.tokens not in teacher.trunk:
+    yield f'teacher.trunk: its budgets {", ".join(map(str, teacher.trunk))} lack teacher.tokens = {teacher.tokens}'
+  if teacher.trunk and teacher.run:
+    yield 'teacher.trunk: teacher.run names a run that exists; say which checkpoint with teacher.step'
   window = config.eval.window or data.seq_len
   for name, section in (('student', student), ('teacher', teacher)):
     if window > section.model.max_seq_len:
@@ -128,6 +136,21 @@ def problems(config: Config) -> Iterator[str]:
       yield f'mesh.{axis}: must be a number of devices, or -1 for what is left, got {size}'
   if [config.mesh.replica, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
     yield 'mesh: only one axis can be -1 (what is left)'
+
+
+def set_problems(evals: EvalConfig) -> Iterator[str]:
+  """Names of sets: results are told apart by them."""
+  for section, names in (('ood', evals.ood), ('tasks', evals.tasks)):
+    for name in names:
+      if name in OWN_SETS:
+        yield f'eval.{section}.{name}: that is the name of a set of data.source; take another'
+  for name, path in evals.tasks.items():
+    if name in evals.ood:
+      yield f'eval.tasks.{name}: eval.ood has a set of that name; take another'
+    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]*', name):
+      yield f'eval.tasks: a task is named {name!r}; use letters, digits, "_", "-" and "." (it names files)'
+    if not path.strip():
+      yield f'eval.tasks.{name}: must name a file of JSON lines, got {path!r}'
 
 
 def section_problems(name: str, section: TeacherConfig | StudentConfig, data: DataConfig) -> Iterator[str]:

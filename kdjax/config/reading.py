@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -13,10 +13,12 @@ from kdjax.config import checks
 from kdjax.config.schema import Config, ModelConfig, as_dict
 from kdjax.errors import ConfigError
 
+T = typing.TypeVar('T')
 
-def default() -> ml_collections.ConfigDict:
+
+def default(config: Any = Config()) -> ml_collections.ConfigDict:
   """Every field with its default: where a config file starts."""
-  return ml_collections.ConfigDict(as_dict(Config()), convert_dict=True)
+  return ml_collections.ConfigDict(as_dict(config), convert_dict=True)
 
 
 def set_model(section: ml_collections.ConfigDict, model: ModelConfig) -> None:
@@ -37,10 +39,10 @@ def parse_arg(arg: str | None, **known: tuple[str, ...]) -> dict[str, str]:
   return values
 
 
-def override(config: ml_collections.ConfigDict, overrides: Mapping[str, str]) -> list[str]:
+def override(config: ml_collections.ConfigDict, overrides: Mapping[str, str], kind: type = Config) -> list[str]:
   """Applies `{'student.alpha': '0.4'}` in place; returns the problems instead of raising at the first."""
   problems = []
-  fields = dict(leaves(Config, ''))
+  fields = dict(leaves(kind, ''))
   for key, text in overrides.items():
     annotation = fields.get(key)
     parent, _, leaf = key.rpartition('.')
@@ -69,12 +71,17 @@ def override(config: ml_collections.ConfigDict, overrides: Mapping[str, str]) ->
 
 def resolve(config: ml_collections.ConfigDict) -> Config:
   """The ConfigDict as frozen dataclasses, checked. Raises ConfigError with every problem found."""
+  return resolve_as(Config, checks.problems, config)
+
+
+def resolve_as(kind: type[T], check: Callable[[T], Iterable[str]], config: ml_collections.ConfigDict) -> T:
+  """The same for any config dataclass and what checks it."""
   problems: list[str] = []
-  built = _build(Config, config.to_dict(), '', problems)
+  built = _build(kind, config.to_dict(), '', problems)
   wrong = [
     problem.partition(':')[0] for problem in problems
   ]  # these have their default in `built`, so they say nothing more
-  problems += [problem for problem in checks.problems(built) if not any(key in problem for key in wrong)]
+  problems += [problem for problem in check(built) if not any(key in problem for key in wrong)]
   if problems:
     raise ConfigError(problems)
   return built
@@ -169,6 +176,8 @@ def _type_name(annotation: Any) -> str:
     bool: 'true or false',
     tuple[float, float]: 'two numbers',
     tuple[str, ...]: 'a list of names',
+    tuple[int, ...]: 'a list of whole numbers',
+    tuple[float, ...]: 'a list of numbers',
     dict[str, str]: 'entries (.NAME=TEXT)',
   }
   return known[annotation]

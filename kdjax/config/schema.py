@@ -95,6 +95,9 @@ class TeacherConfig:
   step: int = 0  # of `run`: which checkpoint; 0: the last
   seed: int = 42
   tokens: int = 1_000_000
+  trunk: tuple[
+    int, ...
+  ] = ()  # token budgets of one longer run of which `tokens` is a checkpoint, un-annealed; (): a run of its own
   batch_size: int = 8
   microbatches: int = 1
   slice: tuple[float, float] = (0.0, 1.0)  # of the training documents
@@ -151,6 +154,8 @@ class EvalConfig:
     }
   )
   ood_text_field: str = 'text'
+  tasks: dict[str, str] = dataclasses.field(default_factory=dict)  # downstream multiple choice: NAME=PATH of JSON lines
+  max_items: int = 0  # of a task, from the front of a content-hash order; 0: all
   ood_validation_fraction: float = 0.25  # of a set's documents: where its evaluation temperature is fitted
   max_bytes: int = 400_000  # of a set; 0: all
   max_validation_bytes: int = 0  # of the documents where a temperature is fitted; 0: as max_bytes

@@ -1,0 +1,313 @@
+"""From configs to trained models: what defines a run, which teacher it needs, which students train side by side.
+
+`train` and `grid` are made of these: a teacher is trained once and found again by its fingerprint; students that differ in their targets and
+alpha alone are one cohort on the same batches.
+"""
+
+import dataclasses
+import logging
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kdjax import config as config_lib
+from kdjax import flops, loop, sharding, teachers
+from kdjax.config import AlphaSchedule, Config, LossConfig, ModelConfig, StudentConfig, TeacherConfig
+from kdjax.data.batches import BatchStream, Windows
+from kdjax.data.corpus import Corpus
+from kdjax.errors import UserError
+from kdjax.losses import alpha_state
+from kdjax.models import Model, build
+from kdjax.optimizer import adamw, learning_rate
+from kdjax.run import RunFolder, git_commit, versions
+from kdjax.step import Recipe, Teacher
+
+log = logging.getLogger('kdjax')
+
+SPEEDS = {  # fields that change how fast a result comes, and not what it is
+  'attention',
+  'remat',
+  'scan_unroll',
+  'max_seq_len',
+  'microbatches',
+  'forward_microbatch',
+  'chunk_tokens',
+  'chunk_megabytes',
+}
+TARGETS = {'baseline': 'none', 'distilled': 'teacher', 'unigram': 'unigram'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """One student: its config, which of the config's arms it is, the folder it trains in, what a progress bar calls it."""
+
+  config: Config
+  name: str  # baseline | distilled | unigram
+  folder: RunFolder
+  label: str
+
+
+def experiment(config: Config) -> dict[str, Any]:
+  """What an experiment's results depend on: the config less its name, places, speeds and schedules of saving."""
+  values = config_lib.as_dict(config)
+  kept = {key: values[key] for key in ('teacher', 'student', 'loss')} | {'data': _data_identity(config)}
+  kept['student']['arms'] = sorted(config.student.arms)
+  if 'distilled' not in config.student.arms:
+    del kept['teacher']
+  return _without_speeds(kept)
+
+
+def run_config(
+  config: Config, section: TeacherConfig | StudentConfig, model: ModelConfig, arm: str, teacher: str
+) -> dict[str, Any]:
+  """What defines one model's training run: the value that run.json keeps and compares.
+
+  The baseline's and the teacher's do not depend on the loss's KD part, so that configs which differ there share them.
+  """
+  target = TARGETS.get(arm, 'none')
+  learns = isinstance(section, StudentConfig) and target != 'none'
+  identity = {
+    'arm': arm,
+    'model': dataclasses.asdict(model),
+    'data': _data_identity(config),
+    **{key: getattr(section, key) for key in ('seed', 'tokens', 'batch_size')},
+    'slice': list(section.slice),
+    'optimizer': dataclasses.asdict(section.optimizer),
+    'target': {'teacher': teacher, 'unigram': 'unigram'}.get(target, 'none'),
+    'alpha': section.alpha if learns else 0.0,  # type: ignore[union-attr]
+    'alpha_schedule': dataclasses.asdict(section.alpha_schedule if learns else AlphaSchedule()),  # type: ignore[union-attr]
+    'loss': dataclasses.asdict(_arm_loss(config, learns)),
+  }
+  return _without_speeds(identity)
+
+
+def teacher_key(config: Config) -> str:
+  """Tells teachers' training runs apart before a tokenizer is known; checkpoints of one trunk are of one run."""
+  section = trained_section(config.teacher)
+  return config_lib.fingerprint(run_config(config, section, section.model, 'teacher', ''), 8)
+
+
+def student_key(config: Config, arm: str) -> str:
+  """The same for students."""
+  teacher = f'{teacher_key(config)}@{teachers.step_of(config)}' if TARGETS[arm] == 'teacher' else ''
+  return config_lib.fingerprint(run_config(config, config.student, config.student.model, arm, teacher), 8)
+
+
+def check(config: Config, corpus: Corpus, mesh: Mesh) -> None:
+  """Raises UserError for a model that cannot be made, or does not fit the mesh: before the first one is trained, not after."""
+  data_parallel = mesh.shape['replica'] * mesh.shape['fsdp']
+  sections: dict[str, TeacherConfig | StudentConfig] = {'student': config.student}
+  if 'distilled' in config.student.arms:
+    sections['teacher'] = config.teacher
+  sizes = {}
+  for name, section in sections.items():
+    model = build(teachers.with_vocabulary(section.model, corpus.tokenizer, name))
+    sharding.param_shardings(model.abstract(), mesh)
+    sizes[name] = model.config.vocab_size
+    rows = section.batch_size // section.microbatches
+    if rows % data_parallel and not (name == 'teacher' and config.teacher.run):
+      raise UserError(
+        f"mesh: replica x fsdp = {data_parallel} does not divide the {name}'s batch_size / microbatches = {rows}; "
+        f'change --config.{name}.batch_size or --config.mesh.*'
+      )
+  if len(set(sizes.values())) > 1:
+    raise UserError(
+      f"the teacher's vocabulary ({sizes['teacher']} tokens) is not the student's ({sizes['student']}); "
+      'distillation needs the same one'
+    )
+
+
+def teacher_folder(config: Config, corpus: Corpus) -> RunFolder | None:
+  """The teacher's run folder: the one that the config names, or where its own teacher is or will be. None where no arm has one."""
+  section = config.teacher
+  if 'distilled' not in config.student.arms:
+    return None
+  if section.run:
+    teacher = RunFolder(section.run)
+    teachers.check(teacher, section, corpus.tokenizer)
+    return teacher
+  model, identity = _teacher(config, corpus)
+  return teachers.folder_of(config.runs, model, config_lib.fingerprint(identity))
+
+
+def train_teacher(config: Config, corpus: Corpus, folder: RunFolder | None, mesh: Mesh, progress: bool = True) -> None:
+  """Trains the config's own teacher, if it is not there yet."""
+  if folder is None or config.teacher.run:
+    return
+  model, identity = _teacher(config, corpus)
+  section = trained_section(config.teacher)
+  members = [_member(config, section, folder, identity, 'teacher')]
+  loop.fit(_cohort(config, section, 'teacher', corpus, model, members, progress=progress), mesh)
+
+
+def train_students(
+  arms: Sequence[Arm], corpus: Corpus, teacher_folder: RunFolder | None, mesh: Mesh, progress: bool = True
+) -> None:
+  """Trains a cohort of students side by side on the same batches. Their configs may differ in `student.alpha` and its schedule alone."""
+  config = arms[0].config
+  assert all(cohort_key(arm.config) == cohort_key(config) for arm in arms), 'these students are no cohort'
+  section = config.student
+  model = build(teachers.with_vocabulary(section.model, corpus.tokenizer, 'student'))
+  targets = {TARGETS[arm.name] for arm in arms}
+  teacher_model, teacher, fingerprints, name = None, Teacher(), {}, ''
+  if teacher_folder and 'teacher' in targets:
+    teacher_model, params, step, weights = teachers.load(
+      teacher_folder, config.teacher.dtype, mesh, teachers.step_of(config)
+    )
+    name = f'{weights}@{step}'
+    teacher = Teacher(params)
+    fingerprints['teacher'] = weights
+  if 'unigram' in targets:
+    log_probs = teachers.unigram_log_probs(_windows(config, section, corpus), model.config.padded_vocab_size)
+    teacher = teacher._replace(unigram_V=jax.device_put(log_probs, NamedSharding(mesh, P('tensor'))))
+  members = [
+    _member(
+      arm.config,
+      arm.config.student,
+      arm.folder,
+      run_config(arm.config, arm.config.student, model.config, arm.name, name),
+      arm.label,
+    )
+    for arm in arms
+  ]
+  loop.fit(
+    _cohort(config, section, 'student', corpus, model, members, teacher_model, teacher, fingerprints, progress), mesh
+  )
+
+
+def resolved(config: Config, folder: pathlib.Path) -> dict[str, Any]:
+  """The config as a folder keeps it: its paths are relative to the folder."""
+  return config_lib.as_dict(config) | {'runs': os.path.relpath(config.runs, folder)}
+
+
+def _member(
+  config: Config, section: TeacherConfig | StudentConfig, folder: RunFolder, identity: dict[str, Any], label: str
+) -> loop.Member:
+  schedule = AlphaSchedule(**identity['alpha_schedule'])
+  alpha = alpha_state(identity['alpha'], schedule, config_lib.n_steps(section, config.data))
+  notes = {'resolved': resolved(config, folder.path), 'versions': versions(), 'git': git_commit()}
+  return loop.Member(folder, identity, alpha, label, notes)
+
+
+def _teacher(config: Config, corpus: Corpus) -> tuple[Model, dict[str, Any]]:
+  """(model, what defines its run) of the teacher that the config describes."""
+  model = build(teachers.with_vocabulary(config.teacher.model, corpus.tokenizer, 'teacher'))
+  return model, run_config(config, trained_section(config.teacher), model.config, 'teacher', '')
+
+
+def trained_section(section: TeacherConfig) -> TeacherConfig:
+  """The run that a teacher comes from: its own, or the trunk of which it is a checkpoint."""
+  return dataclasses.replace(section, tokens=max(section.trunk)) if section.trunk else section
+
+
+def cohort_key(config: Config) -> Config:
+  """All that students of one cohort share."""
+  student = dataclasses.replace(config.student, alpha=0.0, alpha_schedule=AlphaSchedule(), arms=())
+  return dataclasses.replace(config, student=student)
+
+
+def _cohort(
+  config: Config,
+  section: TeacherConfig | StudentConfig,
+  name: str,
+  corpus: Corpus,
+  model: Model,
+  members: list[loop.Member],
+  teacher_model: Model | None = None,
+  teacher: Teacher = Teacher(),
+  fingerprints: dict[str, str] | None = None,
+  progress: bool = True,
+) -> loop.Cohort:
+  """The cohort of a section of the config, whose `name` is 'teacher' or 'student'."""
+  total = config_lib.n_steps(section, config.data)
+  windows = _windows(config, section, corpus)
+  stream = BatchStream(windows, section.batch_size, section.seed)
+  _warn_of_epochs(name, section, stream, total)
+  optimizer = section.optimizer
+  targets = tuple(TARGETS.get(member.config['arm'], 'none') for member in members)
+  recipe = Recipe(
+    student=model,
+    teacher=teacher_model,
+    targets=targets,
+    optimizer=adamw(optimizer),
+    learning_rate=learning_rate(optimizer, total),
+    peak_learning_rate=optimizer.learning_rate,
+    loss=_arm_loss(config, any(target != 'none' for target in targets)),
+    mask_documents=config.data.mask_documents,
+    microbatches=section.microbatches,
+    teacher_microbatch=config.teacher.forward_microbatch if teacher_model else 0,
+    size=config.steps_per_call,
+  )
+  return loop.Cohort(
+    title=name if len(members) == 1 else f'{len(members)} {name}s',
+    members=tuple(members),
+    recipe=recipe,
+    teacher=teacher,
+    seed=section.seed,
+    stream=stream,
+    validation=Windows(corpus.validation, config.data.seq_len, mask_documents=config.data.mask_documents),
+    total_steps=total,
+    checkpoint_every=config.checkpoint.every or max(1, total // 10),
+    eval_every=config.eval.every or max(1, total // 10),
+    eval_batches=config.eval.every_batches,
+    keep=config.checkpoint.keep,
+    keep_period=config.checkpoint.keep_period,
+    keep_steps=trunk_steps(config) if name == 'teacher' else (),
+    max_skipped=config.max_skipped,
+    heartbeat_timeout=config.heartbeat_timeout,
+    fingerprints={'data': stream.fingerprint, 'tokenizer': corpus.tokenizer.fingerprint, **(fingerprints or {})},
+    facts={
+      'parameters': model.n_params,
+      'non_embedding': flops.count_params(model.config).non_embedding,
+      'tokens': total * section.batch_size * config.data.seq_len,
+      'steps': total,
+      'distinct_tokens': windows.n_tokens,
+      'epochs': total / stream.steps_per_epoch,
+      'xz9_bits_per_byte': corpus.xz9_bits_per_byte,
+    },
+    threads=config.data.threads,
+    prefetch=config.data.prefetch,
+    progress=progress,
+  )
+
+
+def trunk_steps(config: Config) -> tuple[int, ...]:
+  """Steps of the teacher's trunk whose checkpoints are teachers themselves; () where it has none."""
+  section = config.teacher
+  return tuple(config_lib.n_steps(dataclasses.replace(section, tokens=tokens), config.data) for tokens in section.trunk)
+
+
+def _arm_loss(config: Config, learns: bool) -> LossConfig:
+  """The loss of a model that learns from a teacher, or the LM part of it."""
+  return config.loss if learns else LossConfig(z_loss=config.loss.z_loss)
+
+
+def _windows(config: Config, section: TeacherConfig | StudentConfig, corpus: Corpus) -> Windows:
+  data = config.data
+  return Windows(corpus.train, data.seq_len, section.slice, data.distinct_tokens, data.mask_documents)
+
+
+def _data_identity(config: Config) -> dict[str, Any]:
+  values = dataclasses.asdict(config.data)
+  return {key: value for key, value in values.items() if key not in ('cache', 'prefetch', 'threads')}
+
+
+def _without_speeds(value: Any) -> Any:
+  """Nested dicts less the fields that change how fast a result comes, and not what it is."""
+  if not isinstance(value, dict):
+    return value
+  return {key: _without_speeds(inner) for key, inner in value.items() if key not in SPEEDS}
+
+
+def _warn_of_epochs(name: str, section: TeacherConfig | StudentConfig, stream: BatchStream, total: int) -> None:
+  epochs = total / stream.steps_per_epoch
+  if epochs > 1 and jax.process_index() == 0:
+    log.warning(
+      'note: the %s sees %s distinct tokens %.1f times (%s tokens in all); set fewer tokens or more text for a single epoch',
+      name, f'{stream.windows.n_tokens:,}', epochs, f'{section.tokens:,}',
+    )  # fmt: skip
