@@ -4,6 +4,7 @@ config = tiny.config(tmp_path, **{'student.alpha': 0.2})   in this process
 file = tiny.write_config(tmp_path)                         for a process of its own: --config={file}
 """
 
+import dataclasses
 import json
 import pathlib
 import textwrap
@@ -14,6 +15,7 @@ import numpy as np
 
 from kdjax import config as config_lib
 from kdjax.config import Config
+from kdjax.grids.config import ControlsConfig, GridConfig, PilotConfig, TunedConfig
 
 STEPS = 12  # of the students; the teacher's are half as many
 FIELDS: dict[str, Any] = {
@@ -119,3 +121,24 @@ def _texts(seed: int, documents: int) -> list[str]:
   words = [''.join(rng.choice(letters[seed:], rng.integers(2, 8))) for _ in range(150)]
   share = 1 / np.arange(1, 151)
   return [' '.join(rng.choice(words, rng.integers(5, 80), p=share / share.sum())) for _ in range(documents)]
+
+
+def grid(folder: pathlib.Path, **fields: Any) -> GridConfig:
+  """A grid of the same texts: one student, one teacher, one alpha and the baseline, two seeds and two fresh ones; seconds a cell."""
+  base = config(folder, **fields.pop('base', {}))
+  tokens = STEPS * 8 * 16
+  small = {
+    'runs': base.runs,
+    'base': base,
+    'student': ('tiny-0.1m',),
+    'student_tokens': (tokens,),
+    'teacher': ('tiny-0.1m',),
+    'teacher_tokens': (tokens // 2,),
+    'alpha': (0.0, 0.4),
+    'seed': (43, 44),
+    'validated_seed': (46, 47),
+    'pilot': PilotConfig(alpha=(0.0, 0.3, 0.6)),
+    'controls': ControlsConfig(flop_matched=('logits',), tuned=TunedConfig(draws=2)),
+    'last': 1,
+  }
+  return dataclasses.replace(GridConfig(name='tiny-grid'), **small | fields)

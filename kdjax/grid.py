@@ -1,0 +1,213 @@
+"""The four-axis grid of distillation: plan it, run it, see how it stands.
+
+    python -m kdjax.grid plan --config=configs/grid.py                   every run that it needs, and what they cost; runs nothing
+    python -m kdjax.grid run --config=configs/grid.py                    does what is missing; may be killed and started again at any point
+    python -m kdjax.grid run --config=configs/grid.py --shard=2/8        one of eight array jobs
+    python -m kdjax.grid run --config=configs/grid.py --cell=ID          one cell, with what it needs
+    python -m kdjax.grid status --config=configs/grid.py                 done, running, failed, missing; what is left
+
+Then: python -m kdjax.report --grid=FOLDER
+"""
+
+import argparse
+import dataclasses
+import logging
+import pathlib
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import jax
+
+from kdjax import cli, distributed, loop, sharding
+from kdjax.analysis.table import align
+from kdjax.data.corpus import prepare
+from kdjax.errors import TrainingError, UserError
+from kdjax.grids import cells as cells_lib
+from kdjax.grids import config as grid_config
+from kdjax.grids import plan, runner
+from kdjax.grids.config import GridConfig
+from kdjax.grids.plan import Job
+from kdjax.run import RunFolder, read_json
+
+log = logging.getLogger('kdjax')
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  with distributed.leaving_at_once(), cli.user_errors():
+    parser = argparse.ArgumentParser(
+      prog='python -m kdjax.grid', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('command', choices=('plan', 'run', 'status'))
+    parser.add_argument('--workdir', help="the grid's folder; default: <runs>/<name>-<hash>")
+    parser.add_argument('--cell', help='run: one cell by its id, or the part of it that no other has')
+    parser.add_argument('--shard', help='run: i/n, the i-th of n runners')
+    distributed.add_arguments(parser)
+    load = lambda spec, overrides: cli.load_as(GridConfig, grid_config.problems, spec, overrides)
+    grid, args = cli.parse(parser, sys.argv[1:] if argv is None else argv, load)
+    cells_lib.check(grid)
+    folder = runner.folder_of(grid, pathlib.Path(args.workdir) if args.workdir else None)
+    if args.command == 'plan':
+      print(plan_text(grid, folder))
+    elif args.command == 'status':
+      print(status_text(grid, folder))
+    else:
+      if grid.base.deterministic:
+        cli.set_deterministic()
+      distributed.initialize(args, grid.base.heartbeat_timeout)
+      try:
+        run(grid, folder, args.cell, args.shard)
+      except loop.Preempted as e:
+        log.info('%s', e)
+
+
+def run(
+  grid: GridConfig, folder: pathlib.Path, cell: str | None = None, shard: str | None = None, progress: bool = True
+) -> None:
+  """Does what is missing. Raises TrainingError at the end where jobs failed."""
+  runner.claim(folder, grid)
+  # Hundreds of runs of a few shapes: each shape is compiled once.
+  jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(grid.runs).absolute() / 'compiled'))
+  mesh = sharding.make_mesh(grid.base.mesh)
+  base = grid.base
+  with jax.set_mesh(mesh):
+    corpus = distributed.first_process_first(lambda: prepare(base.data, base.eval, grid.runs, progress))
+  work = runner.Runner(grid, folder, corpus, mesh, progress)
+  failed = work.run(_wanted(grid, folder, cell, shard))
+  if failed:
+    raise TrainingError('\n'.join(runner.failed_lines(folder, failed)))
+  print(status_text(grid, folder))
+
+
+def _wanted(grid: GridConfig, folder: pathlib.Path, cell: str | None, shard: str | None) -> Callable[[Job], bool]:
+  if cell and shard:
+    raise UserError('--cell names one cell, --shard a part of all: give one of the two')
+  if shard:
+    runner.shard([], shard)  # its form, before any work
+    return lambda job: job.id in runner.shard(runner.jobs_of(grid, folder), shard)
+  if cell:
+    ids = [c.id for job in runner.jobs_of(grid, folder) for c in job.cells]
+    found = [i for i in ids if cell in i]
+    if cell not in ids and len(found) != 1:
+      near = ', '.join((found or ids)[:5])
+      raise UserError(f'--cell={cell}: {len(found)} cells of this grid have that in their id; name one, such as {near}')
+    one = cell if cell in ids else found[0]
+    return lambda job: any(c.id == one for c in job.cells)
+  return lambda job: True
+
+
+def plan_text(grid: GridConfig, folder: pathlib.Path) -> str:
+  """Every job as a table: relationship, tokens, FLOPs, time, bytes, what is shared; then the sums."""
+  jobs = runner.jobs_of(grid, folder)
+  if not any(job.phase == 'validated' for job in jobs) and not grid.pilot.skip:
+    jobs += _after_pilot(grid, jobs)
+  rows = [['job', 'phase', 'runs', 'relationship', 'tokens', 'FLOPs', 'of it teacher', 'time', 'checkpoints', 'shared']]
+  total = plan.NOTHING
+  for job in jobs:
+    cost = plan.cost(grid, job)
+    total += cost
+    rows.append([job.id, job.phase, str(max(1, len(job.cells))), _relationship(job), *_costs(grid, cost)])
+    rows[-1].append(f'-{cost.saved:.2g} FLOPs' if cost.saved else '')
+  hardware = grid.hardware
+  machine = f'{hardware.devices} x {hardware.device} at {hardware.utilisation:.0%} of its peak'
+  runs = sum(len(job.cells) for job in jobs)
+  teachers = sum(not job.cells for job in jobs)
+  lines = [
+    f'{grid.name} (study={grid.study}, scale={grid.scale}): {folder}',
+    '',
+    align(rows),
+    '',
+    f'{teachers} teachers, {runs} students in {len(jobs) - teachers} cohorts; each is scored when it is trained (not in the times).',
+    f'{total.flops:.3g} FLOPs, {_duration(plan.seconds(hardware, total.flops))} on {machine}; {_bytes(total.checkpoint_bytes)} of checkpoints.',
+    f"Cohorts share their teacher's forward passes: {total.saved:.3g} FLOPs ({total.saved / (total.flops + total.saved):.0%}) saved.",
+  ]
+  if grid.pilot.skip:
+    lines.append('The pilot is skipped: every table will say "alpha not validated".')
+  elif not (folder / runner.PILOT).exists():
+    lines.append(
+      'The pilot chooses the alphas shown as a?; where it chooses several, the unigram control needs each of them.'
+    )
+  return '\n'.join(lines)
+
+
+def _after_pilot(grid: GridConfig, known: list[Job]) -> list[Job]:
+  """The validated cells before their alpha is known: at any one alpha they cost the same."""
+  chosen = {
+    group.pilot_key: group.draw or group.alpha
+    for group in cells_lib.pilot_groups(grid)
+    if group.kind in ('distilled', 'tuned')
+  }
+  jobs = plan.jobs(grid, 'validated', cells_lib.validated_groups(grid, chosen), known)
+  return [dataclasses.replace(job, id=re.sub(r'_a[\d.]+', '_a?', job.id.rpartition('-')[0])) for job in jobs]
+
+
+def status_text(grid: GridConfig, folder: pathlib.Path) -> str:
+  """How many jobs stand how, which run and which failed, and the time that the rest will take at the pace so far."""
+  timeout = grid.base.heartbeat_timeout
+  states = [(job, runner.state(folder, job, timeout)) for job in runner.jobs_of(grid, folder)]
+  counts = Counter(state for _, state in states)
+  lines = [f'{grid.name}: {folder}', ', '.join(f'{counts[name]} {name}' for name in runner.STATES)]
+  for job, state in states:
+    status = RunFolder(folder / 'jobs' / job.id).status() or {}
+    if state == 'running':
+      lines.append(f'running: {job.id}{_step(folder, job)}')
+    if state == 'failed':
+      lines.append(
+        f'failed: {job.id}: {status.get("error")} (run again to try again; {folder / "jobs" / job.id / "error.txt"})'
+      )
+  done = [read_json(folder / 'jobs' / job.id / 'job.json') or {} for job, state in states if state == 'done']
+  spent, flop = (sum(record.get(name, 0.0) for record in done) for name in ('seconds', 'flops'))
+  left = sum(plan.cost(grid, job).flops for job, state in states if state != 'done')
+  if not grid.pilot.skip and not (folder / runner.PILOT).exists():
+    left += sum(plan.cost(grid, job).flops for job in _after_pilot(grid, [job for job, _ in states]))
+  if spent and left:
+    lines.append(
+      f'left: about {_duration(left * spent / flop)} for one runner, at the pace of the {len(done)} jobs so far'
+    )
+  elif not left:
+    lines.append(f'all done; python -m kdjax.report --grid={folder}')
+  return '\n'.join(lines)
+
+
+def _step(folder: pathlib.Path, job: Job) -> str:
+  if not job.cells:
+    return ''
+  status = runner.cell_folder(folder, job.cells[0]).status() or {}
+  return f' (step {status["step"]} of {status["total_steps"]})' if status else ''
+
+
+def _relationship(job: Job) -> str:
+  if not job.cells or job.cells[0].arm != 'distilled':
+    return ''
+  cell = job.cells[0]
+  return cells_lib.relationship(cell.student, cell.config.student.tokens, cell.source)
+
+
+def _costs(grid: GridConfig, cost: plan.Cost) -> list[str]:
+  time_ = _duration(plan.seconds(grid.hardware, cost.flops))
+  return [
+    cells_lib.count(cost.tokens),
+    f'{cost.flops:.3g}',
+    f'{cost.teacher / cost.flops:.0%}',
+    time_,
+    _bytes(cost.checkpoint_bytes),
+  ]
+
+
+def _duration(seconds: float) -> str:
+  for unit, size in (('days', 86400), ('h', 3600), ('min', 60)):
+    if seconds >= 1.5 * size:
+      return f'{seconds / size:.3g} {unit}'
+  return f'{seconds:.0f} s'
+
+
+def _bytes(n: float) -> str:
+  for unit, size in (('TB', 1e12), ('GB', 1e9), ('MB', 1e6)):
+    if n >= size:
+      return f'{n / size:.3g} {unit}'
+  return f'{n / 1e3:.3g} kB'
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,209 @@
+"""The grid's fields: the axes of a declared product over one base config, how alpha is validated, the controls, the contrasts.
+
+Everything that an axis does not vary stands in `base`, an ordinary config: `--config.base.student.optimizer.learning_rate=1e-3`.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from kdjax.config import checks
+from kdjax.config.schema import Config
+from kdjax.models.named import NAMED, nearest
+
+BUDGETS = ('annealed', 'trunk')
+TEACHER_DATA = ('iso', 'disjoint')
+SCENARIOS = ('logits', 'pretraining', 'logits+pretraining')
+CONTRASTS = (
+  'weak_helps',
+  'size_reverses',
+  'budget_reverses',
+  'ood_more',
+  'reversal_at_equal_flops',
+  'more_than_calibration',
+  'beats_tuned',
+)
+AXES = (
+  'student',
+  'student_tokens',
+  'distinct_tokens',
+  'teacher',
+  'teacher_tokens',
+  'budget',
+  'teacher_data',
+  'temperature',
+  'top_k',
+  'mixing',
+  'alpha',
+  'seed',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PilotConfig:
+  """How each teacher's alpha is chosen: by the validation split, before the main cells, with a seed that no main cell has."""
+
+  alpha: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+  seed: int = 1000
+  skip: bool = False  # every table then says "alpha not validated"
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedConfig:
+  """The tuned baseline: LM-only students; stopping point, rate and decay are chosen on the validation split."""
+
+  enabled: bool = True
+  stop: tuple[float, ...] = (1.0, 0.75, 0.5)  # shares of the student's tokens, each annealed
+  learning_rate: tuple[float, ...] = (1.0, 0.5, 2.0)  # times the base's
+  weight_decay: tuple[float, ...] = (1.0, 5.0)  # times the base's
+  draws: int = 0  # of the product, the base's own values first; 0: as many as the pilot has alphas
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlsConfig:
+  unigram: bool = True  # a teacher that is no model, at each alpha that a teacher has
+  flop_matched: tuple[str, ...] = (
+    SCENARIOS  # LM-only students with the tokens that the teacher's FLOPs would have bought
+  )
+  tuned: TunedConfig = TunedConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class HardwareConfig:
+  """What a plan's times and cohorts are computed for."""
+
+  device: str = 'cpu'  # a device kind of kdjax/flops.py ('TPU v5p', 'H100', ...) or cpu
+  devices: int = 1
+  gib: float = 16.0  # memory of one device
+  utilisation: float = 0.4  # model FLOPs over peak FLOPs
+  cpu_gflops: float = 60.0  # peak, where the device is cpu
+
+
+@dataclasses.dataclass(frozen=True)
+class GridConfig:
+  """A product over the axes; the LM-only baseline of each student setting and seed belongs to it (alpha 0)."""
+
+  name: str = 'grid'
+  scale: str = 'laptop'
+  study: str = 'main'
+  runs: str = 'runs'
+  base: Config = Config()
+  student: tuple[str, ...] = ('tiny-0.3m',)  # named models
+  student_tokens: tuple[int, ...] = (512_000,)
+  distinct_tokens: tuple[int, ...] = (0,)  # 0: all of the training split
+  teacher: tuple[str, ...] = ('tiny-0.1m', 'tiny-0.3m', 'tiny-1m')
+  teacher_tokens: tuple[int, ...] = (0,)  # 0: the student's
+  budget: str = 'annealed'  # each budget a run of its own, or checkpoints of one 'trunk'
+  teacher_data: tuple[str, ...] = (
+    'iso',
+  )  # with 'disjoint' students learn from one half of the documents, such teachers from the other
+  temperature: tuple[float, ...] = (1.0,)
+  top_k: tuple[float, ...] = (0.0,)
+  mixing: tuple[str, ...] = ('normalised',)
+  alpha: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)
+  seed: tuple[int, ...] = (43, 44, 45)
+  validated_seed: tuple[int, ...] = (46, 47, 48, 49, 50)  # fresh ones, for the alpha that the pilot chose
+  include: tuple[str, ...] = ()  # 'teacher=tiny-1m&alpha=0.2|0.4': cells that match one of these; (): all
+  exclude: tuple[str, ...] = ()
+  pilot: PilotConfig = PilotConfig()
+  controls: ControlsConfig = ControlsConfig()
+  contrasts: tuple[str, ...] = CONTRASTS
+  last: int = 3  # checkpoints scored where an arm has one seed: the noise of a single run
+  cohort: int = 8  # students that train side by side, at most
+  hardware: HardwareConfig = HardwareConfig()
+
+
+def problems(grid: GridConfig) -> Iterator[str]:
+  """What is wrong with a grid whose fields and types are right."""
+  yield from (f'base.{problem}' for problem in checks.problems(grid.base))
+  for name in ('student', 'teacher'):
+    for model in getattr(grid, name):
+      yield from _unknown_model(name, model)
+  for name in ('alpha', 'pilot.alpha'):
+    values = grid.alpha if name == 'alpha' else grid.pilot.alpha
+    if any(not 0 <= alpha <= 1 for alpha in values):
+      yield f'{name}: must be in [0, 1], got {_list(values)}'
+    if 0.0 not in values and not (name == 'pilot.alpha' and grid.pilot.skip):
+      yield f'{name}: {_list(values)} lacks 0, the LM-only baseline that every gain is measured against; add it'
+    if len(values) < 2:
+      yield f'{name}: nothing but the baseline; add an alpha above 0'
+  for name, values in (
+    *((axis, getattr(grid, axis)) for axis in AXES if axis != 'budget'),
+    ('pilot.alpha', grid.pilot.alpha),
+    ('validated_seed', grid.validated_seed),
+  ):
+    if len(set(values)) != len(values):
+      yield f'{name}: {_list(values)} names a value twice'
+    if not values and name != 'validated_seed':
+      yield f'{name}: needs at least one value'
+  for name in ('student_tokens', 'teacher_tokens', 'distinct_tokens'):
+    least = 1 if name == 'student_tokens' else 0
+    if any(value < least for value in getattr(grid, name)):
+      yield f'{name}: must be at least {least}, got {_list(getattr(grid, name))}'
+  if any(temperature <= 0 for temperature in grid.temperature):
+    yield f'temperature: must be above 0, got {_list(grid.temperature)}'
+  seeds = [*grid.seed, *grid.validated_seed, *([] if grid.pilot.skip else [grid.pilot.seed])]
+  if len(set(seeds)) != len(seeds):
+    yield f'seed, validated_seed, pilot.seed: a validated alpha needs fresh seeds, and the pilot one of its own; got {_list(seeds)}'
+  if not grid.pilot.skip and not grid.validated_seed:
+    yield 'validated_seed: the alpha that the pilot chooses needs at least one seed; or set pilot.skip=true'
+  for name, known, values in (
+    ('budget', BUDGETS, (grid.budget,)),
+    ('teacher_data', TEACHER_DATA, grid.teacher_data),
+    ('mixing', checks.MIXINGS, grid.mixing),
+    ('controls.flop_matched', SCENARIOS, grid.controls.flop_matched),
+    ('contrasts', CONTRASTS, grid.contrasts),
+  ):
+    for value in values:
+      if value not in known:
+        yield f'{name}: unknown value {value!r}; known: {", ".join(known)}'
+  tuned = grid.controls.tuned
+  if tuned.enabled and (grid.pilot.skip or not (tuned.stop and tuned.learning_rate and tuned.weight_decay)):
+    yield 'controls.tuned: its values are chosen by the pilot; give each at least one, or set controls.tuned.enabled=false'
+  if any(not 0 < share <= 1 for share in tuned.stop):
+    yield f'controls.tuned.stop: shares of the tokens must be in (0, 1], got {_list(tuned.stop)}'
+  for text in (*grid.include, *grid.exclude):
+    yield from _filter_problems(text)
+  if grid.last < 1 or grid.cohort < 1:
+    yield f'last, cohort: must be at least 1, got {grid.last}, {grid.cohort}'
+  hardware = grid.hardware
+  if min(hardware.devices, hardware.gib, hardware.utilisation, hardware.cpu_gflops) <= 0:
+    yield 'hardware: devices, gib, utilisation and cpu_gflops must be above 0'
+
+
+def matches(text: str, axes: dict[str, object], unknown: bool) -> bool:
+  """Whether a cell's axes fit a filter: conditions joined by '&', the values of one by '|'; numbers are compared as numbers.
+
+  `unknown` is what a condition on an axis of value None counts as.
+  """
+  return all(
+    any(_same(axes[name.strip()], value.strip(), unknown) for value in values.split('|'))
+    for name, _, values in (condition.partition('=') for condition in text.split('&'))
+  )
+
+
+def _same(value: object, text: str, unknown: bool) -> bool:
+  if value is None:
+    return unknown
+  if isinstance(value, str):
+    return value == text
+  try:
+    return float(text) == value
+  except ValueError:
+    return False
+
+
+def _filter_problems(text: str) -> Iterator[str]:
+  for condition in text.split('&'):
+    name, equals, _ = condition.partition('=')
+    if not equals or name.strip() not in AXES:
+      yield f"include/exclude: {text!r} is no filter; write 'axis=value' with '&' between, axes: {', '.join(AXES)}"
+      return
+
+
+def _unknown_model(axis: str, model: str) -> Iterator[str]:
+  if model not in NAMED:
+    yield f"{axis}: unknown model '{model}'; {nearest(model, NAMED)}"
+
+
+def _list(values) -> str:
+  return ', '.join(str(v) for v in values)

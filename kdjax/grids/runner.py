@@ -1,0 +1,316 @@
+"""Doing what a grid lacks: teachers, the pilot, then the main and the validated cells, each trained and scored.
+
+    <grid>/grid.json        the config, resolved; compared on every later start
+    <grid>/pilot.json       what the pilot chose, with its whole curve, time stamp and hash; main cells start after it, and it never changes
+    <grid>/jobs/<id>/       a unit of work: its owner, its state, its error; job.json names the result files
+    <grid>/cells/<id>/      one student's run folder (kdjax/run.py)
+
+Any number of runners may work on one grid. A job is claimed as a run folder is; a dead runner's job is taken over where it stands.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import pathlib
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from kdjax import config as config_lib
+from kdjax import loop, training
+from kdjax.checkpoint import Checkpoints
+from kdjax.config import Config
+from kdjax.data.corpus import Corpus
+from kdjax.errors import OwnedError, UserError
+from kdjax.evals import job as evaluation
+from kdjax.evals import results
+from kdjax.grids import cells as cells_lib
+from kdjax.grids import plan
+from kdjax.grids.cells import Cell, Group
+from kdjax.grids.config import GridConfig
+from kdjax.grids.plan import Job
+from kdjax.run import Heartbeat, RunFolder, git_commit, read_json, versions, write_json
+
+log = logging.getLogger('kdjax')
+
+STATES = ('done', 'running', 'stopped', 'failed', 'missing')
+POLL = 5.0  # seconds between looks at jobs that other runners do
+PILOT = 'pilot.json'
+NOT_IDENTITY = ('runs', 'hardware', 'cohort', 'last')  # fields that change no result
+
+
+def folder_of(grid: GridConfig, workdir: pathlib.Path | None = None) -> pathlib.Path:
+  return workdir or pathlib.Path(grid.runs) / f'{grid.name}-{config_lib.fingerprint(identity(grid))}'
+
+
+def identity(grid: GridConfig) -> dict[str, Any]:
+  """What a grid's results depend on; the contrasts too, which are declared before the runs and not after."""
+  values = {name: value for name, value in config_lib.as_dict(grid).items() if name not in NOT_IDENTITY}
+  return json.loads(json.dumps(values | {'base': training.experiment(grid.base) | {'eval': values['base']['eval']}}))
+
+
+def claim(folder: pathlib.Path, grid: GridConfig) -> None:
+  """Writes grid.json, or refuses a folder that holds another grid."""
+  known = read_json(folder / 'grid.json')
+  if known is not None:
+    RunFolder(folder).compare(known['identity'], identity(grid))
+  elif jax.process_index() == 0:
+    resolved = config_lib.as_dict(grid) | {'runs': os.path.relpath(grid.runs, folder)}
+    write_json(
+      folder / 'grid.json',
+      {
+        'identity': identity(grid),
+        'resolved': resolved,
+        'versions': versions(),
+        'git': git_commit(),
+        'time': time.time(),
+      },
+    )
+
+
+def cell_folder(folder: pathlib.Path, cell: Cell) -> RunFolder:
+  return RunFolder(folder / 'cells' / cell.id)
+
+
+def phases(grid: GridConfig, folder: pathlib.Path) -> list[tuple[str, list[Group]]]:
+  """(phase, its groups), as far as they are known: the validated cells only once the pilot's outcome is."""
+  pilot = read_json(folder / PILOT)
+  known = [('pilot', cells_lib.pilot_groups(grid)), ('main', cells_lib.main_groups(grid))]
+  return known + ([('validated', cells_lib.validated_groups(grid, pilot['chosen']))] if pilot else [])
+
+
+def jobs_of(grid: GridConfig, folder: pathlib.Path) -> list[Job]:
+  """Every job that is known by now, in the order in which they are done."""
+  found: list[Job] = []
+  for phase, groups in phases(grid, folder):
+    found += plan.jobs(grid, phase, groups, found)
+  return found
+
+
+def state(folder: pathlib.Path, job: Job, timeout: float) -> str:
+  """One of STATES."""
+  status = RunFolder(folder / 'jobs' / job.id).status()
+  if status is None:
+    return 'missing'
+  if status['state'] == 'running' and time.time() - status['heartbeat'] > timeout:
+    return 'stopped'
+  return {'preempted': 'stopped'}.get(status['state'], status['state'])
+
+
+@dataclasses.dataclass
+class Runner:
+  """One runner's view of a grid."""
+
+  grid: GridConfig
+  folder: pathlib.Path
+  corpus: Corpus
+  mesh: Mesh
+  progress: bool = True
+
+  def run(self, wanted: Callable[[Job], bool] = lambda job: True) -> list[Job]:
+    """Does all that is wanted and missing, phase after phase; returns the jobs that failed."""
+    failed: dict[str, Job] = {}
+    self._phase(lambda job: job.phase in ('teachers', 'pilot') and self._needed_by_pilot(job), wanted, failed)
+    if cells_lib.pilot_groups(self.grid) and not (self.folder / PILOT).exists():
+      missing = [job.id for job in jobs_of(self.grid, self.folder) if job.phase == 'pilot' and not self._done(job)]
+      if missing:
+        log.warning('the pilot is not finished (%d jobs are missing): main cells wait for it', len(missing))
+        return list(failed.values())
+      self._choose()
+    self._phase(lambda job: True, wanted, failed)
+    return list(failed.values())
+
+  def _phase(self, belongs, wanted, failed: dict[str, Job]) -> None:
+    while True:
+      jobs = [job for job in jobs_of(self.grid, self.folder) if belongs(job)]
+      needed = {job.teacher for job in jobs if job.cells and wanted(job)}
+      open_jobs = [
+        job for job in jobs if (wanted(job) or job.id in needed) and not self._done(job) and job.id not in failed
+      ]
+      if not open_jobs:
+        return
+      moved = False
+      for job in open_jobs:
+        if job.teacher and job.teacher in failed:
+          log.warning('%s waits for a teacher that failed: left out', job.id)
+          failed[job.id] = job
+          moved = True
+        elif not job.teacher or self._teacher_done(job):
+          moved |= self._try(job, failed)
+      if not moved:
+        time.sleep(POLL)
+
+  def _try(self, job: Job, failed: dict[str, Job]) -> bool:
+    """Whether the job was ours to do; its failure is kept beside it, and the others go on."""
+    here = RunFolder(self.folder / 'jobs' / job.id)
+    try:
+      here.claim(self.grid.base.heartbeat_timeout)
+    except OwnedError:
+      return False
+    if self._done(job):
+      here.release()
+      return True
+    started = time.time()
+    try:
+      heart = Heartbeat([here], len(job.cells))
+      with heart.beating():
+        try:
+          scores = self._do(job)
+        except (loop.Preempted, OwnedError):
+          heart.finish('preempted')
+          raise
+        flop = plan.cost(self.grid, job).flops
+        record = {'cells': [cell.id for cell in job.cells], 'seconds': time.time() - started, 'flops': flop}
+        if here.writes:
+          write_json(here.path / 'job.json', record | {'scores': scores})
+        heart.finish('done')
+    except loop.Preempted:
+      raise
+    except OwnedError:
+      return False  # a teacher that a runner of another grid trains at this moment
+    except Exception as e:  # whatever stops one job must not stop the others; it is told, and kept with its traceback
+      failed[job.id] = job
+      log.error('%s failed: %s', job.id, (str(e).splitlines() or [type(e).__name__])[0])
+      if here.writes:
+        (here.path / 'error.txt').write_text(traceback.format_exc())
+    return True
+
+  def _do(self, job: Job) -> dict[str, Any]:
+    """Trains and scores; returns run -> step -> set -> result file, relative to the grid's folder."""
+    with jax.set_mesh(self.mesh):
+      teacher = training.teacher_folder(job.config, self.corpus)
+      if not job.cells:
+        assert teacher is not None
+        training.train_teacher(job.config, self.corpus, teacher, self.mesh, self.progress)
+        steps = training.trunk_steps(job.config) or self._newest(teacher, 1)
+        return {job.id: self._score(teacher, job.config, teacher, steps, None)}
+      arms = [training.Arm(c.config, c.arm, cell_folder(self.folder, c), f'{c.arm} {c.alpha:g}') for c in job.cells]
+      training.check(job.config, self.corpus, self.mesh)
+      training.train_students(arms, self.corpus, teacher, self.mesh, self.progress)
+      sets = {evaluation.VALIDATION} if job.phase == 'pilot' else None
+      kept = self.grid.last if self._noise_is_asked(job) else 1
+      return {
+        cell.id: self._score(arm.folder, cell.config, teacher, self._newest(arm.folder, kept), sets)
+        for cell, arm in zip(job.cells, arms, strict=True)
+      }
+
+  def _score(
+    self, run: RunFolder, config: Config, teacher: RunFolder | None, steps: Sequence[int], sets
+  ) -> dict[str, Any]:
+    found = evaluation.Job(run.path, config, [run], teacher)
+    at = [(run, step) for step in steps]
+    scores: dict[str, dict[str, str]] = {}
+    for task in evaluation.score_missing(found, at, self.corpus, self.mesh, self.progress, sets=sets):
+      scores.setdefault(str(task.step), {})[task.name] = os.path.relpath(task.file, self.folder)
+    return scores
+
+  def _newest(self, run: RunFolder, n: int) -> list[int]:
+    saves = Checkpoints(run.checkpoints, read_only=True)
+    try:
+      return saves.steps()[-n:]
+    finally:
+      saves.close()
+
+  def _noise_is_asked(self, job: Job) -> bool:
+    """An arm with one seed gets the noise of its last checkpoints."""
+    return len({'main': self.grid.seed, 'validated': self.grid.validated_seed}.get(job.phase, ())) == 1
+
+  def _choose(self) -> None:
+    """Writes down what the pilot chose. The first of several runners to get here says it; the content is the same for all."""
+    scores = read_scores(self.grid, self.folder)
+    curves: dict[str, dict[str, float]] = {}
+    for group in cells_lib.pilot_groups(self.grid):
+      (cell,) = group.cells
+      value = bits_per_byte(newest(scores[cell.id])[evaluation.VALIDATION], self.folder)
+      if group.kind == 'baseline':
+        for source in cells_lib.sources(self.grid, group.setting):
+          curves.setdefault(f'{group.setting.name}/{source.name}', {})['0'] = value
+      else:
+        curves.setdefault(group.pilot_key, {})[group.draw or f'{group.alpha:g}'] = value
+    outcome = choose(curves)
+    if jax.process_index() == 0 and not (self.folder / PILOT).exists():
+      write_json(self.folder / PILOT, outcome)
+    log.info('pilot: %s', ', '.join(f'{key}: {value}' for key, value in outcome['chosen'].items()))
+
+  def _needed_by_pilot(self, job: Job) -> bool:
+    if job.cells:
+      return True
+    return any(other.teacher == job.id for other in jobs_of(self.grid, self.folder) if other.phase == 'pilot')
+
+  def _teacher_done(self, job: Job) -> bool:
+    return RunFolder(self.folder / 'jobs' / job.teacher).is_done()
+
+  def _done(self, job: Job) -> bool:
+    return RunFolder(self.folder / 'jobs' / job.id).is_done()
+
+
+def choose(curves: dict[str, dict[str, float]]) -> dict[str, Any]:
+  """The pilot's outcome: of each curve the value with the least bits per byte on the validation split.
+
+  For a teacher the least among the alphas above 0: whether it beats the baseline is for the fresh seeds to say.
+  """
+  chosen: dict[str, Any] = {}
+  for key, curve in curves.items():
+    tuned = key.endswith('/tuned')
+    candidates = {name: value for name, value in curve.items() if tuned or float(name) > 0}
+    if candidates:
+      best = min(candidates, key=lambda name: candidates[name])
+      chosen[key] = best if tuned else float(best)
+  content = {'chosen': chosen, 'curves': curves, 'criterion': 'bits per byte of the in-domain validation split'}
+  digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+  return content | {'time': time.time(), 'hash': digest}
+
+
+def read_pilot(folder: pathlib.Path) -> dict[str, Any] | None:
+  """The pilot's outcome. Raises UserError where it is not what was written down before the main cells started."""
+  pilot = read_json(folder / PILOT)
+  if pilot is None:
+    return None
+  content = {key: pilot[key] for key in ('chosen', 'curves', 'criterion')}
+  if hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest() != pilot['hash']:
+    raise UserError(
+      f'{folder / PILOT} has been changed since it was written; restore it, or delete the grid and run it again'
+    )
+  return pilot
+
+
+def read_scores(grid: GridConfig, folder: pathlib.Path) -> dict[str, dict[str, dict[str, str]]]:
+  """Run (a cell's or a teacher job's id) -> step -> set -> result file, of all jobs that are done."""
+  found: dict[str, dict[str, dict[str, str]]] = {}
+  for job in jobs_of(grid, folder):
+    here = RunFolder(folder / 'jobs' / job.id)
+    if here.is_done():
+      found |= (read_json(here.path / 'job.json') or {'scores': {}})['scores']
+  return found
+
+
+def newest(steps: dict[str, dict[str, str]]) -> dict[str, str]:
+  """The sets of the newest step."""
+  return steps[max(steps, key=int)]
+
+
+def bits_per_byte(file: str, folder: pathlib.Path) -> float:
+  table, _ = results.read(folder / file)
+  return float(table['nll'].sum() / table['bytes'].sum() / math.log(2))
+
+
+def shard(jobs: Sequence[Job], text: str) -> set[str]:
+  """`i/n`, from 1: the ids of every n-th job with students. Raises UserError for anything else."""
+  part, slash, whole = text.partition('/')
+  if not slash or not (part.isdigit() and whole.isdigit()) or not 1 <= int(part) <= int(whole):
+    raise UserError(f'--shard={text}: write i/n with 1 <= i <= n, as in --shard=1/8')
+  return {job.id for k, job in enumerate(job for job in jobs if job.cells) if k % int(whole) == int(part) - 1}
+
+
+def failed_lines(folder: pathlib.Path, jobs: Iterable[Job]) -> list[str]:
+  return [
+    f'{job.id}: {(RunFolder(folder / "jobs" / job.id).status() or {}).get("error", "its teacher failed")}'
+    for job in jobs
+  ]

@@ -1,0 +1,120 @@
+"""The studies of Lu & Liu 2026, each at the paper's scale, with a twin of the same shape for one accelerator and for a laptop."""
+
+import dataclasses
+
+import ml_collections
+
+from kdjax import config as config_lib
+from kdjax import scales
+from kdjax.grids.config import SCENARIOS, GridConfig, HardwareConfig
+
+STUDIES = (
+  'main',
+  'size_alpha',
+  'student_size',
+  'horizon',
+  'teacher_budget',
+  'second_family',
+  'temperature',
+  'top_k',
+  'unnormalised',
+  'mechanism',
+)
+# What the paper calls 0.5B, 1.7B, 3.8B and 8B, and its second family's 0.15B, 0.3B, 0.6B and 1B.
+SIZES = {
+  'laptop': ('tiny-0.1m', 'tiny-0.3m', 'tiny-1m', 'tiny-3m'),
+  'colab': ('tiny-1m', 'tiny-3m', 'tiny-10m', 'tiny-30m'),
+  'paper': ('llama3-0.5b', 'llama3-1.7b', 'llama3-3.8b', 'llama3-8b'),
+}
+FAMILY = {
+  'laptop': ('tiny-qwen-0.1m', 'tiny-qwen-0.3m', 'tiny-qwen-1m', 'tiny-qwen-3m'),
+  'colab': ('tiny-qwen-0.3m', 'tiny-qwen-1m', 'tiny-qwen-3m', 'tiny-qwen-10m'),
+  'paper': ('qwen3-0.15b', 'qwen3-0.3b', 'qwen3-0.6b', 'qwen3-1b'),
+}
+BILLION = {
+  'laptop': 10_240,
+  'colab': 327_680,
+  'paper': 1_000_000_000,
+}  # tokens that stand for one of the paper's billions
+HARDWARE = {
+  'laptop': HardwareConfig(),
+  'colab': HardwareConfig('A100', 1, 40.0, 0.25),
+  'paper': HardwareConfig('TPU v5p', 64, 95.0, 0.4),
+}
+ALPHAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
+SEEDS = {'laptop': (43, 44, 45), 'colab': (43, 44, 45), 'paper': (43,)}
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  """The grid that `study=NAME,scale=NAME` names; by default the laptop's main one."""
+  known = config_lib.parse_arg(arg, study=STUDIES, scale=scales.SCALES)
+  study, scale = known['study'], known['scale']
+  base = scales.base(scale)
+  # The main grid holds all the controls; a study of the paper has its axes, the baseline and what the pilot needs.
+  grid = GridConfig(name=study if study != 'main' else 'grid', scale=scale, study=study)
+  fresh = (46,) if scale == 'paper' else (46, 47, 48, 49, 50)
+  grid = dataclasses.replace(grid, seed=SEEDS[scale], validated_seed=fresh, hardware=HARDWARE[scale])
+  config = config_lib.default(grid)
+  config.base = base
+  for name, value in (_main(scale) if study == 'main' else _study(study, scale)).items():
+    node, _, leaf = config, *name.rpartition('.')[1:]
+    for part in name.split('.')[:-1]:
+      node = node[part]
+    with node.ignore_type():
+      node[leaf] = value
+  if study == 'second_family' and scale == 'paper':
+    for section in (config.base.teacher, config.base.student):
+      section.optimizer.learning_rate = 5e-4
+  return config
+
+
+def _main(scale: str) -> dict[str, object]:
+  """Weak to strong by size and by budget, every control, five fresh seeds for the declared contrasts."""
+  weak, own, strong, strongest = SIZES[scale]
+  billions = lambda *n: tuple(BILLION[scale] * i for i in n)
+  return {
+    'student': (own,),
+    'student_tokens': billions(50),
+    'teacher': (weak, own, strong) if scale == 'laptop' else (weak, own, strong, strongest),
+    'teacher_tokens': billions(10, 50) if scale == 'laptop' else billions(10, 50, 100),
+    'alpha': (0.0, 0.2, 0.4, 0.6, 0.8),
+    'pilot.alpha': tuple(i / 10 for i in range(0, 11, 2 if scale == 'laptop' else 1)),
+    'controls.flop_matched': SCENARIOS if scale == 'paper' else ('logits', 'logits+pretraining'),
+  }
+
+
+def _study(study: str, scale: str) -> dict[str, object]:
+  sizes = FAMILY[scale] if study == 'second_family' else SIZES[scale]
+  billions = lambda *n: tuple(BILLION[scale] * i for i in n)
+  common: dict[str, object] = {
+    'student': (sizes[1],),
+    'student_tokens': billions(50),
+    'teacher': sizes,
+    'teacher_tokens': (0,),
+    'alpha': ALPHAS,
+    'controls.flop_matched': (),
+    'controls.tuned.enabled': False,
+    'contrasts': ('weak_helps', 'size_reverses', 'ood_more', 'more_than_calibration'),
+  }
+  if study != 'mechanism':  # its alphas are the pilot's; the others scan alpha themselves, as the paper does
+    common['pilot.skip'] = True
+  two = (0.0, 0.2, 1.0)
+  return common | {
+    'size_alpha': {},
+    'second_family': {},
+    'student_size': {'student': (sizes[0], sizes[2], sizes[3])},
+    'horizon': {'student_tokens': billions(100, 300)},
+    'teacher_budget': {
+      'teacher_tokens': billions(5, 10, 30, 50, 80, 100, 300),
+      'contrasts': ('weak_helps', 'size_reverses', 'budget_reverses', 'ood_more', 'more_than_calibration'),
+    },
+    'temperature': {'alpha': two, 'temperature': (0.5, 1.0, 2.0, 4.0)},
+    'top_k': {'alpha': two, 'top_k': (0.0, 0.01, 0.05, 0.2, 0.5)},
+    'unnormalised': {
+      'teacher': (sizes[1],),
+      'alpha': (0.0, 0.2, 0.8, 1.0),
+      'mixing': ('normalised', 'ce_plus_alpha_kd', 'one_minus_alpha_ce_plus_kd'),
+      'contrasts': ('weak_helps', 'ood_more', 'more_than_calibration'),
+    },
+    'mechanism': {'alpha': (0.0, 1.0)},
+  }[study]  # fmt: skip

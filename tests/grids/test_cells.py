@@ -1,0 +1,246 @@
+"""Which runs a grid is made of."""
+
+import dataclasses
+
+import pytest
+
+from kdjax import cli, flops
+from kdjax.errors import ConfigError, UserError
+from kdjax.grids import cells, studies
+from kdjax.grids import config as grid_config
+from kdjax.grids.config import ControlsConfig, GridConfig, PilotConfig, TunedConfig
+
+PLAIN = ControlsConfig(unigram=False, flop_matched=(), tuned=TunedConfig(enabled=False))
+
+
+def grid(**fields) -> GridConfig:
+  return dataclasses.replace(GridConfig(controls=PLAIN), **fields)
+
+
+def of(groups, kind):
+  return [group for group in groups if group.kind == kind]
+
+
+def test_the_main_phase_is_the_product_of_the_axes_and_one_baseline_a_seed():
+  g = grid(teacher_tokens=(1000, 2000), temperature=(1.0, 2.0))
+  groups = cells.main_groups(g)
+  distilled = of(groups, 'distilled')
+  assert len(distilled) == 3 * 2 * 2 * 4  # teachers, budgets, temperatures, alphas above 0
+  assert all([cell.seed for cell in group.cells] == [43, 44, 45] for group in groups)
+  assert len({cell.id for group in of(groups, 'baseline') for cell in group.cells}) == 3
+  assert len(cells.cells_of(groups)) == 3 * (len(distilled) + 1)
+
+
+def test_an_arm_and_its_baseline_differ_in_their_target_alone():
+  for group in of(cells.main_groups(grid(distinct_tokens=(5000,))), 'distilled'):
+    for cell, base in zip(group.cells, group.baseline, strict=True):
+      same = dataclasses.replace(cell.config.student, alpha=0.0, arms=('baseline',))
+      assert same == base.config.student
+      assert cell.config.data == base.config.data
+      assert cell.config.data.distinct_tokens == 5000
+
+
+def test_ids_are_stable_and_depend_on_what_the_weights_depend_on():
+  first = cells.cells_of(cells.main_groups(grid()))
+  assert [cell.id for cell in first] == [cell.id for cell in cells.cells_of(cells.main_groups(grid()))]
+  assert len({cell.id for cell in first}) == len(first)
+  base = grid().base
+  changed = {
+    'rate': dataclasses.replace(
+      base,
+      student=dataclasses.replace(
+        base.student, optimizer=dataclasses.replace(base.student.optimizer, learning_rate=1e-2)
+      ),
+    ),
+    'data': dataclasses.replace(base, data=dataclasses.replace(base.data, seq_len=64)),
+  }
+  for other in changed.values():
+    assert {c.id for c in cells.cells_of(cells.main_groups(grid(base=other)))}.isdisjoint(c.id for c in first)
+  for same in (
+    grid(runs='elsewhere'),
+    grid(name='other'),
+    grid(base=dataclasses.replace(base, steps_per_call=7, eval=dataclasses.replace(base.eval, window=64))),
+    grid(last=1),
+  ):
+    assert [c.id for c in cells.cells_of(cells.main_groups(same))] == [c.id for c in first]
+
+
+def test_a_teachers_training_is_part_of_its_students_identity():
+  base = grid().base
+  other = dataclasses.replace(base, teacher=dataclasses.replace(base.teacher, seed=7))
+  first, second = (cells.cells_of(cells.main_groups(g)) for g in (grid(), grid(base=other)))
+  differs = {a.arm for a, b in zip(first, second, strict=True) if a.id != b.id}
+  assert differs == {'distilled'}
+
+
+@pytest.mark.parametrize(
+  ('filters', 'left'),
+  [
+    ({'exclude': ('teacher=tiny-1m',)}, 2 * 4 * 3),
+    ({'exclude': ('teacher=tiny-1m&alpha=0.2|0.4',)}, 3 * 4 * 3 - 2 * 3),
+    ({'include': ('alpha=0.2',)}, 3 * 3),
+    ({'include': ('alpha=0.2', 'seed=43')}, 3 * 3 + 3 * 3),
+    ({'include': ('teacher=tiny-1m',), 'exclude': ('seed=44',)}, 4 * 2),
+  ],
+)
+def test_filters(filters, left):
+  groups = of(cells.main_groups(grid(**filters)), 'distilled')
+  assert sum(len(group.cells) for group in groups) == left
+  for group in groups:
+    assert [c.seed for c in group.cells] == [c.seed for c in group.baseline]
+
+
+def test_filters_on_seeds_leave_the_pilot_and_the_fresh_seeds_alone():
+  g = grid(exclude=('seed=43',))
+  assert len(of(cells.pilot_groups(g), 'distilled')) == 3 * 10
+  chosen = {f'{s.name}/{t.name}': 0.2 for s in cells.settings(g) for t in cells.sources(g, s)}
+  assert [c.seed for c in of(cells.validated_groups(g, chosen), 'distilled')[0].cells] == list(g.validated_seed)
+
+
+def test_a_filter_that_leaves_nothing_is_refused():
+  with pytest.raises(UserError, match='leave no distilled cell'):
+    cells.check(grid(include=('teacher=tiny-3m',)))
+
+
+def test_the_pilot_has_each_alpha_and_as_many_draws_for_the_baseline():
+  g = grid(controls=ControlsConfig())
+  groups = cells.pilot_groups(g)
+  assert sorted({group.alpha for group in of(groups, 'distilled')}) == [a / 10 for a in range(1, 11)]
+  assert len(of(groups, 'tuned')) == 11
+  assert of(groups, 'tuned')[0].cells == of(groups, 'baseline')[0].cells  # the first draw is the base's own values
+  assert {cell.seed for cell in cells.cells_of(groups)} == {g.pilot.seed}
+
+
+def test_tuned_draws_differ_from_the_baseline_in_what_is_tuned():
+  g = grid(controls=ControlsConfig(tuned=TunedConfig(stop=(1.0, 0.5), learning_rate=(2.0,), weight_decay=(3.0,))))
+  optimizer = g.base.student.optimizer
+  for group in of(cells.pilot_groups(g), 'tuned'):
+    (cell,) = group.cells
+    assert cell.config.student.optimizer.learning_rate == 2 * optimizer.learning_rate
+    assert cell.config.student.optimizer.weight_decay == pytest.approx(3 * optimizer.weight_decay)
+    assert cell.config.student.tokens in (g.student_tokens[0], g.student_tokens[0] // 2)
+
+
+def test_validated_cells_are_at_the_chosen_alpha_with_fresh_seeds_and_their_controls():
+  g = grid(controls=ControlsConfig(flop_matched=('logits',)))
+  (setting,) = cells.settings(g)
+  chosen = {f'{setting.name}/{s.name}': 0.1 * k for k, s in enumerate(cells.sources(g, setting), 2)}
+  chosen[f'{setting.name}/tuned'] = 'stop0.5-lr1-wd1'
+  groups = cells.validated_groups(g, chosen)
+  assert [group.alpha for group in of(groups, 'distilled')] == pytest.approx([0.2, 0.3, 0.4])
+  assert sorted(group.alpha for group in of(groups, 'unigram')) == pytest.approx([0.2, 0.3, 0.4])
+  assert all([c.seed for c in group.cells] == list(g.validated_seed) for group in groups)
+  (tuned,) = of(groups, 'tuned')
+  assert tuned.cells[0].config.student.tokens == setting.student_tokens // 2
+  for group in of(groups, 'flop_matched'):
+    student, teacher = (cells.sized(g, name) for name in (setting.student, group.source.teacher))
+    tokens = group.cells[0].config.student.tokens
+    ledger = flops.ledger(student, teacher, setting.student_tokens, group.source.teacher_tokens, g.base.data.seq_len)
+    spent = flops.training_flops(student, g.base.data.seq_len) * tokens
+    assert spent == pytest.approx(ledger.total(count_logits=True, count_pretraining=False), rel=1e-5)
+
+
+def test_disjoint_teachers_have_the_half_that_students_have_not():
+  groups = of(cells.main_groups(grid(teacher_data=('iso', 'disjoint'))), 'distilled')
+  assert {group.cells[0].config.student.slice for group in groups} == {(0.5, 1.0)}
+  assert {(g.source.teacher_data, g.cells[0].config.teacher.slice) for g in groups} == {
+    ('iso', (0.5, 1.0)),
+    ('disjoint', (0.0, 0.5)),
+  }
+
+
+def test_trunk_budgets_are_checkpoints_of_one_run():
+  groups = of(cells.main_groups(grid(teacher_tokens=(2048, 4096), budget='trunk')), 'distilled')
+  assert {group.cells[0].config.teacher.trunk for group in groups} == {(2048, 4096)}
+  assert {group.cells[0].config.teacher.tokens for group in groups} == {2048, 4096}
+  assert all('trunk' in group.cells[0].id for group in groups)
+
+
+@pytest.mark.parametrize(
+  ('student', 'tokens', 'teacher', 'teacher_tokens', 'expected'),
+  [
+    ('tiny-1m', 100, 'tiny-0.1m', 1000, 'weak-to-strong'),
+    ('tiny-1m', 100, 'tiny-1m', 100, 'same-level'),
+    ('tiny-1m', 100, 'tiny-1m', 50, 'weak-to-strong'),
+    ('tiny-1m', 100, 'tiny-1m', 200, 'strong-to-weak'),
+    ('tiny-0.3m', 100, 'tiny-1m', 50, 'strong-to-weak'),
+  ],
+)
+def test_relationships(student, tokens, teacher, teacher_tokens, expected):
+  assert cells.relationship(student, tokens, cells.Source(teacher, teacher_tokens)) == expected
+
+
+@pytest.mark.parametrize('n', [(999, '999'), (51_200, '51.2k'), (1_024_000, '1.024M'), (50e9, '50B'), (2e12, '2T')])
+def test_counts(n):
+  assert cells.count(n[0]) == n[1]
+
+
+@pytest.mark.parametrize('study', studies.STUDIES)
+@pytest.mark.parametrize('scale', ['laptop', 'colab', 'paper'])
+def test_every_study_is_a_valid_grid_at_every_scale(study, scale):
+  spec = f'configs/grid.py:study={study},scale={scale}'
+  g = cli.load_as(GridConfig, grid_config.problems, spec, {})
+  cells.check(g)
+  laptop = cli.load_as(GridConfig, grid_config.problems, f'configs/grid.py:study={study}', {})
+  if study != 'main':  # twins: the same shape
+    shape = lambda g: [
+      (len(group.kind), group.alpha, group.source.temperature, group.source.top_k) for group in cells.main_groups(g)
+    ]
+    assert shape(g) == shape(laptop)
+
+
+def test_the_papers_grid():
+  load = lambda study: cli.load_as(GridConfig, grid_config.problems, f'configs/grid.py:study={study},scale=paper', {})
+  budget = load('teacher_budget')
+  assert budget.teacher_tokens == tuple(n * 10**9 for n in (5, 10, 30, 50, 80, 100, 300))
+  assert len(of(cells.main_groups(budget), 'distilled')) == 4 * 7 * 6
+  assert load('horizon').student_tokens == (100 * 10**9, 300 * 10**9)
+  assert {g.source.teacher_tokens for g in of(cells.main_groups(load('horizon')), 'distilled')} == {10**11, 3 * 10**11}
+  assert load('student_size').student == ('llama3-0.5b', 'llama3-3.8b', 'llama3-8b')
+  assert load('top_k').top_k == (0.0, 0.01, 0.05, 0.2, 0.5)
+  family = load('second_family')
+  assert family.base.student.optimizer.learning_rate == family.base.teacher.optimizer.learning_rate == 5e-4
+  assert family.student == ('qwen3-0.3b',)
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'message'),
+  [
+    ({'alpha': '0.2,0.4'}, r'alpha: 0.2, 0.4 lacks 0, the LM-only baseline'),
+    ({'pilot.alpha': '0.2,0.4'}, r'pilot.alpha: 0.2, 0.4 lacks 0'),
+    ({'alpha': '0'}, r'alpha: nothing but the baseline'),
+    ({'alpha': '0,1.5'}, r'alpha: must be in \[0, 1\]'),
+    ({'teacher': 'tiny-9m'}, r"teacher: unknown model 'tiny-9m'; did you mean"),
+    ({'seed': '43,43'}, r'seed: 43, 43 names a value twice'),
+    ({'validated_seed': '43'}, r'needs fresh seeds'),
+    ({'pilot.seed': '44'}, r'needs fresh seeds'),
+    ({'budget': 'half'}, r"budget: unknown value 'half'; known: annealed, trunk"),
+    ({'contrasts': 'weak_helps,nonsense'}, r"contrasts: unknown value 'nonsense'"),
+    ({'exclude': 'teacher:tiny-1m'}, r"include/exclude: 'teacher:tiny-1m' is no filter"),
+    ({'exclude': 'techer=tiny-1m'}, r'is no filter'),
+    ({'temperature': '0'}, r'temperature: must be above 0'),
+    ({'pilot.skip': 'true'}, r'controls.tuned: its values are chosen by the pilot'),
+    ({'base.student.alpha': '2'}, r'base.student.alpha: must be in \[0, 1\]'),
+    ({'base.data.seqlen': '2'}, r'no such field; did you mean base.data.seq_len'),
+    ({'student_tokens': '0'}, r'student_tokens: must be at least 1'),
+  ],
+)
+def test_mistakes_are_told(overrides, message):
+  with pytest.raises(ConfigError, match=message):
+    cli.load_as(GridConfig, grid_config.problems, 'configs/grid.py', overrides)
+
+
+def test_all_mistakes_are_told_at_once():
+  with pytest.raises(ConfigError) as e:
+    cli.load_as(GridConfig, grid_config.problems, 'configs/grid.py', {'alpha': '0.2', 'teacher': 'x', 'last': '0'})
+  assert len(e.value.problems) >= 3
+
+
+def test_a_config_of_another_command_is_told():
+  with pytest.raises(ConfigError, match='is no config for this command'):
+    cli.load_as(GridConfig, grid_config.problems, 'configs/weak2strong.py', {})
+
+
+def test_a_pilot_with_other_alphas_is_another_pilot():
+  g = grid(pilot=PilotConfig(alpha=(0.0, 0.5)))
+  assert len(of(cells.pilot_groups(g), 'distilled')) == 3

@@ -1,0 +1,201 @@
+"""A tiny grid, run for real: its phases, what it leaves, what it does again and what it does not."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from kdjax import grid as command
+from kdjax.errors import TrainingError, UserError
+from kdjax.evals import job as evaluation
+from kdjax.evals import results
+from kdjax.grids import cells, runner
+from kdjax.run import RunFolder, read_json
+from tests import tiny
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory) -> pathlib.Path:
+  return tmp_path_factory.mktemp('grid')
+
+
+@pytest.fixture(scope='module')
+def grid(home):
+  return tiny.grid(home)
+
+
+@pytest.fixture(scope='module')
+def folder(grid, home) -> pathlib.Path:
+  """A finished grid. To be copied, not changed."""
+  folder = home / 'finished'
+  command.run(grid, folder, progress=False)
+  return folder
+
+
+def written(folder: pathlib.Path) -> dict[str, int]:
+  kept = ('checkpoints', 'results')
+  return {
+    str(p.relative_to(folder)): p.stat().st_mtime_ns
+    for p in folder.rglob('*')
+    if p.is_file() and any(k in p.parts for k in kept)
+  }
+
+
+def all_cells(grid, folder):
+  return cells.cells_of(group for _, groups in runner.phases(grid, folder) for group in groups)
+
+
+def test_every_cell_of_every_phase_is_trained_and_scored(grid, folder):
+  scores = runner.read_scores(grid, folder)
+  assert [phase for phase, _ in runner.phases(grid, folder)] == ['pilot', 'main', 'validated']
+  for cell in all_cells(grid, folder):
+    assert runner.cell_folder(folder, cell).is_done()
+    sets = runner.newest(scores[cell.id])
+    expected = {evaluation.VALIDATION} if cell.seed == grid.pilot.seed else {'in-domain', 'far', 'further'}
+    assert set(sets) == expected
+  for job in runner.jobs_of(grid, folder):
+    assert runner.state(folder, job, 60) == 'done'
+    if not job.cells:
+      assert set(runner.newest(scores[job.id])) == {'in-domain', 'far', 'further'}
+
+
+def test_the_pilot_is_written_down_before_the_main_cells_start(grid, folder):
+  pilot = runner.read_pilot(folder)
+  for group in [g for phase, found in runner.phases(grid, folder) if phase != 'pilot' for g in found]:
+    for cell in group.cells:
+      assert runner.cell_folder(folder, cell).identity()['commands'][0]['time'] > pilot['time']
+
+
+def test_the_pilot_keeps_its_whole_curve_and_chooses_the_least(grid, folder):
+  pilot = runner.read_pilot(folder)
+  for key, curve in pilot['curves'].items():
+    if key.endswith('/tuned'):
+      assert pilot['chosen'][key] == min(curve, key=curve.get)
+      assert len(curve) == 2
+    else:
+      assert set(curve) == {'0', '0.3', '0.6'}
+      assert pilot['chosen'][key] == min((0.3, 0.6), key=lambda alpha: curve[f'{alpha:g}'])
+
+
+def test_a_changed_pilot_is_refused(folder, tmp_path):
+  shutil.copy(folder / runner.PILOT, tmp_path)
+  pilot = json.loads((tmp_path / runner.PILOT).read_text())
+  pilot['chosen'][next(iter(pilot['chosen']))] = 0.123
+  (tmp_path / runner.PILOT).write_text(json.dumps(pilot))
+  with pytest.raises(UserError, match='has been changed since it was written'):
+    runner.read_pilot(tmp_path)
+
+
+def test_arms_share_weights_and_data_with_their_baseline(grid, folder):
+  for _, groups in runner.phases(grid, folder):
+    for group in groups:
+      for cell, base in zip(group.cells, group.baseline, strict=group.kind != 'baseline'):
+        mine, theirs = (runner.cell_folder(folder, c).identity()['fingerprints'] for c in (cell, base))
+        assert all(mine[name] == theirs[name] for name in ('data', 'init', 'tokenizer'))
+
+
+def test_run_again_it_does_nothing(grid, folder, capsys):
+  before = written(folder)
+  assert before
+  command.run(grid, folder, progress=False)
+  assert written(folder) == before
+  assert 'all done' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_cohorts_member_equals_the_same_cell_alone(grid, folder, home):
+  """One teacher forward pass for several alphas changes no result beyond float tolerance."""
+  job = next(job for job in runner.jobs_of(grid, folder) if job.phase == 'pilot' and len(job.cells) > 1)
+  alone, copy = dataclasses.replace(grid, cohort=1), home / 'alone'
+  command.run(alone, copy, cell=job.cells[0].id, progress=False)
+  likelihood = lambda g, f: results.read(
+    f / runner.newest(runner.read_scores(g, f)[job.cells[0].id])[evaluation.VALIDATION]
+  )[0]['nll'].sum()
+  assert likelihood(grid, folder) == pytest.approx(likelihood(alone, copy), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_one_cell_alone_does_what_it_needs_and_no_more(grid, home):
+  folder = home / 'one'
+  cell = next(c for c in cells.cells_of(cells.pilot_groups(grid)) if c.arm == 'distilled')
+  command.run(grid, folder, cell=cell.id, progress=False)
+  done = [job for job in runner.jobs_of(grid, folder) if runner.state(folder, job, 60) == 'done']
+  assert [bool(job.cells) for job in done] == [False, True]
+  assert cell.id in {c.id for job in done for c in job.cells}
+  assert not (folder / runner.PILOT).exists()
+
+
+def test_main_cells_wait_for_the_pilot(grid, home, caplog):
+  folder = home / 'waits'
+  cell = next(c for c in cells.cells_of(cells.main_groups(grid)) if c.arm == 'baseline')
+  command.run(grid, folder, cell=cell.id, progress=False)
+  assert 'main cells wait for it' in caplog.text
+  assert not runner.cell_folder(folder, cell).path.exists()
+
+
+@pytest.mark.parametrize('text', ['0/2', '3/2', 'x', '1', '1/0', '-1/2'])
+def test_a_shard_that_is_none_is_refused(grid, home, text):
+  with pytest.raises(UserError, match='write i/n'):
+    command.run(grid, home / 'shard', shard=text, progress=False)
+
+
+def test_shards_are_a_partition(grid, folder):
+  jobs = runner.jobs_of(grid, folder)
+  parts = [runner.shard(jobs, f'{i}/3') for i in (1, 2, 3)]
+  assert sorted(i for part in parts for i in part) == sorted(job.id for job in jobs if job.cells)
+
+
+def test_an_unknown_cell_is_told_with_those_there_are(grid, home):
+  with pytest.raises(UserError, match='0 cells of this grid have that in their id; name one, such as tiny'):
+    command.run(grid, home / 'unknown', cell='nonsense', progress=False)
+
+
+def test_another_grid_in_the_same_folder_is_refused(grid, folder):
+  with pytest.raises(UserError, match=r'was written by another config: .*contrasts'):
+    command.run(dataclasses.replace(grid, contrasts=('weak_helps',)), folder, progress=False)
+
+
+@pytest.mark.slow
+def test_a_failed_job_is_kept_with_its_error_and_the_rest_go_on(grid, home, monkeypatch):
+  folder = home / 'fails'
+  train = runner.training.train_students
+
+  def broken(arms, *args):
+    if arms[0].name == 'distilled':
+      raise ValueError('this one breaks')
+    return train(arms, *args)
+
+  monkeypatch.setattr(runner.training, 'train_students', broken)
+  with pytest.raises(TrainingError, match='this one breaks'):
+    command.run(grid, folder, progress=False)
+  states = {job.id: runner.state(folder, job, 60) for job in runner.jobs_of(grid, folder) if job.phase == 'pilot'}
+  assert set(states.values()) == {'done', 'failed'}
+  failed = next(i for i, state in states.items() if state == 'failed')
+  assert 'this one breaks' in (folder / 'jobs' / failed / 'error.txt').read_text()
+  assert RunFolder(folder / 'jobs' / failed).status()['error'] == 'this one breaks'
+  assert 'this one breaks' in command.status_text(grid, folder)
+  monkeypatch.undo()
+  command.run(grid, folder, progress=False)  # and again: it is tried again
+  assert all(runner.state(folder, job, 60) == 'done' for job in runner.jobs_of(grid, folder))
+
+
+@pytest.mark.slow
+def test_a_failed_teacher_fails_its_students_alone(grid, home, monkeypatch):
+  folder = home / 'no-teacher'
+
+  def broken(config, *args):
+    raise UserError('no such teacher')
+
+  monkeypatch.setattr(runner.training, 'train_teacher', broken)
+  with pytest.raises(TrainingError, match='no such teacher'):
+    command.run(grid, folder, progress=False)
+  for job in runner.jobs_of(grid, folder):
+    if job.phase == 'pilot':
+      assert runner.state(folder, job, 60) == ('missing' if job.teacher else 'done'), job.id
+
+
+def test_results_are_those_of_the_grids_own_cells(grid, folder):
+  record = read_json(next((folder / 'jobs').glob('*/job.json')))
+  assert record['seconds'] > 0 and record['flops'] > 0
