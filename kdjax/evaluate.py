@@ -4,9 +4,9 @@
     python -m kdjax.evaluate --workdir=runs/weak2strong-0123456789ab --step=500
     python -m kdjax.evaluate --workdir=... --watch                              each new checkpoint, until the run ends
 
-Sets: the in-domain test split and every OOD set. Each set's evaluation temperature is fitted, for each model, on documents of the same set
-that are not scored (the validation split; the validation share of an OOD set). Documents longer than the window are scored in strided windows
-(kdjax/evals/windows.py).
+Sets: the in-domain test split, every OOD set, and the multiple-choice tasks of `eval.tasks` (kdjax/evals/choices.py). Each set's evaluation
+temperature is fitted, for each model, on documents of the same set that are not scored (the validation split; the validation share of an OOD
+set). Documents longer than the window are scored in strided windows (kdjax/evals/windows.py).
 """
 
 import argparse

@@ -24,6 +24,7 @@ from kdjax import cli, distributed, loop, sharding
 from kdjax.analysis.table import align
 from kdjax.data.corpus import prepare
 from kdjax.errors import TrainingError, UserError
+from kdjax.evals import choices
 from kdjax.grids import cells as cells_lib
 from kdjax.grids import config as grid_config
 from kdjax.grids import plan, runner
@@ -73,6 +74,9 @@ def run(
   base = grid.base
   with jax.set_mesh(mesh):
     corpus = distributed.first_process_first(lambda: prepare(base.data, base.eval, grid.runs, progress))
+    choices.read_all(
+      base.eval.tasks, base.eval.max_items
+    )  # a task that cannot be read is told now, not after the training
   work = runner.Runner(grid, folder, corpus, mesh, progress)
   failed = work.run(_wanted(grid, folder, cell, shard))
   if failed:

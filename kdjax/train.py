@@ -20,6 +20,7 @@ from kdjax import config as config_lib
 from kdjax.analysis import figures, table
 from kdjax.config import Config
 from kdjax.data.corpus import prepare
+from kdjax.evals import choices
 from kdjax.evals import job as jobs
 from kdjax.run import RunFolder, read_json, write_json
 
@@ -50,6 +51,9 @@ def run(config: Config, workdir: pathlib.Path | None = None, progress: bool = Tr
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     corpus = distributed.first_process_first(lambda: prepare(config.data, config.eval, config.runs, progress))
+    choices.read_all(
+      config.eval.tasks, config.eval.max_items
+    )  # a task that cannot be read is told now, not after the training
     training.check(config, corpus, mesh)
     teacher = training.teacher_folder(config, corpus)
     write_experiment(folder, config, teacher)  # before training, for an eval job that watches

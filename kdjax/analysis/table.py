@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,6 +38,11 @@ class Cell:
   def mean(self, column: str) -> float:
     return self.documents[column].sum() / self.documents['tokens'].sum()
 
+  @property
+  def is_task(self) -> bool:
+    """Downstream multiple choice (kdjax/evals/choices.py): a row is an item, and `correct` is 0 or 1."""
+    return self.meta.get('kind') == 'task'
+
 
 Cells = dict[str, dict[str, Cell]]  # arm -> set -> cell
 
@@ -44,7 +50,7 @@ Cells = dict[str, dict[str, Cell]]  # arm -> set -> cell
 def write(folder: pathlib.Path) -> str:
   """The table as text; also kept as table.txt and, for machines, results.csv in the folder."""
   job = jobs.find(folder)
-  cells = load(job)
+  cells = _load(job)
   text = format_all(folder, job, cells)
   (folder / 'table.txt').write_text(text + '\n')
   as_frame(cells).to_csv(folder / 'results.csv', index=False)
@@ -52,7 +58,11 @@ def write(folder: pathlib.Path) -> str:
 
 
 def load(job: jobs.Job) -> Cells:
-  """The cells of the folder's newest evaluation. Raises UserError where there is none, or runs must not be compared."""
+  """The text sets' cells of the folder's newest evaluation. Raises UserError where there is none, or runs must not be compared."""
+  return _apart(_load(job))[0]
+
+
+def _load(job: jobs.Job) -> Cells:
   files = read_json(job.folder / 'evaluation.json')
   if files is None:
     raise UserError(f'{job.folder} has no results yet; run python -m kdjax.evaluate --workdir={job.folder}')
@@ -60,6 +70,15 @@ def load(job: jobs.Job) -> Cells:
   return {
     arm: {name: Cell(*results.read(job.folder / file)) for name, file in sets.items()} for arm, sets in files.items()
   }
+
+
+def _apart(cells: Cells) -> tuple[Cells, Cells]:
+  """(the text sets' cells, the tasks')."""
+  text, tasks = (
+    {arm: {name: cell for name, cell in sets.items() if cell.is_task == wanted} for arm, sets in cells.items()}
+    for wanted in (False, True)
+  )
+  return text, tasks
 
 
 def check_comparable(runs: list[RunFolder]) -> None:
@@ -73,14 +92,25 @@ def check_comparable(runs: list[RunFolder]) -> None:
 
 def difference(cell: Cell, baseline: Cell, column: str = 'nll') -> Interval:
   """Bits per byte of `cell` less those of `baseline`, paired by document; negative is better."""
-  pair = cell.documents[['doc', 'bytes', column]].merge(
+  pair = _paired(cell, baseline, column, 'bytes')
+  return ratio_interval((pair[f'{column}_x'] - pair[f'{column}_y']) / LN2, pair['bytes'])
+
+
+def accuracy_difference(cell: Cell, baseline: Cell, column: str = 'correct') -> Interval:
+  """A task's accuracy of `cell` less that of `baseline`, paired by item; positive is better. `column`: correct or correct_norm."""
+  pair = _paired(cell, baseline, column)
+  return ratio_interval(pair[f'{column}_x'] - pair[f'{column}_y'], np.ones(len(pair)))
+
+
+def _paired(cell: Cell, baseline: Cell, column: str, *shared: str) -> pd.DataFrame:
+  pair = cell.documents[['doc', *shared, column]].merge(
     baseline.documents[['doc', column]], on='doc', validate='one_to_one'
   )
   if len(pair) != len(cell.documents) or len(pair) != len(baseline.documents):
     raise UserError(
       f'set {cell.meta["set"]}: {cell.meta["run"]} and {baseline.meta["run"]} were scored on other documents'
     )
-  return ratio_interval((pair[f'{column}_x'] - pair[f'{column}_y']) / LN2, pair['bytes'])
+  return pair
 
 
 def differences(cells: Cells, column: str = 'nll') -> dict[str, dict[str, Interval]]:
@@ -96,31 +126,47 @@ def differences(cells: Cells, column: str = 'nll') -> dict[str, dict[str, Interv
 
 
 def as_frame(cells: Cells) -> pd.DataFrame:
-  """One row an arm and set."""
+  """One row an arm and set or task: text has the likelihoods, a task the accuracies."""
   return pd.DataFrame(
-    {
-      'arm': arm,
-      'set': name,
-      'step': cell.meta['step'],
-      'documents': len(cell.documents),
-      'bytes': int(cell.documents['bytes'].sum()),
-      'tokens': int(cell.documents['tokens'].sum()),
-      'perplexity': cell.perplexity,
-      'bits_per_byte': cell.bits_per_byte(),
-      'bits_per_byte_fitted': cell.bits_per_byte('nll_fitted'),
-      'temperature': cell.meta['temperature'],
-      'top1': cell.mean('correct'),
-      'entropy': cell.mean('entropy'),
-      'ece': cell.meta['ece'],
-      'kl_to_teacher': cell.mean('kl_to_teacher') if 'kl_to_teacher' in cell.documents else np.nan,
-      'agreement': cell.mean('agreement') if 'agreement' in cell.documents else np.nan,
-    }
+    {'arm': arm, 'set': name, 'step': cell.meta['step'], 'documents': len(cell.documents)}
+    | (_task_values(cell) if cell.is_task else _text_values(cell))
     for arm, sets in cells.items()
     for name, cell in sets.items()
   )
 
 
+def _text_values(cell: Cell) -> dict[str, Any]:
+  return {
+    'bytes': int(cell.documents['bytes'].sum()),
+    'tokens': int(cell.documents['tokens'].sum()),
+    'perplexity': cell.perplexity,
+    'bits_per_byte': cell.bits_per_byte(),
+    'bits_per_byte_fitted': cell.bits_per_byte('nll_fitted'),
+    'temperature': cell.meta['temperature'],
+    'top1': cell.mean('correct'),
+    'entropy': cell.mean('entropy'),
+    'ece': cell.meta['ece'],
+    'kl_to_teacher': cell.mean('kl_to_teacher') if 'kl_to_teacher' in cell.documents else np.nan,
+    'agreement': cell.mean('agreement') if 'agreement' in cell.documents else np.nan,
+    'kind': 'text',
+    'accuracy': np.nan,
+    'accuracy_norm': np.nan,
+  }
+
+
+def _task_values(cell: Cell) -> dict[str, Any]:
+  """The bytes and tokens are those of all continuations."""
+  return {
+    'bytes': int(np.stack(cell.documents['bytes'].to_list()).sum()),
+    'tokens': int(np.stack(cell.documents['tokens'].to_list()).sum()),
+    'kind': 'task',
+    'accuracy': cell.meta['accuracy'],
+    'accuracy_norm': cell.meta['accuracy_norm'],
+  }
+
+
 def format_all(folder: pathlib.Path, job: jobs.Job, cells: Cells) -> str:
+  cells, tasks = _apart(cells)
   sets = _ordered_sets(cells)
   parts = [
     f'{job.config.name} (scale={job.config.scale}): {folder}',
@@ -131,6 +177,8 @@ def format_all(folder: pathlib.Path, job: jobs.Job, cells: Cells) -> str:
   ]
   if differences(cells):
     parts += ['', _differences_table(cells, sets)]
+  if any(tasks.values()):
+    parts += ['', _tasks_table(tasks)]
   parts += ['', _facts(job, cells)]
   return '\n'.join(parts)
 
@@ -149,7 +197,7 @@ def _quality(cells: Cells, sets: list[str]) -> str:
         *(f'{scored[name].bits_per_byte("nll_fitted"):.3f} ({_temperature(scored[name])})' for name in sets),
       ]
     )
-  return f'{_align(plain)}\n\n{_align(fitted)}'
+  return f'{align(plain)}\n\n{align(fitted)}'
 
 
 def _legend(job: jobs.Job, cells: Cells, sets: list[str]) -> str:
@@ -176,7 +224,7 @@ def _differences_table(cells: Cells, sets: list[str]) -> str:
     cell = lambda name, arm=arm: 100 * (cells[arm][name].perplexity / cells[BASELINE][name].perplexity - 1)
     rows.append([f'{arm}, perplexity'] + [f'{cell(name):+.1f}%' for name in sets] + [''] * (len(columns) - len(sets)))
   out = [
-    _align(rows),
+    align(rows),
     'Paired by document; negative is better; 95% intervals over documents. One seed: seed variance not included.',
   ]
   if 'teacher' in cells and 'distilled' in cells:
@@ -190,6 +238,25 @@ def _differences_table(cells: Cells, sets: list[str]) -> str:
       f'PGR of the distilled student (0: its teacher, 1: the LM-only baseline; undefined where the teacher is not the weaker): {shown}'
     )
   return '\n'.join(out)
+
+
+def _tasks_table(tasks: Cells) -> str:
+  """Accuracies of every arm, then the paired differences against the baseline."""
+  names = sorted(set.intersection(*(set(scored) for scored in tasks.values())))
+  rows = [['accuracy (per byte normalised)', *names]]
+  for arm, scored in tasks.items():
+    rows.append([arm, *(f'{scored[n].meta["accuracy"]:.3f} ({scored[n].meta["accuracy_norm"]:.3f})' for n in names)])
+  first = next(iter(tasks.values()))
+  rows.append(['chance', *(f'{first[name].meta["chance"]:.3f}' for name in names)])
+  base = tasks.get(BASELINE, {})
+  for arm, scored in tasks.items():
+    if base and arm not in (BASELINE, 'teacher'):
+      for label, column in (('', 'correct'), (', per byte', 'correct_norm')):
+        found = [_interval(accuracy_difference(scored[name], base[name], column)) for name in names]
+        rows.append([f'{arm} less the baseline{label}', *found])
+  counts = ', '.join(f'{name} {len(first[name].documents)}' for name in names)
+  paired = 'Paired by item; positive is better; 95% intervals over items. ' if base else ''
+  return f'{align(rows)}\n{paired}Items: {counts}.'
 
 
 def _facts(job: jobs.Job, cells: Cells) -> str:
@@ -233,7 +300,7 @@ def _interval(interval: Interval) -> str:
   return f'{interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]'
 
 
-def _align(rows: list[list[str]]) -> str:
+def align(rows: list[list[str]]) -> str:
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
   lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
   return '\n'.join([lines[0], '  '.join('-' * width for width in widths), *lines[1:]])

@@ -6,6 +6,7 @@ object a line. Each may be compressed (`.gz`, `.xz`, `.zst`). Files are read in 
 is the same every time.
 """
 
+import contextlib
 import dataclasses
 import glob
 import gzip
@@ -20,7 +21,7 @@ import re
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -30,6 +31,7 @@ from kdjax.errors import UserError
 _PREFIX = 'embedded:'
 _NOT_CODE = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
 Lines = BinaryIO | gzip.GzipFile | lzma.LZMAFile | io.BufferedReader
+Reader = Callable[[pathlib.Path], Iterator[str]]
 _OPENERS: dict[str, Callable[[pathlib.Path], Lines]] = {
   '': lambda path: path.open('rb'),
   '.gz': lambda path: gzip.open(path, 'rb'),  # noqa: SIM115 (the caller closes it)
@@ -81,28 +83,44 @@ def documents(source: str, text_field: str = 'text') -> Iterator[str]:
   Raises:
     UserError: a name, file or line that cannot be read, with where it is and how to mend it.
   """
-  for path, read in _resolve(source, text_field):
+  for path, read in _resolve(source, _reader(text_field)):
     yield from read(path)
+
+
+def records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Streams the objects of JSON lines, in a fixed order, each with its place (`path:line`) for messages.
+
+  Args:
+    source: a path, a glob, or several with commas between them, of `.jsonl` or `.json` files as above.
+
+  Raises:
+    UserError: a name, file or line that cannot be read, with where it is and how to mend it.
+  """
+  for path, read in _resolve(source, _no_text):
+    if read is not _no_text or _kind(path)[0] != '.jsonl':
+      raise UserError(f'{path}: not JSON lines; give .jsonl or .json, also with .gz, .xz or .zst')
+    with _opened(path) as lines:
+      yield from _json_records(lines, path)
 
 
 def signature(source: str) -> str:
   """16 hexadecimal digits over the names, sizes and modification times of a source's files. Nothing is read."""
-  stats = [(path.name, path.stat()) for path, _ in _resolve(source, '')]
+  stats = [(path.name, path.stat()) for path, _ in _resolve(source, _no_text)]
   return digest(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
 
 
-def _resolve(source: str, text_field: str) -> list[tuple[pathlib.Path, Callable[[pathlib.Path], Iterator[str]]]]:
-  """Each file once, with the function that reads its documents."""
+def _resolve(source: str, reader: Reader) -> list[tuple[pathlib.Path, Reader]]:
+  """Each file once, with the function that reads its documents: `reader`, or that of an embedded source."""
   parts = [source] if os.path.exists(source) else [p.strip() for p in source.split(',') if p.strip()]
   if not parts:
     raise UserError(f'data source {source!r} names nothing; give a path, a glob, or one of {_embedded_names()}')
-  found: dict[pathlib.Path, Callable[[pathlib.Path], Iterator[str]]] = {}
+  found: dict[pathlib.Path, Reader] = {}
   for part in parts:
     if part.startswith(_PREFIX):
       embedded = _embedded(part)
       read, paths = embedded.read, embedded.files(embedded.package)
     else:
-      read, paths = _reader(text_field), _match(part)
+      read, paths = reader, _match(part)
     found.update((path, read) for path in sorted(paths))
   return list(found.items())
 
@@ -132,21 +150,41 @@ def _kind(path: pathlib.Path) -> tuple[str, str]:
   return ('.txt' if kind == '.txt' else '.jsonl'), compression
 
 
-def _reader(text_field: str) -> Callable[[pathlib.Path], Iterator[str]]:
+def _reader(text_field: str) -> Reader:
   def read(path: pathlib.Path) -> Iterator[str]:
-    kind, compression = _kind(path)
-    try:
-      with _OPENERS[compression](path) as f:
-        yield from [_decode(f.read(), path, 0)] if kind == '.txt' else _json_texts(f, path, text_field)
-    except (gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError, zlib.error, EOFError) as error:
-      raise UserError(f'{path}: the compressed file is damaged ({error}); fetch it again') from error
-    except PermissionError as error:
-      raise UserError(f'{path}: cannot be read ({error.strerror}); mend its permissions') from error
+    with _opened(path) as f:
+      yield from [_decode(f.read(), path, 0)] if _kind(path)[0] == '.txt' else _json_texts(f, path, text_field)
 
   return read
 
 
+def _no_text(path: pathlib.Path) -> Iterator[str]:
+  """For callers that want the files alone."""
+  return iter(())
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Lines]:
+  try:
+    with _OPENERS[_kind(path)[1]](path) as f:
+      yield f
+  except (gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError, zlib.error, EOFError) as error:
+    raise UserError(f'{path}: the compressed file is damaged ({error}); fetch it again') from error
+  except PermissionError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror}); mend its permissions') from error
+
+
 def _json_texts(lines: Lines, path: pathlib.Path, text_field: str) -> Iterator[str]:
+  for where, record in _json_records(lines, path):
+    if text_field not in record:
+      raise UserError(f'{where}: no field {text_field!r}; it has {sorted(record)}; set {_FIELDS} to one of them')
+    if not isinstance(record[text_field], str):
+      kind = type(record[text_field]).__name__
+      raise UserError(f'{where}: field {text_field!r} holds a {kind}, not a string; set {_FIELDS} to another one')
+    yield without_surrogates(record[text_field], where)
+
+
+def _json_records(lines: Lines, path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
   position = 0
   for number, line in enumerate(lines, 1):
     text = _decode(line, path, position)
@@ -160,12 +198,7 @@ def _json_texts(lines: Lines, path: pathlib.Path, text_field: str) -> Iterator[s
       raise UserError(f'{where}: not JSON ({error}); each line must be one JSON object') from error
     if not isinstance(record, dict):
       raise UserError(f'{where}: not a JSON object but a {type(record).__name__}; each line must be one JSON object')
-    if text_field not in record:
-      raise UserError(f'{where}: no field {text_field!r}; it has {sorted(record)}; set {_FIELDS} to one of them')
-    if not isinstance(record[text_field], str):
-      kind = type(record[text_field]).__name__
-      raise UserError(f'{where}: field {text_field!r} holds a {kind}, not a string; set {_FIELDS} to another one')
-    yield _without_surrogates(record[text_field], where)
+    yield where, record
 
 
 def _decode(data: bytes, path: pathlib.Path, position: int) -> str:
@@ -176,7 +209,7 @@ def _decode(data: bytes, path: pathlib.Path, position: int) -> str:
     raise UserError(f'{path}: not UTF-8 at {where}; convert the file to UTF-8') from error
 
 
-def _without_surrogates(text: str, where: str) -> str:
+def without_surrogates(text: str, where: str) -> str:
   """JSON can spell half a character ("\\ud800"), which no UTF-8 text can hold."""
   try:
     text.encode('utf-8')

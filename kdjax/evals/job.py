@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -18,13 +19,15 @@ from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config
 from kdjax.data.corpus import Corpus, EvalSet
 from kdjax.errors import UserError
-from kdjax.evals import results
+from kdjax.evals import choices, results
+from kdjax.evals.choices import ChoiceSet
 from kdjax.evals.score import TEMPERATURES, Scored, expected_calibration_error, fit_temperature, score
 from kdjax.metrics import Progress
 from kdjax.run import RunFolder, read_json, write_json
 
 VERSION = 1  # of what a result means; part of its fingerprint
 IN_DOMAIN = 'in-domain'
+VALIDATION = 'validation'  # the in-domain validation split as a set of its own: scored only where it is named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +51,8 @@ class Job:
 
   @property
   def teacher_step(self) -> int:
-    """Of a teacher that the config names by its folder; 0: its newest."""
-    return self.config.teacher.step if self.config.teacher.run else 0
+    """Which of its checkpoints it is; 0: its newest."""
+    return teachers.step_of(self.config)
 
 
 def find(workdir: pathlib.Path) -> Job:
@@ -67,7 +70,7 @@ def find(workdir: pathlib.Path) -> Job:
 
 
 def evaluate(job: Job, corpus: Corpus, mesh: Mesh, step: int = 0, progress: bool = True) -> None:
-  """Scores what has not been scored yet: each run's checkpoint (`step`, else the newest) on each set.
+  """Scores what has not been scored yet: each run's checkpoint (`step`, else the newest) on each set and task.
 
   The folder's evaluation.json then names the result files that belong together: arm -> set -> path.
   """
@@ -81,17 +84,29 @@ def evaluate(job: Job, corpus: Corpus, mesh: Mesh, step: int = 0, progress: bool
 
 
 def score_missing(
-  job: Job, checkpoints: list[tuple[RunFolder, int]], corpus: Corpus, mesh: Mesh, progress: bool = True
+  job: Job,
+  checkpoints: list[tuple[RunFolder, int]],
+  corpus: Corpus,
+  mesh: Mesh,
+  progress: bool = True,
+  sets: Collection[str] | None = None,
 ) -> list['Task']:
-  """Scores those (run, step) on those sets that have no result file yet; returns all, in order."""
-  sets = {IN_DOMAIN: EvalSet(corpus.validation, corpus.test), **corpus.ood}
+  """Scores those (run, step) on those sets that have no result file yet; returns all, in order.
+
+  Args:
+    sets: names of text sets and of downstream tasks; None: all but VALIDATION.
+
+  Raises:
+    UserError: a name that is none, a task's file that cannot be read.
+  """
+  wanted_sets = _sets(job.config, corpus, sets)
   teacher = ''
   if job.teacher:
     teacher = f'{_weights(job.teacher, _step(job.teacher, job.teacher_step))} in {job.config.teacher.dtype}'
   tasks = [
     _task(job, run, step, weights, teacher, name, eval_set)
     for run, step, weights in [(run, step, _weights(run, step)) for run, step in checkpoints]
-    for name, eval_set in sets.items()
+    for name, eval_set in wanted_sets.items()
   ]
   missing = distributed.from_first_process([not task.file.exists() for task in tasks])
   models = _Models(job, mesh)
@@ -100,7 +115,8 @@ def score_missing(
   with contextlib.closing(bar):
     for task, wanted in zip(tasks, missing, strict=True):
       if wanted:
-        table, meta = _score(task, models, job, mesh, bar)
+        scored = _score_choices if isinstance(task.eval_set, ChoiceSet) else _score
+        table, meta = scored(task, models, job, mesh, bar)
         if task.run.writes:
           results.write(task.file, table, meta)
   return tasks
@@ -113,7 +129,7 @@ class Task:
   run: RunFolder
   step: int
   name: str
-  eval_set: EvalSet
+  eval_set: EvalSet | ChoiceSet
   key: dict[str, Any]
 
   @property
@@ -121,22 +137,41 @@ class Task:
     return results.path(self.run.results, self.step, self.name, config_lib.fingerprint(self.key))
 
 
-def _task(job: Job, run: RunFolder, step: int, weights: str, teacher: str, name: str, eval_set: EvalSet) -> Task:
-  window = job.config.eval.window or job.config.data.seq_len
-  key = {
-    'version': VERSION,
-    'validation': eval_set.validation.fingerprint,
-    'test': eval_set.test.fingerprint,
-    'window': window,
-    'stride': job.config.eval.stride or max(1, window // 2),
-    'weights': weights,
-    'teacher': '' if job.is_teacher(run) else teacher,
+def _sets(config: Config, corpus: Corpus, names: Collection[str] | None) -> dict[str, EvalSet | ChoiceSet]:
+  text = {
+    IN_DOMAIN: EvalSet(corpus.validation, corpus.test),
+    VALIDATION: EvalSet(corpus.validation, corpus.validation),
+    **corpus.ood,
   }
+  known = [*text, *config.eval.tasks]
+  names = [name for name in known if name != VALIDATION] if names is None else names
+  if unknown := sorted(set(names) - set(known)):
+    raise UserError(f'no set is named {", ".join(unknown)}; there are {", ".join(known)}')
+  items = choices.read_all({n: path for n, path in config.eval.tasks.items() if n in names}, config.eval.max_items)
+  tasks = {name: ChoiceSet(found, corpus.tokenizer) for name, found in items.items()}
+  return {name: eval_set for name, eval_set in (text | tasks).items() if name in names}
+
+
+def _task(
+  job: Job, run: RunFolder, step: int, weights: str, teacher: str, name: str, eval_set: EvalSet | ChoiceSet
+) -> Task:
+  window = job.config.eval.window or job.config.data.seq_len
+  key: dict[str, Any] = {'version': VERSION, 'window': window, 'weights': weights}
+  if isinstance(eval_set, ChoiceSet):
+    key |= {'kind': 'task', 'items': eval_set.fingerprint, 'tokenizer': eval_set.tokenizer.fingerprint}
+  else:
+    key |= {
+      'validation': eval_set.validation.fingerprint,
+      'test': eval_set.test.fingerprint,
+      'stride': job.config.eval.stride or max(1, window // 2),
+      'teacher': '' if job.is_teacher(run) else teacher,
+    }
   return Task(run, step, name, eval_set, key)
 
 
 def _score(task: Task, models: '_Models', job: Job, mesh: Mesh, bar: Progress) -> tuple[pd.DataFrame, dict[str, Any]]:
   """(per-document table of the test documents, metadata): the temperature is fitted on the set's validation documents first."""
+  assert isinstance(task.eval_set, EvalSet)
   window, stride = task.key['window'], task.key['stride']
   on = functools.partial(
     score, window=window, stride=stride, batch_size=job.config.eval.batch_size, mesh=mesh, progress=bar
@@ -162,6 +197,19 @@ def _score(task: Task, models: '_Models', job: Job, mesh: Mesh, bar: Progress) -
     'windows': f'windows of {window} tokens, documents that are longer in strides of {stride}',
   }
   return table, meta
+
+
+def _score_choices(
+  task: Task, models: '_Models', job: Job, mesh: Mesh, bar: Progress
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+  """(per-item table, metadata) of a downstream task."""
+  assert isinstance(task.eval_set, ChoiceSet)
+  model, window = models.load(task.run, task.step, 'float32'), task.key['window']
+  table = choices.score(
+    model, task.eval_set.items, task.eval_set.tokenizer, window, job.config.eval.batch_size, mesh, bar
+  )
+  meta = {**task.key, 'run': task.run.name, 'step': task.step, 'set': task.name}
+  return table, meta | choices.summary(table)
 
 
 class _Models:
@@ -201,7 +249,9 @@ def _weights(run: RunFolder, step: int) -> str:
     saves.close()
 
 
-def _n_tokens(eval_set: EvalSet) -> int:
+def _n_tokens(eval_set: EvalSet | ChoiceSet) -> int:
+  if isinstance(eval_set, ChoiceSet):
+    return eval_set.n_tokens
   return eval_set.validation.n_tokens + eval_set.test.n_tokens
 
 

@@ -57,10 +57,8 @@ def score(
   sums: dict[str, np.ndarray] = {}
   multiple = mesh.shape['replica'] * mesh.shape['fsdp']
   batch_size = -(-batch_size // multiple) * multiple
-  mine = local_rows(NamedSharding(mesh, P(sharding.BATCH_AXES)), batch_size)
   for batch in windows.batches(windows.rows(store, window, stride), batch_size):
-    local = {'tokens': batch.tokens_RxL[mine][None], 'labels': batch.labels_RxL[mine][None]}
-    placed = to_global(local, mine, NamedSharding(mesh, P(None, sharding.BATCH_AXES)), batch_size)
+    placed = place(batch, mesh)
     models = (student.model, teacher.model if teacher else None)
     values = _token_values(models, student.params, teacher.params if teacher else None, placed, temperatures)
     _add(sums, jax.device_get(values), batch, n)
@@ -83,6 +81,14 @@ def fit_temperature(table: pd.DataFrame, temperatures) -> float:
   x = np.log(np.asarray(temperatures)[best - 1 : best + 2])
   a, b, _ = np.polyfit(x, nll[best - 1 : best + 2], 2)
   return float(np.exp(-b / (2 * a)))
+
+
+def place(batch: windows.Rows, mesh: Mesh) -> dict[str, jax.Array]:
+  """A batch's `tokens` and `labels` as global arrays [1, R, L], their rows over the devices; the mesh's data axes divide R."""
+  n_rows = len(batch.doc_R)
+  mine = local_rows(NamedSharding(mesh, P(sharding.BATCH_AXES)), n_rows)
+  local = {'tokens': batch.tokens_RxL[mine][None], 'labels': batch.labels_RxL[mine][None]}
+  return to_global(local, mine, NamedSharding(mesh, P(None, sharding.BATCH_AXES)), n_rows)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,0 +1,328 @@
+"""Downstream multiple choice: the likelihood that a model gives to each answer's text, from JSON lines.
+
+An item is one of four kinds, told apart by its fields (others, an `id` for one, are passed over):
+
+    {"context": "He sat", "choices": [" down.", " blue."], "answer": 0}               choices: which text goes on
+    {"contexts": ["... so Sarah", "... so Maria"], "continuation": " won.", "answer": 1}   partial: after which context
+    {"good": "Cats sleep.", "bad": "Cats sleeps.", "paradigm": "agreement"}           pair: which whole sentence
+    {"text": "... and sat on his chair"}                                              last_word: would it be written
+
+Texts are joined as they stand, so a continuation carries its leading space. An item's context starts with the separator, as a document
+does. Context and continuation are tokenised together, and the continuation's tokens are those after as many as the context has alone;
+white space at the context's end goes to the continuation (lm-evaluation-harness's convention).
+
+Where both do not fit into the window the context loses its oldest tokens. A continuation that is longer than the window by itself is
+scored in strided windows, each token once, as a document is (kdjax/evals/windows.py).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pandas as pd
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from kdjax import sharding
+from kdjax.data.files import canonical, digest
+from kdjax.data.sources import records, without_surrogates
+from kdjax.data.tokenizer import Tokenizer
+from kdjax.errors import UserError
+from kdjax.evals import windows
+from kdjax.evals.score import Scored, place
+from kdjax.losses import token_losses
+from kdjax.metrics import Progress
+
+FIELDS = {
+  'choices': ('context', 'choices', 'answer'),
+  'partial': ('contexts', 'continuation', 'answer'),
+  'pair': ('good', 'bad'),
+  'last_word': ('text',),
+}
+SHORTEST = 32  # tokens of the shortest row that is compiled
+
+
+class Item(NamedTuple):
+  """A question: continuation i stands after context i, and number `answer` is the right one. `id` is a hash of all but the group."""
+
+  id: str
+  group: str
+  contexts: tuple[str, ...]
+  continuations: tuple[str, ...]
+  answer: int
+  kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceSet:
+  """A task's items, and the tokenizer of the models that answer them."""
+
+  items: list[Item]
+  tokenizer: Tokenizer
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    return digest(canonical([[item.id, item.group] for item in self.items]))
+
+  @functools.cached_property
+  def n_tokens(self) -> int:
+    """Tokens of all continuations: those that are scored."""
+    return sum(len(tokens) - 1 - first for tokens, first in _encode(self.items, self.tokenizer))
+
+
+def read(source: str) -> list[Item]:
+  """The items of JSON lines (a path, a glob or several; also .gz, .xz, .zst), each distinct one once, in their order.
+
+  Raises UserError, with file and line, for a record that is none of the four kinds.
+  """
+  items: dict[str, Item] = {}
+  for where, record in records(source):
+    item = _item(record, where)
+    items.setdefault(item.id, item)
+  if not items:
+    raise UserError(f'{source}: there is no item in it')
+  return list(items.values())
+
+
+def read_all(tasks: Mapping[str, str], max_items: int = 0) -> dict[str, list[Item]]:
+  """The items of eval.tasks by name; of each task at most `max_items` (0: all): the first by their hash, so the same in any order of lines."""
+  found = {}
+  for name, source in tasks.items():
+    try:
+      items = read(source)
+    except UserError as e:
+      raise UserError(f'eval.tasks.{name}: {e}') from e
+    found[name] = sorted(items, key=lambda item: item.id)[:max_items] if max_items else items
+  return found
+
+
+def score(
+  model: Scored,
+  items: Sequence[Item],
+  tokenizer: Tokenizer,
+  window: int,
+  batch_size: int,
+  mesh: Mesh,
+  progress: Progress | None = None,
+) -> pd.DataFrame:
+  """One row an item, in their order.
+
+  Args:
+    window: the most tokens that the model sees at once.
+    batch_size: rows of `window` tokens on all devices together; of shorter rows there are more.
+
+  Returns:
+    Columns: doc (the item's id), group, answer, n_choices; logprob (nats), bytes and tokens of each continuation, as lists over the choices
+    (where items differ in their number, the shorter lists end in -inf, 0 and 0); predicted (the greatest logprob), predicted_norm (of
+    logprob / bytes), correct and correct_norm (0 or 1); margin (nats: the answer's logprob less the best other's), chance (1 / n_choices).
+    The kind last_word has one choice, which is predicted where each of its tokens is the model's first (else -1), no margin (nan) and chance 0.
+
+  Raises:
+    UserError: a continuation has no tokens of its own.
+  """
+  requests = list(_encode(items, tokenizer))
+  rows = [row for i, request in enumerate(requests) for row in _rows(i, *request, window)]
+  logprob_Q, tokens_Q, missed_Q = (np.zeros(len(requests)) for _ in range(3))
+  for batch in _batches(rows, window, batch_size, mesh.shape['replica'] * mesh.shape['fsdp']):
+    values = jax.device_get(_token_values(model.model, model.params, place(batch, mesh)))
+    real = batch.labels_RxL >= 0
+    request = np.broadcast_to(batch.doc_R[:, None], real.shape)[real]
+    np.add.at(logprob_Q, request, -values['ce'][real].astype(np.float64))
+    np.add.at(tokens_Q, request, 1)
+    np.add.at(missed_Q, request, 1 - values['correct'][real])
+    if progress:
+      progress.update(int(real.sum()))
+  return _table(items, logprob_Q, tokens_Q.astype(int), missed_Q == 0)
+
+
+def summary(table: pd.DataFrame) -> dict[str, float]:
+  """Means over a task's items."""
+  return {
+    'accuracy': float(table['correct'].mean()),
+    'accuracy_norm': float(table['correct_norm'].mean()),
+    'chance': float(table['chance'].mean()),
+  }
+
+
+# Reading.
+
+
+def _item(record: dict[str, Any], where: str) -> Item:
+  kind = next((kind for kind, fields in FIELDS.items() if all(field in record for field in fields)), '')
+  group = ''
+  match kind:
+    case 'choices':
+      continuations = _texts(record, 'choices', where, needed=True)
+      contexts = (_text(record, 'context', where),) * len(continuations)
+    case 'partial':
+      contexts = _texts(record, 'contexts', where)
+      continuations = (_text(record, 'continuation', where, needed=True),) * len(contexts)
+    case 'pair':
+      continuations = tuple(_text(record, field, where, needed=True) for field in ('good', 'bad'))
+      contexts = ('', '')
+      group = next((_text(record, field, where) for field in ('paradigm', 'field') if field in record), '')
+    case 'last_word':
+      context, _, word = _text(record, 'text', where).rstrip().rpartition(' ')
+      if not context.strip():
+        raise UserError(f"{where}: field 'text' has no last word after a context; give at least two words")
+      contexts, continuations = (context,), (f' {word}',)
+    case _:
+      kinds = ' | '.join(', '.join(fields) for fields in FIELDS.values())
+      raise UserError(f'{where}: it has the fields {sorted(record)}; an item has {kinds}')
+  answer = record['answer'] if 'answer' in FIELDS[kind] else 0
+  if type(answer) is not int or not 0 <= answer < len(continuations):
+    raise UserError(
+      f"{where}: field 'answer' must be the index of a choice, 0 to {len(continuations) - 1}, got {answer!r}"
+    )
+  id_ = digest(canonical([kind, contexts, continuations, answer]))
+  return Item(id_, group, contexts, continuations, answer, kind)
+
+
+def _texts(record: dict[str, Any], field: str, where: str, needed: bool = False) -> tuple[str, ...]:
+  values = record[field]
+  if not isinstance(values, list) or len(values) < 2:
+    raise UserError(f'{where}: field {field!r} must be a list of at least two texts, got {_shown(values)}')
+  return tuple(_checked(value, f'{field}[{i}]', where, needed) for i, value in enumerate(values))
+
+
+def _text(record: dict[str, Any], field: str, where: str, needed: bool = False) -> str:
+  return _checked(record[field], field, where, needed)
+
+
+def _checked(value: Any, field: str, where: str, needed: bool) -> str:
+  if not isinstance(value, str):
+    raise UserError(f'{where}: field {field!r} must be text, got {_shown(value)}')
+  if needed and not value.strip():
+    raise UserError(f'{where}: field {field!r} is empty; mend or delete that line')
+  return without_surrogates(value, where)
+
+
+def _shown(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 60 else f'{text[:57]}...'
+
+
+# Tokens.
+
+
+def _encode(items: Sequence[Item], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
+  """(tokens [n + 1], first) of each continuation in turn: the separator, the context and it; prediction `first` is of its first token."""
+  pairs = [_split(*pair) for item in items for pair in zip(item.contexts, item.continuations, strict=True)]
+  texts = list(dict.fromkeys(text for context, continuation in pairs for text in (context, context + continuation)))
+  ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+  for context, continuation in pairs:
+    before, whole = ids[context], ids[context + continuation]
+    # No longer than the context alone: the tokenizer merged across the seam. What differs is the continuation's.
+    first = len(before) if len(before) < len(whole) else _common(before, whole)
+    if first == len(whole):
+      raise UserError(
+        f'the tokenizer makes no token of {_shown(continuation)} after {_shown(context[-40:])}; mend that item'
+      )
+    yield np.concatenate([[tokenizer.separator_id], whole]).astype(np.int32), first
+
+
+def _split(context: str, continuation: str) -> tuple[str, str]:
+  kept = context.rstrip()
+  return kept, context[len(kept) :] + continuation
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+  n = min(len(a), len(b))
+  return int(np.append(a[:n] == b[:n], False).argmin())
+
+
+class _Row(NamedTuple):
+  """A window of L tokens, not padded; labels are -1 where nothing is to be scored."""
+
+  request: int
+  tokens_L: np.ndarray
+  labels_L: np.ndarray
+
+
+def _rows(request: int, tokens: np.ndarray, first: int, window: int) -> Iterator[_Row]:
+  n, half = len(tokens) - 1, window // 2
+  skipped = max(0, n - window if n - first <= window else first - half)
+  for start, scored, end in windows.spans(n - skipped, window, max(1, half)):
+    at = slice(skipped + start, skipped + end)
+    labels = tokens[1:][at].copy()
+    labels[: max(first - at.start, scored - start)] = -1
+    yield _Row(request, tokens[:-1][at], labels)
+
+
+def _batches(rows: Sequence[_Row], window: int, batch_size: int, multiple: int) -> Iterator[windows.Rows]:
+  """Rows of like length together, padded to one of a few lengths and filled up to one number of rows for each: few shapes to compile."""
+  lengths = [SHORTEST << k for k in range(window.bit_length()) if SHORTEST << k < window] + [window]
+  bucket = np.searchsorted(lengths, [len(row.tokens_L) for row in rows])
+  for i, length in enumerate(lengths):
+    held = [rows[j] for j in np.flatnonzero(bucket == i).tolist()]
+    if not held:
+      continue
+    size = min(batch_size * window // length, 1 << (len(held) - 1).bit_length())  # a small set does not fill a batch
+    size = -(-size // multiple) * multiple
+    for at in range(0, len(held), size):
+      yield _padded(held[at : at + size], size, length)
+
+
+def _padded(rows: Sequence[_Row], size: int, length: int) -> windows.Rows:
+  out = windows.Rows(
+    np.zeros((size, length), np.int32), np.full((size, length), -1, np.int32), np.zeros(size, np.int32)
+  )
+  for i, row in enumerate(rows):
+    out.tokens_RxL[i, : len(row.tokens_L)] = row.tokens_L
+    out.labels_RxL[i, : len(row.labels_L)] = row.labels_L
+    out.doc_R[i] = row.request
+  return out
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _token_values(model, params, batch):
+  """Per-token arrays [R, L], the same on every process."""
+  tokens_RxL, labels_RxL = batch['tokens'][0], batch['labels'][0]
+  values = token_losses(
+    model.hidden(params, tokens_RxL), model.head(params), labels_RxL, vocab_size=model.config.vocab_size
+  )
+  values = {name: values[name] for name in ('ce', 'correct')}
+  if sharding.mesh_in_use() is not None:
+    values = jax.lax.with_sharding_constraint(values, P())
+  return values
+
+
+# The table.
+
+
+def _table(items: Sequence[Item], logprob_Q, tokens_Q, greedy_Q) -> pd.DataFrame:
+  n_N = np.asarray([len(item.continuations) for item in items])
+  is_NxC = np.arange(n_N.max()) < n_N[:, None]
+
+  def by_item(values_Q, missing):
+    out_NxC = np.full(is_NxC.shape, missing, np.asarray(values_Q).dtype)
+    out_NxC[is_NxC] = values_Q  # requests are in the order of items and of their choices
+    return out_NxC
+
+  bytes_Q = np.asarray([len(text.encode()) for item in items for text in item.continuations])
+  logprob_NxC = by_item(logprob_Q, -np.inf)
+  answer_N, at = np.asarray([item.answer for item in items]), np.arange(len(items))
+  others_NxC = logprob_NxC.copy()
+  others_NxC[at, answer_N] = -np.inf
+  last_word_N = np.asarray([item.kind == 'last_word' for item in items])
+  greedy_N = np.where(by_item(greedy_Q, False)[:, 0], 0, -1)
+  predicted_N = np.where(last_word_N, greedy_N, logprob_NxC.argmax(1))
+  predicted_norm_N = np.where(last_word_N, greedy_N, by_item(logprob_Q / bytes_Q, -np.inf).argmax(1))
+  return pd.DataFrame({
+    'doc': [item.id.encode() for item in items],
+    'group': [item.group for item in items],
+    'answer': answer_N,
+    'n_choices': n_N,
+    'logprob': list(logprob_NxC),
+    'bytes': list(by_item(bytes_Q, 0)),
+    'tokens': list(by_item(tokens_Q, 0)),
+    'predicted': predicted_N,
+    'predicted_norm': predicted_norm_N,
+    'correct': (predicted_N == answer_N).astype(float),
+    'correct_norm': (predicted_norm_N == answer_N).astype(float),
+    'margin': np.where(last_word_N, np.nan, logprob_NxC[at, answer_N] - others_NxC.max(1)),
+    'chance': np.where(last_word_N, 0.0, 1 / n_N),
+  })  # fmt: skip
