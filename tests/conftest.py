@@ -18,3 +18,15 @@ def main_job(tmp_path_factory) -> pathlib.Path:
   home = tmp_path_factory.mktemp('main_job')
   train.run(tiny.config(home), progress=False)
   return home
+
+
+@pytest.fixture(scope='session')
+def tiny_grid(tmp_path_factory):
+  """(home, config, folder) of a finished tiny grid. To be copied, not changed."""
+  from kdjax import grid as command
+  from tests import tiny
+
+  home = tmp_path_factory.mktemp('tiny_grid')
+  grid = tiny.grid(home)
+  command.run(grid, home / 'finished', progress=False)
+  return home, grid, home / 'finished'

@@ -179,7 +179,7 @@ def start(
 ) -> subprocess.Popen:
   """`python -m kdjax.train` in a process group of its own; stdout and stderr in files beside the workdir."""
   command = [sys.executable, '-m', module, f'--workdir={workdir}', *arguments]
-  if module == 'kdjax.train':
+  if module in ('kdjax.train', 'kdjax.grid'):
     command.insert(3, f'--config={config}')
   workdir.parent.mkdir(parents=True, exist_ok=True)
   name = f'{workdir.name}-{len(list(workdir.parent.glob(f"{workdir.name}-*.err")))}'

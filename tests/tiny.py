@@ -142,3 +142,18 @@ def grid(folder: pathlib.Path, **fields: Any) -> GridConfig:
     'last': 1,
   }
   return dataclasses.replace(GridConfig(name='tiny-grid'), **small | fields)
+
+
+def write_grid_config(folder: pathlib.Path) -> pathlib.Path:
+  """The same grid for a process of its own."""
+  path = folder / 'tiny_grid_config.py'
+  lines = [
+    'import pathlib',
+    'from kdjax import config as config_lib',
+    'from tests import tiny',
+    '',
+    '',
+    'def get_config(arg=None):',
+  ]
+  path.write_text('\n'.join([*lines, f'  return config_lib.default(tiny.grid(pathlib.Path({str(folder)!r})))', '']))
+  return path

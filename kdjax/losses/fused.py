@@ -234,6 +234,8 @@ def _loss_scan(static: _Static, models, operands, *, with_gradients: bool):
   def body(carry, chunk):
     sums, dws = carry
     labels_C, weights_C, hidden, tokenwise = chunk
+    # A token of weight 0 may be anything, NaN too: a gradient of 0 times that must not reach the head.
+    hidden = [jnp.where(weights_C[:, None] != 0, x_CxD, 0) for x_CxD in hidden]
     teachers = [
       teacher_rows(target.chunk_logits(part, target.shared), static.loss, vocab, static.diagnostics)
       for target, part in zip(targets, tokenwise, strict=True)

@@ -13,25 +13,21 @@ from kdjax.evals import job as evaluation
 from kdjax.evals import results
 from kdjax.grids import cells, runner
 from kdjax.run import RunFolder, read_json
-from tests import tiny
 
 
 @pytest.fixture(scope='module')
-def home(tmp_path_factory) -> pathlib.Path:
-  return tmp_path_factory.mktemp('grid')
+def home(tiny_grid) -> pathlib.Path:
+  return tiny_grid[0]
 
 
 @pytest.fixture(scope='module')
-def grid(home):
-  return tiny.grid(home)
+def grid(tiny_grid):
+  return tiny_grid[1]
 
 
 @pytest.fixture(scope='module')
-def folder(grid, home) -> pathlib.Path:
-  """A finished grid. To be copied, not changed."""
-  folder = home / 'finished'
-  command.run(grid, folder, progress=False)
-  return folder
+def folder(tiny_grid) -> pathlib.Path:
+  return tiny_grid[2]
 
 
 def written(folder: pathlib.Path) -> dict[str, int]:

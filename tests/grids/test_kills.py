@@ -1,0 +1,74 @@
+"""Real processes: runners that are killed, and several on one grid."""
+
+import json
+import random
+import shutil
+import time
+
+import pandas as pd
+import pytest
+
+from kdjax import report
+from kdjax.analysis import effects
+from kdjax.grids import runner
+from tests import runs, tiny
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def fresh(tiny_grid, tmp_path):
+  """(config file, folder to be) of the same grid, on the same token stores, with no run done."""
+  home, _, _ = tiny_grid
+  shutil.copytree(home / 'runs' / 'stores', tmp_path / 'runs' / 'stores')
+  for name in ('home', 'far', 'further'):
+    shutil.copy2(home / f'{name}.jsonl', tmp_path)
+  return tiny.write_grid_config(tmp_path), tmp_path / 'grid'
+
+
+def tables(folder) -> pd.DataFrame:
+  built = effects.build(report.load(folder), folder)
+  return pd.concat([built.effects, built.contrasts])
+
+
+def go(config, folder, *arguments):
+  return runs.start(config, folder, *arguments, module='kdjax.grid')
+
+
+def test_killed_at_any_point_it_ends_with_the_same_tables(tiny_grid, fresh):
+  _, _, finished = tiny_grid
+  config, folder = fresh
+  moments = random.Random(1)
+  for _ in range(6):
+    process = go(config, folder, 'run')
+    wait_until = time.monotonic() + moments.uniform(6, 25)
+    while time.monotonic() < wait_until and process.poll() is None:
+      time.sleep(0.1)
+    runs.kill(process)
+  assert runs.finish(go(config, folder, 'run'), timeout=600) == [0]
+  pd.testing.assert_frame_equal(tables(folder), tables(finished), check_exact=True)
+
+
+def test_two_runners_do_each_job_once(tiny_grid, fresh):
+  _, grid, finished = tiny_grid
+  config, folder = fresh
+  assert runs.finish(go(config, folder, 'run'), go(config, folder, 'run'), timeout=900) == [0, 0]
+  for cell in (folder / 'cells').iterdir():
+    assert len(json.loads((cell / 'run.json').read_text())['commands']) == 1, cell.name
+  starts = [json.loads(path.read_text())['token'] for path in (folder / 'jobs').glob('*/owner-*.json')]
+  assert len(set(starts)) == len(runner.jobs_of(grid, folder))
+  pd.testing.assert_frame_equal(tables(folder), tables(finished), check_exact=True)
+
+
+def test_a_dead_runners_job_is_taken_over(tiny_grid, fresh):
+  _, grid, _ = tiny_grid
+  config, folder = fresh
+  process = go(config, folder, 'run')
+  running = lambda: [
+    job for job in runner.jobs_of(grid, folder) if job.cells and runner.state(folder, job, 60) == 'running'
+  ]
+  runs.wait_for(running, process)
+  (job,) = running()
+  runs.kill(process)
+  assert runs.finish(go(config, folder, 'run'), timeout=600) == [0]
+  assert runner.state(folder, job, 60) == 'done'
