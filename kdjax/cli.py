@@ -73,7 +73,7 @@ def split_args(argv: Sequence[str]) -> tuple[str | None, dict[str, str], list[st
 def parse(
   parser: argparse.ArgumentParser,
   argv: Sequence[str],
-  load: Callable[[str, Mapping[str, str]], T] = load_config,  # type: ignore[assignment]
+  load: Callable[[str, Mapping[str, str]], T],
 ) -> tuple[T, argparse.Namespace]:
   """The config and the command's own options."""
   spec, overrides, rest = split_args(argv)

@@ -73,9 +73,13 @@ def watch(workdir: pathlib.Path, mesh: Mesh) -> None:
   start = time.time()
   while True:
     # Both are asked before the scoring, which may take long: what the run does meanwhile is seen the next time.
-    over = all(_status(run, 'state') in ('done', 'failed') for run in job.runs)
     beats = [_status(run, 'heartbeat') or 0.0 for run in job.runs]
-    silent = time.time() - max(start, *beats) > job.config.heartbeat_timeout
+    over, silent = distributed.from_first_process(
+      [
+        all(_status(run, 'state') in ('done', 'failed') for run in job.runs),
+        time.time() - max(start, *beats) > job.config.heartbeat_timeout,
+      ]
+    )
     for run in job.runs:
       for at in _steps(run):
         if (run.path, at) not in seen:
@@ -102,7 +106,7 @@ def _score(job: Job, run: RunFolder, at: int, corpus: Corpus, mesh: Mesh) -> Non
 
 
 def _steps(run: RunFolder) -> list[int]:
-  if not run.checkpoints.is_dir():
+  if not any(distributed.from_first_process([run.checkpoints.is_dir()])):
     return []
   saves = Checkpoints(run.checkpoints, read_only=True)
   try:

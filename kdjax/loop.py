@@ -6,6 +6,7 @@ Where a run may start: its newest checkpoint that verifies, else from scratch.
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import signal
 import threading
@@ -19,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import sharding
+from kdjax import distributed, sharding
 from kdjax.checkpoint import Checkpoints, Restored, params_fingerprint
 from kdjax.data.batches import BatchStream, Windows, local_rows, to_global
 from kdjax.errors import TrainingError
@@ -29,6 +30,7 @@ from kdjax.run import Heartbeat, RunFolder, claim_all
 from kdjax.step import Recipe, Teacher, TrainState, init_state, make_step, state_shardings
 
 log = logging.getLogger('kdjax')
+_ASKED = itertools.count(1)  # how often this process has asked for a preemption notice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +83,12 @@ def fit(cohort: Cohort, mesh: Mesh) -> None:
     UserError: a folder of another config or owned by a live trainer, damaged checkpoints.
     Preempted: stopped by a signal, saved.
   """
-  folders = [m.folder for m in cohort.members]
   for member in cohort.members:
     member.folder.check_config(member.config)
-  if all(folder.is_done() and (folder.checkpoints / str(cohort.total_steps)).is_dir() for folder in folders):
+    member.folder.check_fingerprints(cohort.fingerprints)
+  cohort = _unfinished(cohort)
+  folders = [m.folder for m in cohort.members]
+  if not folders:
     return
   claim_all(folders, cohort.heartbeat_timeout)
   heart = Heartbeat(folders, cohort.total_steps)
@@ -99,6 +103,15 @@ def fit(cohort: Cohort, mesh: Mesh) -> None:
       raise Preempted(
         f'{cohort.title}: stopped at step {stopped} of {cohort.total_steps}, saved; the same command goes on from there'
       )
+
+
+def _unfinished(cohort: Cohort) -> Cohort:
+  """The cohort without the members that are done: they are never trained again because another one is missing."""
+  done = [m.folder.is_done() and (m.folder.checkpoints / str(cohort.total_steps)).is_dir() for m in cohort.members]
+  done = distributed.from_first_process(done)
+  left = [(m, target) for m, target, over in zip(cohort.members, cohort.recipe.targets, done, strict=True) if not over]
+  targets = tuple(target for _, target in left)
+  return dataclasses.replace(cohort, members=tuple(m for m, _ in left), recipe=cohort.recipe._replace(targets=targets))
 
 
 def calls(start: int, total: int, size: int, *every: int, at: Sequence[int] = ()) -> list[tuple[int, int]]:
@@ -215,7 +228,7 @@ def _validation(cohort: Cohort, mesh: Mesh) -> Callable[[Any], jax.Array]:
       hidden = recipe.student.hidden(params, batch['tokens'], batch['segment_ids'] if recipe.mask_documents else None)
       weights = (batch['labels'] >= 0).astype(jnp.float32)
       vocab_size = recipe.student.config.vocab_size
-      ce, _ = fused_loss(
+      _, sums = fused_loss(
         hidden,
         recipe.student.head(params),
         batch['labels'],
@@ -224,7 +237,7 @@ def _validation(cohort: Cohort, mesh: Mesh) -> Callable[[Any], jax.Array]:
         vocab_size=vocab_size,
         diagnostics=False,
       )
-      return (total[0] + ce, total[1] + weights.sum()), None
+      return (total[0] + sums['ce'], total[1] + weights.sum()), None  # not the loss, which may hold a z-loss
 
     (ce, count), _ = jax.lax.scan(body, (jnp.zeros(()), jnp.zeros(())), batches)
     return ce / count
@@ -303,9 +316,9 @@ def _stop_signal() -> Iterator[Callable[[int, int], bool]]:
   ours would switch off.
   """
   if jax.process_count() > 1:
-    # The processes agree on the step after the greatest that any of them has asked about: so each step is asked about.
-    reached = multihost_utils.reached_preemption_sync_point
-    yield lambda first, n: any(reached(step + 1) for step in range(first, first + n))
+    # The processes agree on the number after the greatest that any of them has asked about, and a number that is never asked about is
+    # missed: so the count goes on through all the runs of a process, whatever their steps.
+    yield lambda first, n: multihost_utils.reached_preemption_sync_point(next(_ASKED))
     return
   asked = threading.Event()
   if threading.current_thread() is not threading.main_thread():

@@ -86,15 +86,21 @@ class RunFolder:
     known = self.identity()
     if known is None:
       known = {'config': config, 'fingerprints': fingerprints, **(notes or {}), 'commands': []}
-    for name, value in fingerprints.items():
-      if known['fingerprints'].setdefault(name, value) != value:
-        raise UserError(
-          f'{self.path}: the {name} is not the one the run began with ({known["fingerprints"].get(name)}, now {value}); '
-          'restore the old data and versions, or use another --workdir'
-        )
+    self.check_fingerprints(fingerprints)
+    known['fingerprints'] = fingerprints | known['fingerprints']
     if self.writes:
       known['commands'].append({'argv': sys.argv, 'time': time.time(), 'versions': versions(), 'git': git_commit()})
       write_json(self.path / 'run.json', known)
+
+  def check_fingerprints(self, fingerprints: dict[str, Any]) -> None:
+    """Raises UserError, naming it, where one of these is known and is not the one that the run began with."""
+    known = (self.identity() or {'fingerprints': {}})['fingerprints']
+    for name, value in fingerprints.items():
+      if known.get(name, value) != value:
+        raise UserError(
+          f'{self.path}: the {name} is not the one the run began with ({known[name]}, now {value}); '
+          'restore the old data and versions, or use another --workdir'
+        )
 
   def claim(self, timeout: float) -> None:
     """Makes this process the folder's owner.
@@ -216,8 +222,10 @@ class Heartbeat:
   def _write(self) -> None:
     with self._lock:
       for folder in self._folders:
-        if folder.writes and folder.owns():
-          with contextlib.suppress(OSError):  # a full disk must not stop the heart; the checkpoint will tell
+        with contextlib.suppress(
+          OSError
+        ):  # a full disk or a moment without it must not stop the heart; the checkpoint will tell
+          if folder.writes and folder.owns():
             write_json(folder.path / 'status.json', {**self._status, 'heartbeat': time.time()})
 
 

@@ -6,8 +6,11 @@ vocabulary sharded). All are `Auto`: the compiler places the collectives, except
 
 import math
 import re
+from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -42,7 +45,23 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     raise UserError(
       f'mesh: {asked} does not divide the {len(devices)} devices here; set --config.mesh.* so that the product is {len(devices)}'
     )
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  return Mesh(_arranged(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """The devices in the mesh's shape, neighbours in the machine as neighbours in the mesh; slices along one of the outer axes."""
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices)
+  outer = next((i for i in (0, 1) if shape[i] % slices == 0), None)
+  if outer is None:
+    raise UserError(
+      f'mesh: neither replica = {shape[0]} nor fsdp = {shape[1]} is a multiple of the {slices} slices; '
+      f'set --config.mesh.replica={slices}, so that only data parallelism crosses them'
+    )
+  across = [slices if i == outer else 1 for i in range(len(shape))]
+  within = [n // s for n, s in zip(shape, across, strict=True)]
+  return mesh_utils.create_hybrid_device_mesh(within, across, devices)
 
 
 def path_name(path) -> str:

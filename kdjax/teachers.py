@@ -18,8 +18,9 @@ from kdjax.errors import UserError
 from kdjax.models import Model, build
 from kdjax.run import RunFolder
 
-# Fields of a model that change its speed and memory but not what it computes.
-FREE = ('dtype', 'param_dtype', 'attention', 'remat', 'scan_unroll', 'max_seq_len')
+# Fields of a model that change its speed and memory but not what it computes: no run's folder keeps them.
+RUN_AS = ('attention', 'remat', 'scan_unroll', 'max_seq_len')
+FREE = ('dtype', 'param_dtype', *RUN_AS)
 
 
 def with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, name: str) -> ModelConfig:
@@ -33,8 +34,8 @@ def with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, name: str) -> Mode
   return model
 
 
-def model_of(folder: RunFolder) -> Model:
-  """The model that a run's folder holds. Raises UserError where it is no run's folder."""
+def model_of(folder: RunFolder, like: ModelConfig | None = None) -> Model:
+  """The model that a run's folder holds, run as `like` says (attention, remat, ...). Raises UserError where it is no run's folder."""
   identity = folder.identity()
   if identity is None:
     raise UserError(f'{folder.path} is no run folder: it has no run.json')
@@ -43,6 +44,8 @@ def model_of(folder: RunFolder) -> Model:
     config = ModelConfig(**values | {'rope_scaling': RopeScaling(**values['rope_scaling'])})
   except (KeyError, TypeError) as e:
     raise UserError(f'{folder.path}: its run.json describes no model of this version of kdjax ({e})') from None
+  if like:
+    config = dataclasses.replace(config, **{field: getattr(like, field) for field in RUN_AS})
   return build(config)
 
 
@@ -83,14 +86,20 @@ def check(folder: RunFolder, section: TeacherConfig, tokenizer: Tokenizer) -> No
       f"teacher.run = {folder.path} learned with another tokenizer (fingerprint {known}, the student's is {tokenizer.fingerprint}); "
       'distillation needs the same one'
     )
+  if not section.step and not folder.is_done():
+    raise UserError(
+      f'teacher.run = {folder.path} is not finished; wait for it, or name one of its checkpoints with --config.teacher.step'
+    )
 
 
-def load(folder: RunFolder, dtype: str, mesh: Mesh, step: int = 0) -> tuple[Model, Any, int, str]:
-  """(model, weights on the mesh, step, fingerprint of the weights as they were saved).
+def load(
+  folder: RunFolder, dtype: str, mesh: Mesh, step: int = 0, like: ModelConfig | None = None
+) -> tuple[Model, Any, int, str]:
+  """(model run as `like` says, weights on the mesh, step, fingerprint of the weights as they were saved).
 
   Raises UserError where there is no such checkpoint or it does not verify.
   """
-  model = model_of(folder)
+  model = model_of(folder, like)
   saves = Checkpoints(folder.checkpoints, read_only=True)
   try:
     step = final_step(folder, saves, step)

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--workdir', help="the run's folder; default: <runs>/<config>-<hash>")
     distributed.add_arguments(parser)
-    config, args = cli.parse(parser, sys.argv[1:] if argv is None else argv)
+    config, args = cli.parse(parser, sys.argv[1:] if argv is None else argv, cli.load_config)
     if config.deterministic:
       cli.set_deterministic()
     distributed.initialize(args, config.heartbeat_timeout)

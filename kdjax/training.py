@@ -115,6 +115,12 @@ def check(config: Config, corpus: Corpus, mesh: Mesh) -> None:
         f"mesh: replica x fsdp = {data_parallel} does not divide the {name}'s batch_size / microbatches = {rows}; "
         f'change --config.{name}.batch_size or --config.mesh.*'
       )
+  forward = config.teacher.forward_microbatch
+  if 'teacher' in sections and forward % data_parallel:
+    raise UserError(
+      f'mesh: replica x fsdp = {data_parallel} does not divide teacher.forward_microbatch = {forward}; '
+      'change --config.teacher.forward_microbatch or --config.mesh.*'
+    )
   if len(set(sizes.values())) > 1:
     raise UserError(
       f"the teacher's vocabulary ({sizes['teacher']} tokens) is not the student's ({sizes['student']}); "
@@ -132,7 +138,9 @@ def teacher_folder(config: Config, corpus: Corpus) -> RunFolder | None:
     teachers.check(teacher, section, corpus.tokenizer)
     return teacher
   model, identity = _teacher(config, corpus)
-  return teachers.folder_of(config.runs, model, config_lib.fingerprint(identity))
+  # By content too: where the text behind a path has changed, so has the teacher.
+  content = [corpus.tokenizer.fingerprint, corpus.train.fingerprint]
+  return teachers.folder_of(config.runs, model, config_lib.fingerprint([identity, content]))
 
 
 def train_teacher(config: Config, corpus: Corpus, folder: RunFolder | None, mesh: Mesh, progress: bool = True) -> None:
@@ -157,7 +165,7 @@ def train_students(
   teacher_model, teacher, fingerprints, name = None, Teacher(), {}, ''
   if teacher_folder and 'teacher' in targets:
     teacher_model, params, step, weights = teachers.load(
-      teacher_folder, config.teacher.dtype, mesh, teachers.step_of(config)
+      teacher_folder, config.teacher.dtype, mesh, teachers.step_of(config), config.teacher.model
     )
     name = f'{weights}@{step}'
     teacher = Teacher(params)

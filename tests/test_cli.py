@@ -1,6 +1,5 @@
 """The command line: each mistake is one line that says where it is; exit codes; no tracebacks."""
 
-import argparse
 import os
 import pathlib
 import subprocess

@@ -8,6 +8,7 @@ import signal
 import threading
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -107,6 +108,37 @@ def test_a_finished_run_does_nothing_when_started_again(text, undisturbed, tmp_p
   before = stat()
   fit(text, tmp_path / 'r')
   assert stat() == before
+
+
+def test_a_finished_member_is_not_trained_again_because_another_is_missing(text, undisturbed, tmp_path):
+  shutil.copytree(undisturbed, tmp_path / 'r')
+  finished, missing = students(tmp_path / 'r')
+  shutil.rmtree(missing)
+  stat = lambda: {p: p.stat().st_mtime_ns for p in finished.rglob('*') if p.is_file()}
+  before = stat()
+  fit(text, tmp_path / 'r')
+  assert stat() == before
+  assert RunFolder(missing).is_done()
+  alone, together = (runs.metrics(each / 'students' / missing.name) for each in (tmp_path / 'r', undisturbed))
+  np.testing.assert_allclose([r['ce'] for r in alone], [r['ce'] for r in together], rtol=1e-5)
+
+
+def test_a_finished_run_is_refused_where_its_data_has_changed(text, undisturbed, tmp_path):
+  shutil.copytree(undisturbed, tmp_path / 'r')
+  path = students(tmp_path / 'r')[0] / 'run.json'
+  identity = json.loads(path.read_text())
+  identity['fingerprints']['tokenizer'] = 'another'
+  write_json(path, identity)
+  with pytest.raises(UserError, match='the tokenizer is not the one the run began with'):
+    fit(text, tmp_path / 'r')
+
+
+def test_validation_ce_holds_no_z_loss(text, tmp_path):
+  fit(text, tmp_path / 'r', **{'loss.z_loss': 0.5, 'student.tokens': 5 * 8 * 16})
+  for student in students(tmp_path / 'r'):
+    last = runs.metrics(student)[-1]
+    assert last['loss'] > last['ce'] + 1
+    assert abs(last['validation_ce'] - last['ce']) < 1
 
 
 def test_a_run_resumed_at_any_checkpoint_is_bit_identical(text, undisturbed, tmp_path):

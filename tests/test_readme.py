@@ -43,13 +43,14 @@ def test_every_command_that_ci_does_not_run_runs_at_a_tiny_scale(tmp_path):
       continue
     words = shlex.split(command.replace('runs/mine', str(tmp_path / 'mine')))
     assert words[:2] == ['python', '-m'], f'nothing runs {command!r}'
-    if '--config' in command:
+    plans = words[2] == 'kdjax.grid'  # runs nothing: as it stands
+    if '--config' in command and not plans:
       words += [*TINY, f'--config.runs={tmp_path / "runs"}']
     done = subprocess.run(
       [sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, f'{command}\n{done.stderr[-2000:]}'
-    assert 'in-domain' in done.stdout
+    assert ('students in' if plans else 'in-domain') in done.stdout
 
 
 def test_its_python_runs():

@@ -285,3 +285,22 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     write_json(path, {'a': 2})
   assert json.loads(path.read_text()) == {'a': 1}
   assert [p.name for p in path.parent.iterdir()] == ['a.json']
+
+
+def test_a_disk_that_fails_for_a_moment_does_not_stop_the_heart(folder, monkeypatch):
+  monkeypatch.setattr(run_lib, 'BEAT', 0.02)
+  folder.claim(1)
+  owns, failures = RunFolder.owns, iter([OSError(116, 'Stale file handle')] * 3)
+
+  def flaky(self):
+    error = next(failures, None)
+    if error:
+      raise error
+    return owns(self)
+
+  with Heartbeat([folder], 10).beating() as heart:
+    monkeypatch.setattr(RunFolder, 'owns', flaky)
+    before = folder.status()['heartbeat']
+    runs.wait_for(lambda: folder.status()['heartbeat'] > before)
+    heart.finish('done')
+  assert folder.is_done()

@@ -1,4 +1,5 @@
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -63,3 +64,27 @@ def test_one_device_needs_no_constraint():
     assert sharding.mesh_in_use() is None
   with jax.set_mesh(runs.mesh(1, 2, 1)):
     assert sharding.mesh_in_use() is not None
+
+
+class _Slice:
+  """A device of one of several slices, as far as the arrangement of a mesh looks at it."""
+
+  platform, device_kind, process_index = 'cpu', 'cpu', 0
+
+  def __init__(self, index: int, slice_index: int):
+    self.id, self.slice_index = index, slice_index
+
+
+@pytest.mark.parametrize(('shape', 'axis'), [((2, 4, 1), 0), ((1, 8, 1), 1), ((4, 1, 2), 0), ((2, 2, 2), 0)])
+def test_slices_lie_along_a_data_parallel_axis(shape, axis):
+  devices = [_Slice(i, i // 4) for i in range(8)]
+  arranged = sharding._arranged(shape, devices)
+  assert arranged.shape == shape
+  assert sorted(d.id for d in arranged.flat) == list(range(8))
+  halves = np.split(arranged, 2, axis)
+  assert [{d.slice_index for d in half.flat} for half in halves] == [{0}, {1}]
+
+
+def test_a_mesh_whose_tensor_axis_would_cross_slices_is_refused():
+  with pytest.raises(UserError, match=r'is a multiple of the 2 slices; set --config\.mesh\.replica=2'):
+    sharding._arranged((1, 1, 8), [_Slice(i, i // 4) for i in range(8)])

@@ -18,7 +18,7 @@ from kdjax.errors import UserError
 from kdjax.losses import alpha_state
 from kdjax.models import build, named
 from kdjax.optimizer import adamw, learning_rate
-from kdjax.run import RunFolder
+from kdjax.run import RunFolder, write_json
 from kdjax.step import Recipe, init_state
 from tests.data.helpers import make_store
 
@@ -44,6 +44,7 @@ def run(tmp_path_factory) -> RunFolder:
     saves.save(step, init(jax.random.key(step)), {})
     saves.wait()
   saves.close()
+  write_json(folder.path / 'status.json', {'state': 'done'})
   return folder
 
 
@@ -52,6 +53,13 @@ def refused(folder, section=None, tokenizer=BYTES) -> str:
     teachers.check(RunFolder(folder), section or TeacherConfig(model=MODEL), tokenizer)
   assert '\n' not in str(e.value)
   return str(e.value)
+
+
+def test_a_teacher_still_in_training_is_refused_unless_a_checkpoint_is_named(run, tmp_path):
+  folder = copy(run, tmp_path / 'x', lambda identity: None)
+  write_json(folder / 'status.json', {'state': 'running'})
+  assert 'is not finished; wait for it' in refused(folder)
+  teachers.check(RunFolder(folder), TeacherConfig(model=MODEL, run=str(folder), step=3), BYTES)
 
 
 def load_refused(folder, step=0) -> str:
@@ -160,6 +168,14 @@ def test_the_weights_are_cast_and_sharded_and_keep_the_saved_fingerprint(run):
   for low, full, placed in zip(*map(jax.tree.leaves, (params, whole, shardings)), strict=True):
     assert low.dtype == jnp.bfloat16 and low.sharding == placed
     np.testing.assert_array_equal(low, full.astype(jnp.bfloat16))
+
+
+def test_a_model_is_run_as_its_user_says(run):
+  """Fields that change speed and reach are no part of a run: a teacher reads longer windows than it was trained on."""
+  like = dataclasses.replace(MODEL, attention='xla', remat='full', max_seq_len=16_384, scan_unroll=2, d_model=999)
+  config = teachers.load(run, 'float32', mesh(), like=like)[0].config
+  assert (config.attention, config.remat, config.max_seq_len, config.scan_unroll) == ('xla', 'full', 16_384, 2)
+  assert config.d_model == MODEL.d_model
 
 
 def test_auto_is_float32_on_cpu(run):

@@ -144,16 +144,23 @@ def grid(folder: pathlib.Path, **fields: Any) -> GridConfig:
   return dataclasses.replace(GridConfig(name='tiny-grid'), **small | fields)
 
 
-def write_grid_config(folder: pathlib.Path) -> pathlib.Path:
-  """The same grid for a process of its own."""
+def write_grid_config(folder: pathlib.Path, home: pathlib.Path) -> pathlib.Path:
+  """The grid of `home`'s texts and stores for a process of its own; teachers and compiled programs in `folder`."""
   path = folder / 'tiny_grid_config.py'
-  lines = [
-    'import pathlib',
-    'from kdjax import config as config_lib',
-    'from tests import tiny',
-    '',
-    '',
-    'def get_config(arg=None):',
-  ]
-  path.write_text('\n'.join([*lines, f'  return config_lib.default(tiny.grid(pathlib.Path({str(folder)!r})))', '']))
+  path.write_text(
+    textwrap.dedent(
+      f"""\
+      import dataclasses
+      import pathlib
+      from kdjax import config as config_lib
+      from tests import tiny
+
+
+      def get_config(arg=None):
+        home = pathlib.Path({str(home)!r})
+        grid = tiny.grid(home, base={{'data.cache': str(home / 'runs' / 'stores')}})
+        return config_lib.default(dataclasses.replace(grid, runs={str(folder / 'runs')!r}))
+      """
+    )
+  )
   return path

@@ -32,7 +32,7 @@ from kdjax.data.store import TokenStore, token_dtype, write_store
 from kdjax.data.tokenizer import Tokenizer, train_bpe
 from kdjax.errors import UserError
 
-VERSION = 1
+VERSION = 2
 SPLITS = ('train', 'validation', 'test')
 _META = 'corpus.json'
 _GROUP_BYTES = 1 << 22  # of text that is tokenised at once, on all cores
@@ -283,9 +283,11 @@ def _write_splits(folder: pathlib.Path, plan: _Plan, tokenizer: Tokenizer, progr
   texts: dict[str, str] = {}
   n_bytes: dict[str, int] = {}
   train = plan.splits.get('train', {})
+  cut: set[str] = set()
   with _bar(f'tokenising {plan.source}', progress, sum(wanted.values())) as bar:
     for group in _groups(plan, dict(wanted)):
-      group = {doc: text if doc in train else _cut(text, plan.max_document_bytes) for doc, text in group.items()}
+      whole, group = group, {doc: t if doc in train else _cut(t, plan.max_document_bytes) for doc, t in group.items()}
+      cut |= {doc for doc, text in group.items() if len(text) < len(whole[doc])}
       n_bytes |= {doc: len(text.encode()) for doc, text in group.items()}
       for doc, ids in zip(group, tokenizer.encode_batch(list(group.values())), strict=True):
         tokens[doc] = ids.astype(dtype)
@@ -295,7 +297,8 @@ def _write_splits(folder: pathlib.Path, plan: _Plan, tokenizer: Tokenizer, progr
     raise UserError(f'data source {plan.source!r} changed while it was read; run again when nothing writes to it')
   for split, docs in plan.splits.items():
     stored = ((doc, n_bytes[doc], tokens[doc]) for doc in docs)
-    write_store(folder / split, stored, tokenizer, {'source': plan.source, 'split': split, 'counts': plan.counts})
+    facts = {'source': plan.source, 'split': split, 'counts': plan.counts, 'cut': [doc for doc in docs if doc in cut]}
+    write_store(folder / split, stored, tokenizer, facts)
   return [texts[doc] for doc in plan.splits['test']]
 
 

@@ -23,9 +23,10 @@ from kdjax.evals import choices, results
 from kdjax.evals.choices import ChoiceSet
 from kdjax.evals.score import TEMPERATURES, Scored, expected_calibration_error, fit_temperature, score
 from kdjax.metrics import Progress
+from kdjax.models.decoder import compute_dtype
 from kdjax.run import RunFolder, read_json, write_json
 
-VERSION = 1  # of what a result means; part of its fingerprint
+VERSION = 2  # of what a result means; part of its fingerprint
 IN_DOMAIN = 'in-domain'
 VALIDATION = 'validation'  # the in-domain validation split as a set of its own: scored only where it is named
 
@@ -97,8 +98,10 @@ def score_missing(
     sets: names of text sets and of downstream tasks; None: all but VALIDATION.
 
   Raises:
-    UserError: a name that is none, a task's file that cannot be read.
+    UserError: a name that is none, a task's file that cannot be read, a run that learned with another tokenizer.
   """
+  for run, _ in checkpoints:
+    run.check_fingerprints({'tokenizer': corpus.tokenizer.fingerprint})
   wanted_sets = _sets(job.config, corpus, sets)
   teacher = ''
   if job.teacher:
@@ -156,7 +159,8 @@ def _task(
   job: Job, run: RunFolder, step: int, weights: str, teacher: str, name: str, eval_set: EvalSet | ChoiceSet
 ) -> Task:
   window = job.config.eval.window or job.config.data.seq_len
-  key: dict[str, Any] = {'version': VERSION, 'window': window, 'weights': weights}
+  dtype = str(compute_dtype(teachers.model_of(run).config))
+  key: dict[str, Any] = {'version': VERSION, 'window': window, 'weights': weights, 'dtype': dtype}
   if isinstance(eval_set, ChoiceSet):
     key |= {'kind': 'task', 'items': eval_set.fingerprint, 'tokenizer': eval_set.tokenizer.fingerprint}
   else:
@@ -178,7 +182,7 @@ def _score(task: Task, models: '_Models', job: Job, mesh: Mesh, bar: Progress) -
   )
   student = models.load(task.run, task.step, 'float32')
   teacher = (
-    models.load(job.teacher, job.teacher_step, job.config.teacher.dtype)
+    models.load(job.teacher, _step(job.teacher, job.teacher_step), job.config.teacher.dtype)
     if job.teacher and task.key['teacher']
     else None
   )
@@ -228,7 +232,9 @@ class _Models:
         if self._job.teacher and key.startswith(f'{self._job.teacher.path}@')
       }
       self._loaded = kept
-      model, params, *_ = teachers.load(run, dtype, self._mesh, step)
+      arm = (run.identity() or {}).get('config', {}).get('arm')
+      like = self._job.config.teacher.model if arm == 'teacher' else self._job.config.student.model
+      model, params, *_ = teachers.load(run, dtype, self._mesh, step, like)
       self._loaded[name] = Scored(model, params)
     return self._loaded[name]
 

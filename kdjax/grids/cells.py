@@ -245,7 +245,7 @@ def _config(
   )
   data = dataclasses.replace(base.data, distinct_tokens=setting.distinct_tokens)
   loss = LossConfig(z_loss=base.loss.z_loss) if arm == 'baseline' else base.loss
-  places = {'name': grid.name, 'scale': grid.scale, 'runs': grid.runs}
+  places: dict[str, Any] = {'name': grid.name, 'scale': grid.scale, 'runs': grid.runs}
   checkpoint = dataclasses.replace(base.checkpoint, keep=max(base.checkpoint.keep, grid.last))
   return dataclasses.replace(base, **places, student=student, data=data, loss=loss, checkpoint=checkpoint)
 

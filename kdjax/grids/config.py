@@ -146,14 +146,14 @@ def problems(grid: GridConfig) -> Iterator[str]:
     yield f'seed, validated_seed, pilot.seed: a validated alpha needs fresh seeds, and the pilot one of its own; got {_list(seeds)}'
   if not grid.pilot.skip and not grid.validated_seed:
     yield 'validated_seed: the alpha that the pilot chooses needs at least one seed; or set pilot.skip=true'
-  for name, known, values in (
+  for name, known, chosen in (
     ('budget', BUDGETS, (grid.budget,)),
     ('teacher_data', TEACHER_DATA, grid.teacher_data),
     ('mixing', checks.MIXINGS, grid.mixing),
     ('controls.flop_matched', SCENARIOS, grid.controls.flop_matched),
     ('contrasts', CONTRASTS, grid.contrasts),
   ):
-    for value in values:
+    for value in chosen:
       if value not in known:
         yield f'{name}: unknown value {value!r}; known: {", ".join(known)}'
   tuned = grid.controls.tuned

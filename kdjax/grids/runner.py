@@ -4,6 +4,7 @@
     <grid>/pilot.json       what the pilot chose, with its whole curve, time stamp and hash; main cells start after it, and it never changes
     <grid>/jobs/<id>/       a unit of work: its owner, its state, its error; job.json names the result files
     <grid>/cells/<id>/      one student's run folder (kdjax/run.py)
+    <grid>/teachers/        the teachers' results; they themselves live in <runs>/teachers, shared by all grids
 
 Any number of runners may work on one grid. A job is claimed as a run folder is; a dead runner's job is taken over where it stands.
 """
@@ -15,6 +16,7 @@ import logging
 import math
 import os
 import pathlib
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -208,8 +210,18 @@ class Runner:
     at = [(run, step) for step in steps]
     scores: dict[str, dict[str, str]] = {}
     for task in evaluation.score_missing(found, at, self.corpus, self.mesh, self.progress, sets=sets):
-      scores.setdefault(str(task.step), {})[task.name] = os.path.relpath(task.file, self.folder)
+      file = task.file if task.file.is_relative_to(self.folder) else self._copy(task.file)
+      scores.setdefault(str(task.step), {})[task.name] = os.path.relpath(file, self.folder)
     return scores
+
+  def _copy(self, file: pathlib.Path) -> pathlib.Path:
+    """A teacher's results, which live in its own folder: copied, so that the grid's folder is all that a report needs."""
+    copy = self.folder / 'teachers' / file.parent.parent.name / file.name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+      shutil.copyfile(file, copy.with_suffix('.tmp'))
+      os.replace(copy.with_suffix('.tmp'), copy)
+    return copy
 
   def _newest(self, run: RunFolder, n: int) -> list[int]:
     saves = Checkpoints(run.checkpoints, read_only=True)

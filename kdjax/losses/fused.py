@@ -126,16 +126,20 @@ def fused_losses(
 
 
 def chunk_tokens(loss: LossConfig, n_tokens: int, columns: int, students: int = 1) -> int:
-  """Tokens a chunk: as many as the memory budget allows, in multiples of 128.
+  """Tokens a chunk: as many as the memory budget allows, the chunks of about one size.
 
-  A chunk of C tokens over V columns with K students holds about 3 + 4 K arrays of C x V float32 at its peak (memory_analysis on CPU).
-  The budget is 256 MB on CPU, where the chunk should stay near the caches, and 4 GB on accelerators, whose matrix units want long chunks.
+  A chunk of C tokens over V columns holds arrays of C x V float32. On CPU, where rows go through the cache in blocks, these are the models'
+  logits and the gradients, 1 + 2 K with K students; elsewhere about 3 + 4 K at the peak. The budget is 256 MB on CPU and 4 GB on
+  accelerators, whose matrix units want long chunks.
   """
   if loss.chunk_tokens:
     return min(loss.chunk_tokens, n_tokens)
-  megabytes = loss.chunk_megabytes or (256 if jax.default_backend() == 'cpu' else 4096)
-  fits = megabytes * 2**20 // (4 * columns * (3 + 4 * students))
-  return max(1, min(n_tokens, max(128, fits // 128 * 128)))
+  cpu = jax.default_backend() == 'cpu'
+  megabytes, arrays, multiple = (256, 1 + 2 * students, 16) if cpu else (4096, 3 + 4 * students, 128)
+  fits = (loss.chunk_megabytes or megabytes) * 2**20 // (4 * columns * arrays)
+  n_chunks = -(-n_tokens // max(fits, multiple))
+  even = -(-n_tokens // n_chunks)
+  return min(n_tokens, -(-even // multiple) * multiple)
 
 
 def token_losses(
@@ -164,7 +168,10 @@ def token_losses(
   fitted = None if targets is None else _fit_vocabulary(targets, vocab_size, width)
   mesh = sharding.mesh_in_use()
   n_tokens = labels_BxT.size // (1 if mesh is None else mesh.shape['replica'] * mesh.shape['fsdp'])
-  chunk = chunk or chunk_tokens(loss, n_tokens, width // (1 if mesh is None else mesh.shape['tensor']))
+  columns = width // (1 if mesh is None else mesh.shape['tensor'])
+  chunk = chunk or chunk_tokens(
+    loss, n_tokens, columns, students=3
+  )  # its rows do not go in blocks: about as many arrays
   static = _Static(loss, vocab_size, chunk, (None if fitted is None else 0,), True, mesh)
   temperatures_K = jnp.ones((0,)) if temperatures_K is None else jnp.asarray(temperatures_K, jnp.float32)
   return _on_mesh(_token_scan, static, ((hidden_BxTxD, head_DxV),), (labels_BxT, temperatures_K, fitted), _token_specs)
@@ -199,6 +206,9 @@ def _on_mesh(scan, static: _Static, models, operands, specs):
     functools.partial(scan, static), mesh=static.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
   )(models, operands)
 
+
+CACHE_BYTES = 1 << 20  # of one array of logits, of the handful that a row's sums and gradients are made of
+SMALLEST_BLOCK = 2  # rows; below it the loop costs more than the cache gains
 
 ROWS, HEAD = P(sharding.BATCH_AXES), P('fsdp', 'tensor')
 
@@ -236,23 +246,16 @@ def _loss_scan(static: _Static, models, operands, *, with_gradients: bool):
     labels_C, weights_C, hidden, tokenwise = chunk
     # A token of weight 0 may be anything, NaN too: a gradient of 0 times that must not reach the head.
     hidden = [jnp.where(weights_C[:, None] != 0, x_CxD, 0) for x_CxD in hidden]
-    teachers = [
-      teacher_rows(target.chunk_logits(part, target.shared), static.loss, vocab, static.diagnostics)
-      for target, part in zip(targets, tokenwise, strict=True)
+    t_CxV = [target.chunk_logits(part, target.shared) for target, part in zip(targets, tokenwise, strict=True)]
+    s_CxV = [jnp.dot(x_CxD, w, preferred_element_type=jnp.float32) for x_CxD, w in zip(hidden, heads, strict=True)]
+    rows = functools.partial(_rows, static, vocab, alphas, [x.dtype for x in hidden] if with_gradients else None)
+    new_sums, dz_CxV = _in_blocks(rows, labels_C, weights_C, s_CxV, t_CxV)
+    sums = new_sums if sums is None else jax.tree.map(jnp.add, sums, new_sums)
+    dxs = [jnp.dot(dz, w.T, preferred_element_type=jnp.float32) for dz, w in zip(dz_CxV, heads, strict=False)]
+    products = [
+      jnp.dot(x_CxD.T, dz, preferred_element_type=jnp.float32) for x_CxD, dz in zip(hidden, dz_CxV, strict=False)
     ]
-    new_sums, new_dws, dxs = [], [], []
-    for k, x_CxD in enumerate(hidden):
-      s_CxV = jnp.dot(x_CxD, heads[k], preferred_element_type=jnp.float32)
-      target = static.target[k]
-      teacher = None if target is None else teachers[target]
-      terms, dz = mixed_rows(s_CxV, labels_C, alphas[k], teacher, static.loss, vocab, diagnostics=static.diagnostics)
-      terms = {name: jnp.sum(jnp.where(weights_C != 0, term, 0) * weights_C) for name, term in terms.items()}
-      new_sums.append(terms if sums is None else jax.tree.map(jnp.add, sums[k], terms))
-      if with_gradients:
-        dz_CxV = (weights_C[:, None] * jnp.where(weights_C[:, None] != 0, dz(), 0)).astype(x_CxD.dtype)
-        dxs.append(jnp.dot(dz_CxV, heads[k].T, preferred_element_type=jnp.float32))
-        new_dws.append(dws[k] + jnp.dot(x_CxD.T, dz_CxV, preferred_element_type=jnp.float32))
-    return (new_sums, new_dws), dxs
+    return (sums, jax.tree.map(jnp.add, dws, products)), dxs
 
   dws = [jnp.zeros(head.shape, jnp.float32) for head in heads] if with_gradients else []
   first = jax.tree.map(lambda x: x[0], tokens)
@@ -273,6 +276,52 @@ def _loss_scan(static: _Static, models, operands, *, with_gradients: bool):
       dw_DxV = jax.lax.psum_scatter(jax.lax.psum(dw_DxV, 'replica'), 'fsdp', scatter_dimension=0, tiled=True)
     gradients.append((dx_NxD.reshape(x_BxTxD.shape).astype(x_BxTxD.dtype), dw_DxV.astype(w_DxV.dtype)))
   return losses, tuple(gradients)
+
+
+def _rows(static: _Static, vocab: Vocab, alphas, dtypes, labels_C, weights_C, s_CxV, t_CxV):
+  """([weighted sums], [dL/ds]) of each student for some rows of logits; no gradients where `dtypes` is None."""
+  teachers = [teacher_rows(t, static.loss, vocab, static.diagnostics) for t in t_CxV]
+  sums, gradients = [], []
+  for k, s in enumerate(s_CxV):
+    target = static.target[k]
+    teacher = None if target is None else teachers[target]
+    terms, dz = mixed_rows(s, labels_C, alphas[k], teacher, static.loss, vocab, diagnostics=static.diagnostics)
+    sums.append({name: jnp.sum(jnp.where(weights_C != 0, term, 0) * weights_C) for name, term in terms.items()})
+    if dtypes is not None:
+      weighted = weights_C[:, None] * jnp.where(weights_C[:, None] != 0, dz(), 0)
+      gradients.append(weighted.astype(dtypes[k]))
+  return sums, gradients
+
+
+def _in_blocks(rows, labels_C, weights_C, s_CxV, t_CxV):
+  """`rows` over a chunk, a few rows at a time where that keeps what lies between the products in a core's cache.
+
+  On CPU each sum over the vocabulary is a pass over its operands. On accelerators the compiler fuses them, and the chunk goes whole.
+  """
+  n_rows, width = s_CxV[0].shape
+  block = _cache_rows(n_rows, width)
+  if block == n_rows:
+    return rows(labels_C, weights_C, s_CxV, t_CxV)
+  cut = lambda x: x.reshape(-1, block, *x.shape[1:])
+  shared = [t.shape[0] != n_rows for t in t_CxV]  # one row for all tokens: a unigram's
+  mapped = [None if one else cut(t) for t, one in zip(t_CxV, shared, strict=True)]
+
+  def step(part):
+    labels, weights, s, t = part
+    return rows(labels, weights, s, [whole if one else x for x, whole, one in zip(t, t_CxV, shared, strict=True)])
+
+  sums, gradients = jax.lax.map(step, (cut(labels_C), cut(weights_C), [cut(s) for s in s_CxV], mapped))
+  return jax.tree.map(lambda x: x.sum(0), sums), [dz.reshape(n_rows, width) for dz in gradients]
+
+
+def _cache_rows(n_rows: int, width: int) -> int:
+  """Rows of logits that fit the cache: a power of two that divides the chunk; all of it where there is none."""
+  if jax.default_backend() != 'cpu':
+    return n_rows
+  block = 1 << (CACHE_BYTES // (4 * width)).bit_length() - 1 if 4 * width <= CACHE_BYTES else 1
+  while n_rows % block:
+    block //= 2
+  return block if block >= SMALLEST_BLOCK else n_rows
 
 
 def _token_scan(static: _Static, models, operands):

@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdjax.data.store import TokenStore, write_store
+from kdjax.data.tokenizer import Tokenizer
 from kdjax.evals import windows
 from tests.data.helpers import make_docs, make_store
 
@@ -84,3 +86,14 @@ def test_few_row_lengths_are_compiled_and_no_scored_token_is_cut_off():
   assert len({b.tokens_RxL.shape for b in batches}) <= 3
   assert sum((b.labels_RxL >= 0).sum() for b in batches) == lengths.sum()
   assert sum(b.tokens_RxL.size for b in batches) < 0.9 * labels.size
+
+
+def test_a_cut_document_has_no_end_to_predict(tmp_path):
+  docs = make_docs([5, 20])
+  write_store(tmp_path / 'store', docs, Tokenizer(), {'cut': [docs[1][0]]})
+  store = TokenStore.open(tmp_path / 'store')
+  rows = windows.rows(store, 8, 4)
+  scored = [rows.labels_RxL[rows.doc_R == doc] for doc in (0, 1)]
+  assert [(labels >= 0).sum() for labels in scored] == [5 + 1, 20]
+  assert (scored[0] == store.separator_id).sum() == 1
+  assert (scored[1] == store.separator_id).sum() == 0

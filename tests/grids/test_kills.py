@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import time
 
 import pandas as pd
@@ -19,11 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def fresh(tiny_grid, tmp_path):
   """(config file, folder to be) of the same grid, on the same token stores, with no run done."""
-  home, _, _ = tiny_grid
-  shutil.copytree(home / 'runs' / 'stores', tmp_path / 'runs' / 'stores')
-  for name in ('home', 'far', 'further'):
-    shutil.copy2(home / f'{name}.jsonl', tmp_path)
-  return tiny.write_grid_config(tmp_path), tmp_path / 'grid'
+  return tiny.write_grid_config(tmp_path, tiny_grid[0]), tmp_path / 'grid'
 
 
 def tables(folder) -> pd.DataFrame:

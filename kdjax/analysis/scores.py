@@ -1,0 +1,150 @@
+"""A grid's results in memory: per-document sums of every scored cell, and differences between groups of cells as [seeds, documents] arrays."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kdjax.analysis.crossed import Paired
+from kdjax.analysis.table import CONTROLLED
+from kdjax.errors import UserError
+from kdjax.evals import job as jobs
+from kdjax.evals import results
+from kdjax.grids import runner
+from kdjax.grids.cells import Cell, Group
+from kdjax.grids.config import GridConfig
+from kdjax.run import RunFolder
+
+LN2 = math.log(2)
+OOD_MEAN = 'OOD mean'
+# What may differ between the runs of one comparison: what it is about. All else in run.json must be equal.
+COMPARED = {'arm', 'target', 'alpha', 'alpha_schedule', 'loss'}
+TUNED = {'tokens', 'optimizer'}  # and what a tuned or FLOP-matched baseline has of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+  """A mean over tokens, bytes or items: the sum of `column` over the sum of `per`, in `unit`."""
+
+  column: str
+  per: str  # bytes | tokens | items
+  scale: float = 1.0
+  lower_is_better: bool | None = True  # None: neither
+  task: bool = False
+
+
+MEASURES = {
+  'bits_per_byte': Measure('nll', 'bytes', 1 / LN2),
+  'bits_per_byte_fitted': Measure('nll_fitted', 'bytes', 1 / LN2),
+  'entropy': Measure('entropy', 'tokens', 1.0, None),
+  'top1': Measure('correct', 'tokens', 1.0, False),
+  'accuracy': Measure('correct', 'items', 1.0, False, True),
+  'accuracy_norm': Measure('correct_norm', 'items', 1.0, False, True),
+}
+
+
+class Scores:
+  """The result files of a grid, read once each."""
+
+  def __init__(self, grid: GridConfig, folder: pathlib.Path):
+    self.grid, self.folder = grid, folder
+    self._files = runner.read_scores(grid, folder)
+
+  def has(self, groups: Iterable[Group]) -> bool:
+    """Whether every cell of the groups, and of their baselines, has been scored."""
+    return all(cell.id in self._files for group in groups for cell in (*group.cells, *group.baseline))
+
+  def sets(self, cell: Cell) -> dict[str, str]:
+    """set -> its group: in-domain, OOD or downstream."""
+    names = runner.newest(self._files[cell.id])
+    return {name: self._kind(name) for name in names if name != jobs.VALIDATION}
+
+  def documents(self, run: str, name: str, back: int = 0) -> pd.DataFrame:
+    """Per-document sums of a cell or a teacher on a set, at its newest checkpoint or the `back`-th before."""
+    return self._read(run, name, back)[0]
+
+  def meta(self, run: str, name: str) -> dict[str, Any]:
+    return self._read(run, name, 0)[1]
+
+  def checkpoints(self, run: str) -> int:
+    return len(self._files[run])
+
+  def steps(self, run: str) -> dict[int, dict[str, pd.DataFrame]]:
+    """step -> set -> per-document sums of a run, teachers' jobs included; {} where it has not been scored."""
+    return {
+      int(step): {name: results.read(self.folder / file)[0] for name, file in sets.items()}
+      for step, sets in self._files.get(run, {}).items()
+    }
+
+  def mean(self, cells: Sequence[Sequence[Cell]], name: str, measure: Measure) -> np.ndarray:
+    """[seeds, documents]: the measure's sums, averaged over groups of cells with the same seeds."""
+    return np.mean([[self._column(cell, name, measure) for cell in each] for each in cells], axis=0)
+
+  def size(self, cell: Cell, name: str, measure: Measure) -> np.ndarray:
+    """[documents]: what the measure is a mean over."""
+    table = self.documents(cell.id, name)
+    return np.ones(len(table)) if measure.per == 'items' else table[measure.per].to_numpy(float)
+
+  def difference(
+    self, left: Sequence[Sequence[Cell]], right: Sequence[Sequence[Cell]], name: str, measure: Measure
+  ) -> Paired:
+    """left - right on one set; each side is a list of groups' cells, averaged. Paired by seed and document.
+
+    Raises UserError where the two were scored on other documents, or must not be compared.
+    """
+    first, other = left[0][0], right[0][0]
+    mine, theirs = self.documents(first.id, name), self.documents(other.id, name)
+    if not np.array_equal(mine['doc'].to_numpy(), theirs['doc'].to_numpy()):
+      raise UserError(f'set {name}: {first.id} and {other.id} were scored on other documents; run the grid again')
+    numerator = self.mean(left, name, measure) - self.mean(right, name, measure)
+    return Paired(numerator, self.size(first, name, measure))
+
+  def value(self, cells: Sequence[Sequence[Cell]], name: str, measure: Measure) -> float:
+    return float(self.mean(cells, name, measure).sum() / self.size(cells[0][0], name, measure).sum() / len(cells[0]))
+
+  def check_comparable(self, left: Cell, right: Cell, free: set[str]) -> None:
+    """Raises UserError, naming the field, where two runs differ in more than what their comparison is about.
+
+    Shown, not said: tokens, optimiser, schedule, batch order, initial weights, from what each run recorded.
+    """
+    known = [self._identity(cell.id) for cell in (left, right)]
+    for name in CONTROLLED:
+      values = [each['fingerprints'].get(name) for each in known]
+      if values[0] != values[1]:
+        raise UserError(
+          f'{left.id} and {right.id} must not be compared: their {name} fingerprints differ ({values[0]}, {values[1]})'
+        )
+    fields = known[0]['config'].keys() | known[1]['config'].keys()
+    for name in sorted(fields - COMPARED - free):
+      values = [each['config'].get(name) for each in known]
+      if values[0] != values[1]:
+        raise UserError(
+          f'{left.id} and {right.id} must not be compared: {name} is {values[0]!r} there, {values[1]!r} here'
+        )
+
+  def commits(self) -> set[str]:
+    """The code versions that the cells were trained with."""
+    ids = [path.name for path in (self.folder / 'cells').iterdir()] if (self.folder / 'cells').is_dir() else []
+    return {self._identity(run)['git'] for run in ids if run in self._files}
+
+  def _column(self, cell: Cell, name: str, measure: Measure) -> np.ndarray:
+    return measure.scale * self.documents(cell.id, name)[measure.column].to_numpy(float)
+
+  def _kind(self, name: str) -> str:
+    if name == jobs.IN_DOMAIN:
+      return 'in-domain'
+    return 'downstream' if name in self.grid.base.eval.tasks else 'OOD'
+
+  @functools.cache  # noqa: B019 - a report makes one of these
+  def _read(self, run: str, name: str, back: int) -> tuple[pd.DataFrame, dict[str, Any]]:
+    steps = sorted(self._files[run], key=int)
+    return results.read(self.folder / self._files[run][steps[-1 - back]][name])
+
+  @functools.cache  # noqa: B019
+  def _identity(self, run: str) -> dict[str, Any]:
+    return RunFolder(self.folder / 'cells' / run).identity() or {}

@@ -1,0 +1,150 @@
+"""What a grid found: tables, figures, one HTML page; and which teacher it would advise.
+
+    python -m kdjax.report --grid=runs/grid-0123456789ab
+    python -m kdjax.report --grid=runs/grid-0123456789ab --advise --student=tiny-1m --tokens=2M --budget-flops=2e13
+
+Writes <grid>/report: effects.csv and .parquet (every arm against its baseline on every set), contrasts.csv and .parquet (what the config
+declared, with Holm's correction), figures/*.png and *.svg, report.html (one file, no network).
+"""
+
+import argparse
+import logging
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+import ml_collections
+import pandas as pd
+
+from kdjax import cli
+from kdjax import config as config_lib
+from kdjax.analysis import advisor, effects, gridfigures, page
+from kdjax.analysis.effects import Tables
+from kdjax.analysis.scores import OOD_MEAN
+from kdjax.analysis.table import align
+from kdjax.errors import UserError
+from kdjax.grids import config as grid_config
+from kdjax.grids import runner
+from kdjax.grids.config import GridConfig
+from kdjax.run import read_json, versions
+
+log = logging.getLogger('kdjax')
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  with cli.user_errors():
+    parser = argparse.ArgumentParser(
+      prog='python -m kdjax.report', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--grid', required=True, help="the grid's folder")
+    parser.add_argument(
+      '--advise', action='store_true', help='name the teacher for a student; with the three options below'
+    )
+    parser.add_argument('--student', help='a named model, or its non-embedding parameters: tiny-1m, 1.7B')
+    parser.add_argument('--tokens', help="the student's training tokens: 50B")
+    parser.add_argument('--budget-flops', help='for the student and its teacher: 1e21')
+    parser.add_argument('--set', default='in-domain', choices=('in-domain', OOD_MEAN), help='what is to be gained')
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    folder = pathlib.Path(args.grid)
+    grid = load(folder)
+    tables = effects.build(grid, folder)
+    if args.advise:
+      print(advise(grid, tables, args))
+    else:
+      print(write(grid, folder, tables))
+
+
+def load(folder: pathlib.Path) -> GridConfig:
+  """The config that a grid's folder keeps. Raises UserError where it is no grid's."""
+  known = read_json(folder / 'grid.json')
+  if known is None:
+    raise UserError(f'{folder} is no grid: it has no grid.json; python -m kdjax.grid run prints the folder of a grid')
+  runs = str((folder / known['resolved']['runs']).resolve())
+  values = ml_collections.ConfigDict(known['resolved'] | {'runs': runs})
+  return config_lib.resolve_as(GridConfig, grid_config.problems, values)
+
+
+def write(grid: GridConfig, folder: pathlib.Path, tables: Tables) -> str:
+  """Writes the report; returns what the terminal shows."""
+  out = folder / 'report'
+  out.mkdir(exist_ok=True)
+  for name, table in (('effects', tables.effects), ('contrasts', tables.contrasts), ('teachers', tables.teachers)):
+    table.to_csv(out / f'{name}.csv', index=False)
+    table.to_parquet(out / f'{name}.parquet', index=False)
+  note = '; '.join(tables.warnings)
+  gridfigures.write_all(tables.effects, tables.contrasts, out / 'figures', note)
+  page.write(tables.effects, tables.contrasts, note, facts(grid, folder, tables), out / 'report.html')
+  return '\n'.join(
+    [
+      f'{grid.name} (study={grid.study}, scale={grid.scale}): {folder}',
+      *(f'warning: {warning}' for warning in tables.warnings),
+      '',
+      contrast_table(tables.contrasts),
+      '',
+      f'page: {out / "report.html"}',
+    ]
+  )
+
+
+def facts(grid: GridConfig, folder: pathlib.Path, tables: Tables) -> dict[str, object]:
+  """What the page says of the grid itself."""
+  known, pilot = read_json(folder / 'grid.json') or {}, runner.read_pilot(folder)
+  jobs = runner.jobs_of(grid, folder)
+  return {
+    'name': grid.name,
+    'study': grid.study,
+    'scale': grid.scale,
+    'data': grid.base.data.source,
+    'commit': known.get('git', ''),
+    'versions': versions(),
+    'started': time.strftime('%Y-%m-%d', time.gmtime(known.get('time', 0))),
+    'teachers': sum(not job.cells for job in jobs),
+    'students': sum(len(job.cells) for job in jobs),
+    'pilot': f'alpha chosen {time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(pilot["time"]))}, hash {pilot["hash"][:12]}'
+    if pilot
+    else 'none',
+    'warnings': tables.warnings,
+  }
+
+
+def contrast_table(contrasts: pd.DataFrame) -> str:
+  """The declared contrasts, one line each."""
+  if contrasts.empty:
+    return 'no contrasts were declared'
+  rows = [['contrast', 'set', 'estimate', '95% interval', 'p (Holm)', 'MDE', 'seeds', 'verdict']]
+  for row in ({str(k): v for k, v in record.items()} for record in contrasts.to_dict('records')):
+    place = [str(row['contrast']), str(row['set'])]
+    if row['verdict'] == 'not tested':
+      rows.append([*place, '', '', '', '', '', str(row['answer'])])
+    else:
+      numbers = (
+        '{estimate:+.4f} | [{low:+.4f}, {high:+.4f}] | {p_holm:.3g} | {mde:.4f} | {n_seeds} | {verdict}'.format_map(row)
+      )
+      rows.append([*place, *numbers.split(' | ')])
+  legend = (
+    'Bits per byte, left less right; below 0: better. Intervals are over what the column `over` of contrasts.csv names;\n'
+    'p: two-sided, Holm over all contrasts; MDE: the effect that would be found 4 times in 5.'
+  )
+  return f'{align(rows)}\n{legend}'
+
+
+def advise(grid: GridConfig, tables: Tables, args: argparse.Namespace) -> str:
+  missing = [f'--{name.replace("_", "-")}' for name in ('student', 'tokens', 'budget_flops') if not getattr(args, name)]
+  if missing:
+    raise UserError(f'--advise needs {", ".join(missing)} too, as in --student=tiny-1m --tokens=2M --budget-flops=2e13')
+  teachers = tables.teachers[tables.teachers['set'] == args.set] if len(tables.teachers) else tables.teachers
+  losses = {
+    (str(row['teacher']), int(row['tokens'])): float(row['bits_per_byte']) for row in teachers.to_dict('records')
+  }
+  surface = advisor.fit(tables.effects, set_name=args.set, teacher_losses=losses)
+  student = advisor.parse_student(args.student, vocab_size=grid.base.data.vocab_size)
+  tokens, budget = (
+    advisor.parse_count(args.tokens, '--tokens'),
+    advisor.parse_count(args.budget_flops, '--budget-flops'),
+  )
+  return advisor.format(advisor.advise(surface, student, tokens, budget, grid.base.data.seq_len))
+
+
+if __name__ == '__main__':
+  main()
