@@ -352,4 +352,4 @@ def test_a_chunk_has_the_tokens_that_the_budget_allows_and_chunks_are_even():
   assert chunk_tokens(dataclasses.replace(loss, chunk_tokens=200), 10**6, 2048) == 200
   assert chunk_tokens(dataclasses.replace(loss, chunk_tokens=200), 50, 2048) == 50
   more = dataclasses.replace(loss, chunk_megabytes=128)
-  assert chunk_tokens(more, 10**6, 2048) == 2 * chunk_tokens(loss, 10**6, 2048)
+  assert chunk_tokens(more, 10**6, 2048) == pytest.approx(2 * chunk_tokens(loss, 10**6, 2048), abs=64)

@@ -38,7 +38,9 @@ def test_a_qwen_name_is_its_total(name):
 @pytest.mark.parametrize('name', [n for n in NAMED if n.startswith('tiny')])
 def test_a_laptop_name_is_its_non_embedding_count(name):
   assert NAMED[name].tied and not NAMED[name].vocab_size
-  assert count_params(named(name, vocab_size=512)).non_embedding == pytest.approx(float(name[5:-1]) * 1e6, rel=0.12)
+  size = float(name.rpartition('-')[2].removesuffix('m')) * 1e6
+  assert NAMED[name].qk_norm == ('qwen' in name)
+  assert count_params(named(name, vocab_size=512)).non_embedding == pytest.approx(size, rel=0.12)
 
 
 def test_named_returns_a_changed_copy():
