@@ -16,12 +16,17 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import jax
 import ml_collections
 
 from kdjax import config as config_lib
 from kdjax.config import Config
 from kdjax.data.files import NO_SPACE
 from kdjax.errors import ConfigError, TrainingError, UserError
+
+NO_MEMORY = (
+  'out of memory: take a smaller model or batch_size, more microbatches, remat=full, or a mesh of more devices'
+)
 
 log = logging.getLogger('kdjax')
 T = TypeVar('T')
@@ -107,12 +112,17 @@ def user_errors() -> Iterator[None]:
   except UserError as e:
     _exit(e, 2)
   except OSError as e:
-    if e.errno not in NO_SPACE:
+    if e.errno is None:
       raise
-    where = e.filename or 'a file'
-    _exit(
-      TrainingError(f'{where} cannot be written ({e.strerror}); free some disk space and run the same command again'), 1
-    )
+    where, full = e.filename or 'a file', e.errno in NO_SPACE
+    mend = 'free some disk space and run the same command again' if full else 'mend the path or its permissions'
+    _exit(UserError(f'{where} cannot be used ({e.strerror}); {mend}'), 1 if full else 2)
+  except MemoryError:
+    _exit(UserError(NO_MEMORY), 1)
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e) and 'Out of memory' not in str(e):
+      raise
+    _exit(UserError(f'{NO_MEMORY} ({str(e).splitlines()[0][:200]})'), 1)
   except KeyboardInterrupt:
     print('\nstopped', file=sys.stderr)
     sys.exit(130)

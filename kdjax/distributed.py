@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,8 @@ def initialize(args: argparse.Namespace, heartbeat_timeout: int) -> None:
   if any(value is not None for value in named):
     if any(value is None for value in named):
       raise UserError('--coordinator, --processes and --process belong together: one of them is missing')
+    if not re.fullmatch(r'.+:\d{1,5}', args.coordinator):
+      raise UserError(f'--coordinator={args.coordinator}: must be HOST:PORT, as in 10.0.0.1:1234')
     if not 0 <= args.process < args.processes:
       raise UserError(f'--process={args.process}: must be from 0 to {args.processes - 1}')
   elif not args.distributed:

@@ -31,6 +31,7 @@ from kdjax.run import RunFolder
 log = logging.getLogger('kdjax')
 
 POLL = 5.0  # seconds between looks at a watched folder
+DELETING = 25  # looks at a checkpoint that could not be read
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.watch and args.step:
       raise UserError('--step names one checkpoint, --watch takes each new one: give one of the two')
     distributed.initialize(args, 100)
-    mesh = sharding.make_mesh(MeshConfig(args.replica, args.fsdp, args.tensor))
+    mesh = sharding.make_mesh(MeshConfig(args.replica, args.fsdp, args.tensor), flags='--replica, --fsdp, --tensor')
     with jax.set_mesh(mesh):
       if args.watch:
         watch(pathlib.Path(args.workdir), mesh)
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         corpus = distributed.first_process_first(lambda: prepare(job.config.data, job.config.eval, job.config.runs))
         evaluate(job, corpus, mesh, step=args.step)
     if jax.process_index() == 0:
-      print(table.write(pathlib.Path(args.workdir)))
+      print(table.write(pathlib.Path(args.workdir), args.step))
 
 
 def watch(workdir: pathlib.Path, mesh: Mesh) -> None:
@@ -100,7 +101,11 @@ def _score(job: Job, run: RunFolder, at: int, corpus: Corpus, mesh: Mesh) -> Non
     score_missing(job, [(run, at)], corpus, mesh, progress=False)
     log.info('scored %s at step %d', run.path, at)
   except UserError:
-    if at in _steps(run):
+    for _ in range(DELETING):  # a folder that is being deleted is listed until it is gone
+      if at not in _steps(run):
+        break
+      time.sleep(0.2)
+    else:
       raise
     log.info('passed over %s at step %d: its trainer has deleted it', run.path, at)
 

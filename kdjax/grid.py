@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(grid, folder, args.cell, args.shard)
       except loop.Preempted as e:
         log.info('%s', e)
+        sys.exit(e.code)
 
 
 def run(

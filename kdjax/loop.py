@@ -72,7 +72,9 @@ class Cohort:
 
 
 class Preempted(Exception):
-  """The run was asked to stop; it has saved and goes on with the same command."""
+  """The run was asked to stop; it has saved and goes on with the same command. `code` is for the command to exit with."""
+
+  code = 0
 
 
 def fit(cohort: Cohort, mesh: Mesh) -> None:
@@ -100,14 +102,21 @@ def fit(cohort: Cohort, mesh: Mesh) -> None:
     stopped = _train(cohort, mesh, states, shardings, start, saves, heart, asked_to_stop)
     heart.finish('preempted' if stopped is not None and stopped < cohort.total_steps else 'done')
     if stopped is not None:
-      raise Preempted(
+      preempted = Preempted(
         f'{cohort.title}: stopped at step {stopped} of {cohort.total_steps}, saved; the same command goes on from there'
       )
+      preempted.code = (
+        130 if getattr(asked_to_stop, 'number', 0) == signal.SIGINT else 0
+      )  # the shell's for an interrupt
+      raise preempted
 
 
 def _unfinished(cohort: Cohort) -> Cohort:
   """The cohort without the members that are done: they are never trained again because another one is missing."""
-  done = [m.folder.is_done() and (m.folder.checkpoints / str(cohort.total_steps)).is_dir() for m in cohort.members]
+  done = [
+    m.folder.is_done() and m.folder.identity() is not None and (m.folder.checkpoints / str(cohort.total_steps)).is_dir()
+    for m in cohort.members
+  ]
   done = distributed.from_first_process(done)
   left = [(m, target) for m, target, over in zip(cohort.members, cohort.recipe.targets, done, strict=True) if not over]
   targets = tuple(target for _, target in left)
@@ -308,6 +317,15 @@ class _Report:
         )
 
 
+class _Asked:
+  """Whether a signal has come, and which."""
+
+  number = 0
+
+  def __call__(self, first: int, n: int) -> bool:
+    return self.number != 0
+
+
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[Callable[[int, int], bool]]:
   """Says after a call (first step, number of steps) whether the run has been asked to stop, the same on all processes.
@@ -320,19 +338,19 @@ def _stop_signal() -> Iterator[Callable[[int, int], bool]]:
     # missed: so the count goes on through all the runs of a process, whatever their steps.
     yield lambda first, n: multihost_utils.reached_preemption_sync_point(next(_ASKED))
     return
-  asked = threading.Event()
+  asked = _Asked()
   if threading.current_thread() is not threading.main_thread():
     yield lambda first, n: False
     return
 
   def ask(number, frame):
-    if asked.is_set() and number == signal.SIGINT:
+    if asked.number and number == signal.SIGINT:
       raise KeyboardInterrupt
-    asked.set()
+    asked.number = number
 
   old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
   try:
-    yield lambda first, n: asked.is_set()
+    yield asked
   finally:
     for number, handler in old.items():
       signal.signal(number, handler)

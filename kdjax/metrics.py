@@ -72,13 +72,11 @@ def read_metrics(folder: pathlib.Path) -> list[dict[str, float]]:
 
 def _lines(path: pathlib.Path):
   if path.exists():
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(errors='replace').splitlines(keepends=True):
       if not line.endswith('\n'):
         return
-      try:
+      with contextlib.suppress(ValueError):  # a damaged line loses itself, not those after it
         yield line, json.loads(line)
-      except ValueError:
-        return
 
 
 class Speed:

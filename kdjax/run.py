@@ -231,13 +231,23 @@ class Heartbeat:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Atomically: readers see the old file or the new one."""
+  write_text(path, json.dumps(value, indent=1))
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Atomically too; a file that says so already is left alone, so that a finished run may be read-only."""
+  with contextlib.suppress(OSError, ValueError):
+    if path.read_text() == text:
+      return
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(value, indent=1))
+    temporary.write_text(text)
     os.replace(temporary, path)
-  except OSError:
-    temporary.unlink(missing_ok=True)
+  except OSError as e:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    e.filename = str(path)  # a full disk's error names no file
     raise
 
 

@@ -33,8 +33,8 @@ RULES = (
 )
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-  """A (replica, fsdp, tensor) mesh over all devices. Raises UserError where the shape does not fit their number."""
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None, flags: str = '--config.mesh.*') -> Mesh:
+  """A (replica, fsdp, tensor) mesh over all devices. Raises UserError where the shape does not fit their number; `flags` set it."""
   devices = jax.devices() if devices is None else devices
   shape = [config.replica, config.fsdp, config.tensor]
   known = math.prod(n for n in shape if n > 0)
@@ -43,7 +43,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   if math.prod(shape) != len(devices):
     asked = ' x '.join(f'{axis} {n}' for axis, n in zip(AXES, shape, strict=True))
     raise UserError(
-      f'mesh: {asked} does not divide the {len(devices)} devices here; set --config.mesh.* so that the product is {len(devices)}'
+      f'mesh: {asked} does not divide the {len(devices)} devices here; set {flags} so that the product is {len(devices)}'
     )
   return Mesh(_arranged(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -20,6 +20,7 @@ from kdjax import config as config_lib
 from kdjax.analysis import figures, table
 from kdjax.config import Config
 from kdjax.data.corpus import prepare
+from kdjax.errors import UserError
 from kdjax.evals import choices
 from kdjax.evals import job as jobs
 from kdjax.run import RunFolder, read_json, write_json
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       run(config, pathlib.Path(args.workdir) if args.workdir else None)
     except loop.Preempted as e:
       log.info('%s', e)
+      sys.exit(e.code)
 
 
 def run(config: Config, workdir: pathlib.Path | None = None, progress: bool = True) -> pathlib.Path:
@@ -84,6 +86,8 @@ def write_experiment(folder: pathlib.Path, config: Config, teacher: RunFolder | 
 
 def _claim_experiment(folder: pathlib.Path, config: Config) -> None:
   """Refuses, before any work, a folder that holds another experiment."""
+  if (folder / 'run.json').exists():
+    raise UserError(f'{folder} is the folder of one run, not of an experiment; use another --workdir')
   known = read_json(folder / 'experiment.json')
   if known is not None:
     RunFolder(folder).compare(known['config'], training.experiment(config))

@@ -23,6 +23,7 @@ from kdjax.data.corpus import Corpus
 from kdjax.errors import UserError
 from kdjax.losses import alpha_state
 from kdjax.models import Model, build
+from kdjax.models.attention import check_backend
 from kdjax.optimizer import adamw, learning_rate
 from kdjax.run import RunFolder, git_commit, versions
 from kdjax.step import Recipe, Teacher
@@ -107,6 +108,7 @@ def check(config: Config, corpus: Corpus, mesh: Mesh) -> None:
   sizes = {}
   for name, section in sections.items():
     model = build(teachers.with_vocabulary(section.model, corpus.tokenizer, name))
+    check_backend(section.model.attention)
     sharding.param_shardings(model.abstract(), mesh)
     sizes[name] = model.config.vocab_size
     rows = section.batch_size // section.microbatches

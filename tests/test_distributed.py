@@ -347,6 +347,8 @@ def test_a_process_that_dies_takes_the_other_with_it(home, tmp_path, victim):
     (('--coordinator=127.0.0.1:1', '--processes=2'), 'belong together'),
     (('--coordinator=127.0.0.1:1', '--processes=2', '--process=2'), 'must be from 0 to 1'),
     (('--process=0',), 'belong together'),
+    (('--coordinator=localhost', '--processes=2', '--process=1'), 'must be HOST:PORT'),
+    (('--coordinator=localhost:abc', '--processes=2', '--process=1'), 'must be HOST:PORT'),
   ],
 )
 def test_incomplete_addresses_are_refused(home, tmp_path, capsys, arguments, message):

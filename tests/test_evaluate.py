@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from kdjax import evaluate
+from kdjax.errors import UserError
 from kdjax.evals import job as jobs
 from kdjax.evals import results
 from kdjax.run import RunFolder, read_json, write_json
@@ -103,7 +104,7 @@ def test_a_named_step_is_scored_beside_the_newest(folder, capsys):
   new = files(folder).keys() - before.keys()
   assert len(new) == (MODELS - 1) * (SETS + 1)
   assert all('-step8-' in name for name in new)
-  frame = pd.read_csv(folder / 'results.csv')
+  frame = pd.read_csv(folder / 'results-step8.csv')
   assert set(frame['step']) == {8, tiny.STEPS // 2}  # the teacher that they learned from is the same
   evaluate.main([f'--workdir={folder}'])  # and back
   assert set(pd.read_csv(folder / 'results.csv')['step']) == {tiny.STEPS, tiny.STEPS // 2}
@@ -249,3 +250,50 @@ def test_watching_passes_over_a_checkpoint_that_its_trainer_deletes(folder, caps
 
 def test_a_step_and_watching_do_not_go_together(folder, capsys):
   assert '--watch' in refused([f'--workdir={folder}', '--watch', '--step=8'], capsys)
+
+
+def test_students_are_compared_at_the_newest_step_that_all_of_them_have(folder, capsys):
+  """A live run's members save one after another, and a checkpoint may be gone."""
+  shutil.rmtree(folder / 'students' / 'distilled' / 'checkpoints' / '12')
+  evaluate.main([f'--workdir={folder}'])
+  frame = pd.read_csv(folder / 'results.csv')
+  assert set(frame[frame['arm'] != 'teacher']['step']) == {8}
+  assert '1,024 tokens in 8 steps of 12' in capsys.readouterr().out
+
+
+def test_a_named_step_has_a_table_of_its_own(folder):
+  before = {name: (folder / name).read_bytes() for name in ('table.txt', 'results.csv', 'evaluation.json')}
+  evaluate.main([f'--workdir={folder}', '--step=8'])
+  assert {name: (folder / name).read_bytes() for name in before} == before
+  assert set(pd.read_csv(folder / 'results-step8.csv').query("arm != 'teacher'")['step']) == {8}
+  assert '8 steps of 12' in (folder / 'table-step8.txt').read_text()
+
+
+def test_a_mesh_that_does_not_fit_names_the_commands_own_flags(folder, capsys):
+  assert 'set --replica, --fsdp, --tensor so that' in refused([f'--workdir={folder}', '--fsdp=3'], capsys)
+
+
+@pytest.mark.parametrize('name', ['experiment.json', 'students/baseline/run.json'])
+def test_a_file_that_lost_its_content_is_told(folder, capsys, name):
+  (folder / name).write_text('{}')
+  line = refused([f'--workdir={(folder / name).parent}'], capsys)
+  assert name in line and 'is damaged' in line
+
+
+def test_a_run_that_nobody_knows_is_told(folder, capsys):
+  (folder / 'students' / 'distilled' / 'run.json').unlink()
+  assert 'run.json' in refused([f'--workdir={folder}'], capsys)
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_passed_over(folder, monkeypatch, caplog):
+  """The folder is still listed when the reader has failed on it."""
+  job, path = jobs.find(folder), folder / 'students' / 'unigram' / 'checkpoints' / '8'
+
+  def deleting(*args, **kwargs):
+    threading.Timer(0.5, shutil.rmtree, [path]).start()
+    raise UserError('half of it is gone')
+
+  monkeypatch.setattr(evaluate, 'score_missing', deleting)
+  with caplog.at_level('INFO', 'kdjax'):
+    evaluate._score(job, RunFolder(path.parent.parent), 8, None, None)
+  assert 'passed over' in caplog.text and not path.exists()

@@ -55,6 +55,16 @@ def test_a_file_cut_anywhere_can_be_read_and_gone_on_with(tmp_path, cut):
   assert [r['step'] for r in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
+def test_a_damaged_line_loses_itself_and_no_other(tmp_path):
+  write(tmp_path, 0, 5)
+  path = tmp_path / 'metrics.jsonl'
+  lines = path.read_bytes().splitlines(keepends=True)
+  path.write_bytes(b''.join([*lines[:2], b'\xff' + lines[2][1:], *lines[3:]]))
+  assert [r['step'] for r in read_metrics(tmp_path)] == [1, 2, 4, 5]
+  write(tmp_path, 5, 6)
+  assert [r['step'] for r in read_metrics(tmp_path)] == [1, 2, 4, 5, 6]
+
+
 def test_a_folder_without_metrics_has_none(tmp_path):
   assert read_metrics(tmp_path) == []
 

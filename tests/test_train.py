@@ -18,7 +18,7 @@ from kdjax.checkpoint import Checkpoints
 from kdjax.errors import UserError
 from kdjax.evals import job as jobs
 from kdjax.metrics import read_metrics
-from kdjax.run import RunFolder
+from kdjax.run import RunFolder, write_text
 from tests import tiny
 
 ARMS = ('baseline', 'distilled', 'unigram')
@@ -367,3 +367,47 @@ def test_a_run_folder_can_be_moved(folder, home, tmp_path):
   shutil.copytree(home / 'runs' / 'teachers', tmp_path / 'elsewhere' / 'teachers')
   text = table.write(copied)
   assert text.splitlines()[1:] == table.write(folder).splitlines()[1:]
+
+
+def test_a_run_folder_is_no_place_for_an_experiment(make, folder):
+  assert 'is the folder of one run' in refused(make(), folder / 'students' / 'baseline')
+
+
+def test_a_workdir_that_cannot_be_one_is_told_in_one_line(main_job, tmp_path, capsys):
+  (tmp_path / 'file').write_text('')
+  config = tiny.write_config(main_job)
+  for workdir in (tmp_path / 'file', tmp_path / 'file' / 'sub'):
+    with pytest.raises(SystemExit) as e:
+      train.main([f'--config={config}', f'--workdir={workdir}'])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and 'Traceback' not in err
+    assert [str(workdir) in line for line in err.splitlines() if line.startswith('error: ')] == [True]
+
+
+def test_a_kernel_of_other_hardware_is_refused_before_any_training(make, tmp_path):
+  for kernel, needs in (('splash', 'TPU'), ('cudnn', 'GPU')):
+    config = make(**{'student.model.attention': kernel, 'runs': str(tmp_path)})
+    assert f'attention={kernel} runs on {needs}s, not on cpu' in refused(config)
+  assert not (tmp_path / 'teachers').exists()
+
+
+def test_a_teacher_of_other_text_is_another_teacher(main_job, tmp_path):
+  """Behind the same path: a teacher is found by what it learned from."""
+  shutil.copytree(main_job, tmp_path / 'home')
+  config = tiny.config(tmp_path / 'home')
+  found = []
+  for _ in range(2):
+    corpus = train.prepare(config.data, config.eval, config.runs, progress=False)
+    found.append(training.teacher_folder(config, corpus).path)
+    with open(tmp_path / 'home' / 'home.jsonl', 'a') as file:
+      file.writelines(json.dumps({'text': f'one more document, number {i}'}) + '\n' for i in range(20))
+  assert found[0] != found[1]
+
+
+def test_files_that_say_so_already_are_left_alone(tmp_path):
+  """So that a finished run can stand on a read-only disk."""
+  inodes = set()
+  for text in ('text', 'text', 'other'):
+    write_text(tmp_path / 'x', text)
+    inodes.add((tmp_path / 'x').stat().st_ino)
+  assert len(inodes) == 2 and (tmp_path / 'x').read_text() == 'other'

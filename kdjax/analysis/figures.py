@@ -15,8 +15,11 @@ SMOOTHING = 40  # points of a loss curve after averaging
 
 
 def write(folder: pathlib.Path) -> pathlib.Path:
-  """run.png in the experiment's folder, from its metrics and results alone."""
-  job = jobs.find(folder)
+  """run.png in the experiment's folder, from its metrics and results alone; one that is newer than they are is left alone."""
+  job, path = jobs.find(folder), folder / 'run.png'
+  shown = [folder / 'evaluation.json', *(run.metrics for run in job.students)]
+  if path.exists() and all(path.stat().st_mtime >= f.stat().st_mtime for f in shown if f.exists()):
+    return path
   curves = {run.name: read_metrics(run.path) for run in job.students}
   figure = matplotlib.figure.Figure(figsize=(14, 4.4), layout='constrained')
   training, validation, forest = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
@@ -24,7 +27,6 @@ def write(folder: pathlib.Path) -> pathlib.Path:
   _validation(validation, curves)
   _forest(forest, table.load(job))
   figure.suptitle(f'{job.config.name}, scale={job.config.scale}: students on the same batches, one seed', fontsize=11)
-  path = folder / 'run.png'
   temporary = path.with_suffix('.tmp.png')
   figure.savefig(temporary, dpi=130)
   os.replace(temporary, path)

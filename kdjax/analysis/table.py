@@ -13,7 +13,7 @@ from kdjax.errors import UserError
 from kdjax.evals import job as jobs
 from kdjax.evals import results
 from kdjax.evals.score import TEMPERATURES
-from kdjax.run import RunFolder, read_json
+from kdjax.run import RunFolder, read_json, write_text
 
 LN2 = math.log(2)
 BASELINE = 'baseline'
@@ -47,13 +47,13 @@ class Cell:
 Cells = dict[str, dict[str, Cell]]  # arm -> set -> cell
 
 
-def write(folder: pathlib.Path) -> str:
-  """The table as text; also kept as table.txt and, for machines, results.csv in the folder."""
+def write(folder: pathlib.Path, step: int = 0) -> str:
+  """The table as text; also kept as table.txt and, for machines, results.csv in the folder; a named step's beside them."""
   job = jobs.find(folder)
-  cells = _load(job)
-  text = format_all(folder, job, cells)
-  (folder / 'table.txt').write_text(text + '\n')
-  as_frame(cells).to_csv(folder / 'results.csv', index=False)
+  cells = _load(job, step)
+  text, name = format_all(folder, job, cells), f'-step{step}' if step else ''
+  write_text(folder / f'table{name}.txt', text + '\n')
+  write_text(folder / f'results{name}.csv', as_frame(cells).to_csv(index=False))
   return text
 
 
@@ -62,8 +62,8 @@ def load(job: jobs.Job) -> Cells:
   return _apart(_load(job))[0]
 
 
-def _load(job: jobs.Job) -> Cells:
-  files = read_json(job.folder / 'evaluation.json')
+def _load(job: jobs.Job, step: int = 0) -> Cells:
+  files = read_json(job.folder / jobs.file_name(step))
   if files is None:
     raise UserError(f'{job.folder} has no results yet; run python -m kdjax.evaluate --workdir={job.folder}')
   check_comparable(job.students)
@@ -83,6 +83,9 @@ def _apart(cells: Cells) -> tuple[Cells, Cells]:
 
 def check_comparable(runs: list[RunFolder]) -> None:
   """Raises UserError, naming the field, where two arms did not see the same data in the same order from the same weights."""
+  for run in runs:
+    if run.identity() is None:
+      raise UserError(f'{run.path} has no run.json: nobody knows what it is; start the run again with the same command')
   known = [(run, (run.identity() or {}).get('fingerprints', {})) for run in runs]
   for run, fingerprints in known[1:]:
     for name in CONTROLLED:
@@ -265,10 +268,14 @@ def _facts(job: jobs.Job, cells: Cells) -> str:
   for run in job.runs:
     facts = (run.identity() or {}).get('facts', {})
     arm = job.arm(run)
-    if facts:
+    if facts and arm in cells:
+      step = next(iter(cells[arm].values())).meta['step']
+      done = step / facts['steps']
+      planned = f' of {facts["steps"]:,}' if done != 1 else ''
       lines.append(
         f'{arm}: {facts["parameters"]:,} parameters ({facts["non_embedding"]:,} outside the embedding), '
-        f'{facts["tokens"]:,} tokens in {facts["steps"]:,} steps, {facts["epochs"]:.2f} epochs of {facts["distinct_tokens"]:,} distinct tokens'
+        f'{done * facts["tokens"]:,.0f} tokens in {step:,} steps{planned}, '
+        f'{done * facts["epochs"]:.2f} epochs of {facts["distinct_tokens"]:,} distinct tokens'
       )
   corpus = next((facts for run in job.runs if (facts := (run.identity() or {}).get('facts'))), None)
   if corpus:

@@ -7,6 +7,7 @@ from typing import Any
 
 from kdjax.config.schema import Config, DataConfig, EvalConfig, StudentConfig, TeacherConfig
 
+MAX_STEPS = 10_000_000
 MIXINGS = ('normalised', 'ce_plus_alpha_kd', 'one_minus_alpha_ce_plus_kd')
 ARMS = ('baseline', 'distilled', 'unigram')
 OWN_SETS = ('in-domain', 'validation')  # of every corpus
@@ -92,6 +93,10 @@ def problems(config: Config) -> Iterator[str]:
     if (leaf in POSITIVE or key in POSITIVE) and value <= 0:
       yield f'{key}: must be above 0, got {value:g}'
   student, teacher, data, loss = config.student, config.teacher, config.data, config.loss
+  if not config.runs.strip():
+    yield 'runs: must name a folder'
+  if data.separator and data.tokenizer in ('bpe', 'bytes'):
+    yield f'data.separator: the tokenizer {data.tokenizer} has a separator of its own; leave it empty'
   for key, alpha in (('student.alpha', student.alpha), ('student.alpha_schedule.final', student.alpha_schedule.final)):
     if not 0 <= alpha <= 1:
       yield f'{key}: must be in [0, 1], got {alpha:g}'
@@ -163,6 +168,8 @@ def section_problems(name: str, section: TeacherConfig | StudentConfig, data: Da
     yield f'data.seq_len: {data.seq_len} tokens are more than {name}.model.max_seq_len = {section.model.max_seq_len}'
   if section.batch_size > 0 and section.microbatches > 0 and section.batch_size % section.microbatches:
     yield f'{name}.microbatches: {section.microbatches} does not divide {name}.batch_size = {section.batch_size}'
+  if section.tokens > MAX_STEPS * section.batch_size * data.seq_len > 0:
+    yield f'{name}.tokens: {section.tokens:g} are more than {MAX_STEPS:,} steps of {section.batch_size} x {data.seq_len} tokens'
   if section.tokens < section.batch_size * data.seq_len:
     yield f'{name}.tokens: {section.tokens} is less than one step of {section.batch_size} x {data.seq_len} tokens'
   if not 0 <= section.slice[0] < section.slice[1] <= 1:

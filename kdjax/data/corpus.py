@@ -14,6 +14,7 @@ split.
 import dataclasses
 import hashlib
 import json
+import logging
 import lzma
 import pathlib
 import re
@@ -21,7 +22,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tqdm
-from absl import logging
 
 from kdjax.config import DataConfig, EvalConfig
 from kdjax.data import files
@@ -31,6 +31,8 @@ from kdjax.data.store import VERSION as STORE_VERSION
 from kdjax.data.store import TokenStore, token_dtype, write_store
 from kdjax.data.tokenizer import Tokenizer, train_bpe
 from kdjax.errors import UserError
+
+log = logging.getLogger('kdjax')
 
 VERSION = 2
 SPLITS = ('train', 'validation', 'test')
@@ -97,13 +99,13 @@ def prepare(data: DataConfig, evals: EvalConfig, runs: str, progress: bool = Tru
     try:
       return _open(folder)
     except StoreDamaged as error:
-      logging.warning('rebuilding the token stores in %s: %s', folder, error)
+      log.warning('rebuilding the token stores in %s: %s', folder, error)
       files.discard(folder)
   try:
     with files.building(folder) as temporary:
       _build(temporary, data, evals, progress)
   except FileExistsError:
-    logging.info('another process has just built %s', folder)
+    log.info('another process has just built %s', folder)
   return _open(folder)
 
 

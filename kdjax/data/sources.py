@@ -203,7 +203,7 @@ def _json_records(lines: Lines, path: pathlib.Path) -> Iterator[tuple[str, dict[
 
 def _decode(data: bytes, path: pathlib.Path, position: int) -> str:
   try:
-    return data.decode('utf-8')
+    return data.decode('utf-8' if position else 'utf-8-sig')  # some editors mark the start of a file
   except UnicodeDecodeError as error:
     where = f'byte {position + error.start:,} (0x{data[error.start]:02x})'
     raise UserError(f'{path}: not UTF-8 at {where}; convert the file to UTF-8') from error

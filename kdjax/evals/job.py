@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
 from collections.abc import Collection
@@ -25,6 +26,8 @@ from kdjax.evals.score import TEMPERATURES, Scored, expected_calibration_error, 
 from kdjax.metrics import Progress
 from kdjax.models.decoder import compute_dtype
 from kdjax.run import RunFolder, read_json, write_json
+
+log = logging.getLogger('kdjax')
 
 VERSION = 2  # of what a result means; part of its fingerprint
 IN_DOMAIN = 'in-domain'
@@ -60,6 +63,10 @@ def find(workdir: pathlib.Path) -> Job:
   """What a folder holds: an experiment, or one run. Raises UserError where it is neither."""
   experiment = read_json(workdir / 'experiment.json')
   if experiment is not None:
+    if not {'resolved', 'teacher', 'students'} <= experiment.keys():
+      raise UserError(
+        f'{workdir / "experiment.json"} is damaged; start the run again with the same command: it is written anew'
+      )
     config = _config(experiment['resolved'], workdir)
     teacher = _relative(workdir, experiment['teacher']) if experiment['teacher'] else None
     students = [_relative(workdir, name) for name in experiment['students']]
@@ -67,21 +74,48 @@ def find(workdir: pathlib.Path) -> Job:
   run = read_json(workdir / 'run.json')
   if run is None:
     raise UserError(f'{workdir} is neither an experiment nor a run: it has no experiment.json and no run.json')
+  if 'resolved' not in run:
+    raise UserError(f'{workdir / "run.json"} is damaged: it holds no config; restore it')
   return Job(workdir, _config(run['resolved'], workdir), [RunFolder(workdir)], None)
 
 
 def evaluate(job: Job, corpus: Corpus, mesh: Mesh, step: int = 0, progress: bool = True) -> None:
-  """Scores what has not been scored yet: each run's checkpoint (`step`, else the newest) on each set and task.
+  """Scores what has not been scored yet: the teacher, and the students at `step`, else at the newest that all of them have.
 
-  The folder's evaluation.json then names the result files that belong together: arm -> set -> path.
+  The folder's evaluation.json (evaluation-step<N>.json where a step is named) then says which result files belong together:
+  arm -> set -> path.
   """
-  at = [(run, _step(run, job.teacher_step if job.is_teacher(run) else step)) for run in job.runs]
-  tasks = score_missing(job, at, corpus, mesh, progress)
+  while True:
+    chosen = step or _common_step(job)
+    at = [(run, _step(run, job.teacher_step if job.is_teacher(run) else chosen)) for run in job.runs]
+    try:
+      tasks = score_missing(job, at, corpus, mesh, progress)
+      break
+    except UserError:
+      if step or chosen == _common_step(job):
+        raise
+      log.info('%s: its trainer has deleted step %d meanwhile; going on with a newer one', job.folder, chosen)
   if jax.process_index() == 0:
     files: dict[str, dict[str, str]] = {}
     for task in tasks:
       files.setdefault(job.arm(task.run), {})[task.name] = os.path.relpath(task.file, job.folder)
-    write_json(job.folder / 'evaluation.json', files)
+    write_json(job.folder / file_name(step), files)
+
+
+def file_name(step: int = 0) -> str:
+  """The file that names an evaluation's results."""
+  return f'evaluation-step{step}.json' if step else 'evaluation.json'
+
+
+def _common_step(job: Job) -> int:
+  """The newest step of which every student has a checkpoint. Raises UserError where there is none."""
+  steps = [_steps(run) for run in job.students]
+  common = set.intersection(*map(set, steps))
+  if not common:
+    empty = next((run.path for run, found in zip(job.students, steps, strict=True) if not found), None)
+    what = f'{empty} has no checkpoint yet' if empty else 'no step has a checkpoint of every student'
+    raise UserError(f'{job.folder}: {what}; let the run go on, or name a --step')
+  return max(common)
 
 
 def score_missing(
@@ -237,6 +271,14 @@ class _Models:
       model, params, *_ = teachers.load(run, dtype, self._mesh, step, like)
       self._loaded[name] = Scored(model, params)
     return self._loaded[name]
+
+
+def _steps(run: RunFolder) -> list[int]:
+  saves = Checkpoints(run.checkpoints, read_only=True)
+  try:
+    return saves.steps()
+  finally:
+    saves.close()
 
 
 def _step(run: RunFolder, step: int) -> int:

@@ -45,6 +45,15 @@ def attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, segment_ids_BxT=None, *, implemen
   return body(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, segment_ids_BxT)
 
 
+def check_backend(implementation: str) -> None:
+  """Raises UserError for a kernel that the devices here do not run."""
+  needs = {'splash': 'tpu', 'cudnn': 'gpu'}.get(implementation)
+  if needs and jax.default_backend() != needs:
+    raise UserError(
+      f'attention={implementation} runs on {needs.upper()}s, not on {jax.default_backend()}; set it to auto or xla'
+    )
+
+
 def check_implementation(implementation: str) -> None:
   if implementation not in IMPLEMENTATIONS:
     raise UserError(f"attention: unknown implementation '{implementation}'; known: {', '.join(IMPLEMENTATIONS)}")
