@@ -79,9 +79,7 @@ class Checkpoints:
     )
 
   def steps(self) -> list[int]:
-    """Steps on disk, oldest first. From the folder's names: Orbax's own listing fails while another thread deletes an old step."""
-    paths = self.folder.iterdir() if self.folder.exists() else ()
-    return distributed.of_first_process(sorted(int(path.name) for path in paths if path.name.isdigit()))
+    return steps_in(self.folder)
 
   def save(self, step: int, state: TrainState, fingerprints: dict[str, str]) -> None:
     """Starts a save; the device arrays may be donated once this returns. Overwrites a damaged checkpoint of the same step."""
@@ -202,6 +200,16 @@ class Checkpoints:
         if checksum != meta['leaves'][name][leaf][2]:
           raise CheckpointDamaged(f'the checksum of {name}/{leaf} is not the one that was written')
     return items | {'meta': meta}
+
+
+def steps_in(folder: str | os.PathLike) -> list[int]:
+  """Steps on disk, oldest first, the same on all processes; [] where there is no folder yet.
+
+  From the folder's names: Orbax's own listing fails while another thread deletes an old step.
+  """
+  path = epath.Path(folder)
+  found = path.iterdir() if path.exists() else ()
+  return distributed.of_first_process(sorted(int(step.name) for step in found if step.name.isdigit()))
 
 
 def checksums(tree) -> dict[str, int]:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from kdjax import cli, distributed, sharding
 from kdjax.analysis import table
-from kdjax.checkpoint import Checkpoints
+from kdjax.checkpoint import steps_in
 from kdjax.config import MeshConfig
 from kdjax.data.corpus import Corpus, prepare
 from kdjax.errors import TrainingError, UserError
@@ -82,7 +82,7 @@ def watch(workdir: pathlib.Path, mesh: Mesh) -> None:
       ]
     )
     for run in job.runs:
-      for at in _steps(run):
+      for at in steps_in(run.checkpoints):
         if (run.path, at) not in seen:
           seen.add((run.path, at))
           _score(job, run, at, corpus, mesh)
@@ -102,22 +102,12 @@ def _score(job: Job, run: RunFolder, at: int, corpus: Corpus, mesh: Mesh) -> Non
     log.info('scored %s at step %d', run.path, at)
   except UserError:
     for _ in range(DELETING):  # a folder that is being deleted is listed until it is gone
-      if at not in _steps(run):
+      if at not in steps_in(run.checkpoints):
         break
       time.sleep(0.2)
     else:
       raise
     log.info('passed over %s at step %d: its trainer has deleted it', run.path, at)
-
-
-def _steps(run: RunFolder) -> list[int]:
-  if not any(distributed.from_first_process([run.checkpoints.is_dir()])):
-    return []
-  saves = Checkpoints(run.checkpoints, read_only=True)
-  try:
-    return saves.steps()
-  finally:
-    saves.close()
 
 
 def _status(run: RunFolder, name: str):

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from kdjax import config as config_lib
 from kdjax import distributed, teachers
-from kdjax.checkpoint import Checkpoints
+from kdjax.checkpoint import Checkpoints, steps_in
 from kdjax.config import Config
 from kdjax.data.corpus import Corpus, EvalSet
 from kdjax.errors import UserError
@@ -109,7 +109,7 @@ def file_name(step: int = 0) -> str:
 
 def _common_step(job: Job) -> int:
   """The newest step of which every student has a checkpoint. Raises UserError where there is none."""
-  steps = [_steps(run) for run in job.students]
+  steps = [steps_in(run.checkpoints) for run in job.students]
   common = set.intersection(*map(set, steps))
   if not common:
     empty = next((run.path for run, found in zip(job.students, steps, strict=True) if not found), None)
@@ -271,14 +271,6 @@ class _Models:
       model, params, *_ = teachers.load(run, dtype, self._mesh, step, like)
       self._loaded[name] = Scored(model, params)
     return self._loaded[name]
-
-
-def _steps(run: RunFolder) -> list[int]:
-  saves = Checkpoints(run.checkpoints, read_only=True)
-  try:
-    return saves.steps()
-  finally:
-    saves.close()
 
 
 def _step(run: RunFolder, step: int) -> int:

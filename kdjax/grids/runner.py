@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from kdjax import config as config_lib
 from kdjax import loop, training
-from kdjax.checkpoint import Checkpoints
+from kdjax.checkpoint import steps_in
 from kdjax.config import Config
 from kdjax.data.corpus import Corpus
 from kdjax.errors import OwnedError, UserError
@@ -191,7 +191,7 @@ class Runner:
       if not job.cells:
         assert teacher is not None
         training.train_teacher(job.config, self.corpus, teacher, self.mesh, self.progress)
-        steps = training.trunk_steps(job.config) or self._newest(teacher, 1)
+        steps = training.trunk_steps(job.config) or steps_in(teacher.checkpoints)[-1:]
         return {job.id: self._score(teacher, job.config, teacher, steps, None)}
       arms = [training.Arm(c.config, c.arm, cell_folder(self.folder, c), f'{c.arm} {c.alpha:g}') for c in job.cells]
       training.check(job.config, self.corpus, self.mesh)
@@ -199,7 +199,7 @@ class Runner:
       sets = {evaluation.VALIDATION} if job.phase == 'pilot' else None
       kept = self.grid.last if self._noise_is_asked(job) else 1
       return {
-        cell.id: self._score(arm.folder, cell.config, teacher, self._newest(arm.folder, kept), sets)
+        cell.id: self._score(arm.folder, cell.config, teacher, steps_in(arm.folder.checkpoints)[-kept:], sets)
         for cell, arm in zip(job.cells, arms, strict=True)
       }
 
@@ -222,13 +222,6 @@ class Runner:
       shutil.copyfile(file, copy.with_suffix('.tmp'))
       os.replace(copy.with_suffix('.tmp'), copy)
     return copy
-
-  def _newest(self, run: RunFolder, n: int) -> list[int]:
-    saves = Checkpoints(run.checkpoints, read_only=True)
-    try:
-      return saves.steps()[-n:]
-    finally:
-      saves.close()
 
   def _noise_is_asked(self, job: Job) -> bool:
     """An arm with one seed gets the noise of its last checkpoints."""
