@@ -75,9 +75,8 @@ def run(
   base = grid.base
   with jax.set_mesh(mesh):
     corpus = distributed.first_process_first(lambda: prepare(base.data, base.eval, grid.runs, progress))
-    choices.read_all(
-      base.eval.tasks, base.eval.max_items
-    )  # a task that cannot be read is told now, not after the training
+    # A task that cannot be read is told now, not after the training.
+    choices.read_all(base.eval.tasks, base.eval.max_items)
   work = runner.Runner(grid, folder, corpus, mesh, progress)
   failed = work.run(_wanted(grid, folder, cell, shard))
   if failed:

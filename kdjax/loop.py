@@ -105,9 +105,8 @@ def fit(cohort: Cohort, mesh: Mesh) -> None:
       preempted = Preempted(
         f'{cohort.title}: stopped at step {stopped} of {cohort.total_steps}, saved; the same command goes on from there'
       )
-      preempted.code = (
-        130 if getattr(asked_to_stop, 'number', 0) == signal.SIGINT else 0
-      )  # the shell's for an interrupt
+      interrupted = getattr(asked_to_stop, 'number', 0) == signal.SIGINT
+      preempted.code = 130 if interrupted else 0  # as a shell has it
       raise preempted
 
 

@@ -53,9 +53,8 @@ def run(config: Config, workdir: pathlib.Path | None = None, progress: bool = Tr
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     corpus = distributed.first_process_first(lambda: prepare(config.data, config.eval, config.runs, progress))
-    choices.read_all(
-      config.eval.tasks, config.eval.max_items
-    )  # a task that cannot be read is told now, not after the training
+    # A task that cannot be read is told now, not after the training.
+    choices.read_all(config.eval.tasks, config.eval.max_items)
     training.check(config, corpus, mesh)
     teacher = training.teacher_folder(config, corpus)
     write_experiment(folder, config, teacher)  # before training, for an eval job that watches

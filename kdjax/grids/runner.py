@@ -83,7 +83,7 @@ def cell_folder(folder: pathlib.Path, cell: Cell) -> RunFolder:
 
 def phases(grid: GridConfig, folder: pathlib.Path) -> list[tuple[str, list[Group]]]:
   """(phase, its groups), as far as they are known: the validated cells only once the pilot's outcome is."""
-  pilot = read_json(folder / PILOT)
+  pilot = read_pilot(folder)
   known = [('pilot', cells_lib.pilot_groups(grid)), ('main', cells_lib.main_groups(grid))]
   return known + ([('validated', cells_lib.validated_groups(grid, pilot['chosen']))] if pilot else [])
 
@@ -119,19 +119,19 @@ class Runner:
   def run(self, wanted: Callable[[Job], bool] = lambda job: True) -> list[Job]:
     """Does all that is wanted and missing, phase after phase; returns the jobs that failed."""
     failed: dict[str, Job] = {}
-    self._phase(lambda job: job.phase in ('teachers', 'pilot') and self._needed_by_pilot(job), wanted, failed)
+    self._phase(_of_pilot, wanted, failed)
     if cells_lib.pilot_groups(self.grid) and not (self.folder / PILOT).exists():
       missing = [job.id for job in jobs_of(self.grid, self.folder) if job.phase == 'pilot' and not self._done(job)]
       if missing:
         log.warning('the pilot is not finished (%d jobs are missing): main cells wait for it', len(missing))
         return list(failed.values())
       self._choose()
-    self._phase(lambda job: True, wanted, failed)
+    self._phase(lambda jobs: jobs, wanted, failed)
     return list(failed.values())
 
-  def _phase(self, belongs, wanted, failed: dict[str, Job]) -> None:
+  def _phase(self, select: Callable[[list[Job]], list[Job]], wanted, failed: dict[str, Job]) -> None:
     while True:
-      jobs = [job for job in jobs_of(self.grid, self.folder) if belongs(job)]
+      jobs = select(jobs_of(self.grid, self.folder))
       needed = {job.teacher for job in jobs if job.cells and wanted(job)}
       open_jobs = [
         job for job in jobs if (wanted(job) or job.id in needed) and not self._done(job) and job.id not in failed
@@ -244,16 +244,17 @@ class Runner:
       write_json(self.folder / PILOT, outcome)
     log.info('pilot: %s', ', '.join(f'{key}: {value}' for key, value in outcome['chosen'].items()))
 
-  def _needed_by_pilot(self, job: Job) -> bool:
-    if job.cells:
-      return True
-    return any(other.teacher == job.id for other in jobs_of(self.grid, self.folder) if other.phase == 'pilot')
-
   def _teacher_done(self, job: Job) -> bool:
     return RunFolder(self.folder / 'jobs' / job.teacher).is_done()
 
   def _done(self, job: Job) -> bool:
     return RunFolder(self.folder / 'jobs' / job.id).is_done()
+
+
+def _of_pilot(jobs: list[Job]) -> list[Job]:
+  """The pilot's jobs and the teachers that they need."""
+  needed = {job.teacher for job in jobs if job.phase == 'pilot'}
+  return [job for job in jobs if job.phase == 'pilot' or job.id in needed]
 
 
 def choose(curves: dict[str, dict[str, float]]) -> dict[str, Any]:

@@ -249,7 +249,9 @@ def _loss_scan(static: _Static, models, operands, *, with_gradients: bool):
     t_CxV = [target.chunk_logits(part, target.shared) for target, part in zip(targets, tokenwise, strict=True)]
     s_CxV = [jnp.dot(x_CxD, w, preferred_element_type=jnp.float32) for x_CxD, w in zip(hidden, heads, strict=True)]
     rows = functools.partial(_rows, static, vocab, alphas, [x.dtype for x in hidden] if with_gradients else None)
-    new_sums, dz_CxV = _in_blocks(rows, labels_C, weights_C, s_CxV, t_CxV)
+    # A sharded row needs the other shards: its one all-gather is for the whole chunk.
+    block = labels_C.size if vocab.axis else _cache_rows(*s_CxV[0].shape)
+    new_sums, dz_CxV = _in_blocks(rows, block, labels_C, weights_C, s_CxV, t_CxV)
     sums = new_sums if sums is None else jax.tree.map(jnp.add, sums, new_sums)
     dxs = [jnp.dot(dz, w.T, preferred_element_type=jnp.float32) for dz, w in zip(dz_CxV, heads, strict=False)]
     products = [
@@ -293,13 +295,12 @@ def _rows(static: _Static, vocab: Vocab, alphas, dtypes, labels_C, weights_C, s_
   return sums, gradients
 
 
-def _in_blocks(rows, labels_C, weights_C, s_CxV, t_CxV):
+def _in_blocks(rows, block: int, labels_C, weights_C, s_CxV, t_CxV):
   """`rows` over a chunk, a few rows at a time where that keeps what lies between the products in a core's cache.
 
   On CPU each sum over the vocabulary is a pass over its operands. On accelerators the compiler fuses them, and the chunk goes whole.
   """
   n_rows, width = s_CxV[0].shape
-  block = _cache_rows(n_rows, width)
   if block == n_rows:
     return rows(labels_C, weights_C, s_CxV, t_CxV)
   cut = lambda x: x.reshape(-1, block, *x.shape[1:])
