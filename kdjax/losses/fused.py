@@ -130,14 +130,15 @@ def chunk_tokens(loss: LossConfig, n_tokens: int, columns: int, students: int = 
 
   A chunk of C tokens over V columns holds arrays of C x V float32. On CPU, where rows go through the cache in blocks, these are the models'
   logits and the gradients, 1 + 2 K with K students; elsewhere about 3 + 4 K at the peak. The budget is 256 MB on CPU and 4 GB on
-  accelerators, whose matrix units want long chunks.
+  accelerators, whose matrix units want long chunks; without a budget of the user's no chunk is under 256 tokens, where adding to the
+  head's gradient, once a chunk, would take a tenth of the time of the products.
   """
   if loss.chunk_tokens:
     return min(loss.chunk_tokens, n_tokens)
   cpu = jax.default_backend() == 'cpu'
   megabytes, arrays, multiple = (256, 1 + 2 * students, 16) if cpu else (4096, 3 + 4 * students, 128)
   fits = (loss.chunk_megabytes or megabytes) * 2**20 // (4 * columns * arrays)
-  n_chunks = -(-n_tokens // max(fits, multiple))
+  n_chunks = -(-n_tokens // max(fits, multiple if loss.chunk_megabytes else 256))
   even = -(-n_tokens // n_chunks)
   return min(n_tokens, -(-even // multiple) * multiple)
 
@@ -248,10 +249,12 @@ def _loss_scan(static: _Static, models, operands, *, with_gradients: bool):
     hidden = [jnp.where(weights_C[:, None] != 0, x_CxD, 0) for x_CxD in hidden]
     t_CxV = [target.chunk_logits(part, target.shared) for target, part in zip(targets, tokenwise, strict=True)]
     s_CxV = [jnp.dot(x_CxD, w, preferred_element_type=jnp.float32) for x_CxD, w in zip(hidden, heads, strict=True)]
-    rows = functools.partial(_rows, static, vocab, alphas, [x.dtype for x in hidden] if with_gradients else None)
+    rows = functools.partial(_rows, static, vocab, alphas, with_gradients)
     # A sharded row needs the other shards: its one all-gather is for the whole chunk.
     block = labels_C.size if vocab.axis else _cache_rows(*s_CxV[0].shape)
     new_sums, dz_CxV = _in_blocks(rows, block, labels_C, weights_C, s_CxV, t_CxV)
+    # Cast here, not in a block: there a CPU's narrow floats cost more than the cache gains.
+    dz_CxV = [dz.astype(x.dtype) for dz, x in zip(dz_CxV, hidden, strict=False)]
     sums = new_sums if sums is None else jax.tree.map(jnp.add, sums, new_sums)
     dxs = [jnp.dot(dz, w.T, preferred_element_type=jnp.float32) for dz, w in zip(dz_CxV, heads, strict=False)]
     products = [
@@ -280,8 +283,8 @@ def _loss_scan(static: _Static, models, operands, *, with_gradients: bool):
   return losses, tuple(gradients)
 
 
-def _rows(static: _Static, vocab: Vocab, alphas, dtypes, labels_C, weights_C, s_CxV, t_CxV):
-  """([weighted sums], [dL/ds]) of each student for some rows of logits; no gradients where `dtypes` is None."""
+def _rows(static: _Static, vocab: Vocab, alphas, with_gradients: bool, labels_C, weights_C, s_CxV, t_CxV):
+  """([weighted sums], [dL/ds]) of each student for some rows of logits, in float32."""
   teachers = [teacher_rows(t, static.loss, vocab, static.diagnostics) for t in t_CxV]
   sums, gradients = [], []
   for k, s in enumerate(s_CxV):
@@ -289,9 +292,8 @@ def _rows(static: _Static, vocab: Vocab, alphas, dtypes, labels_C, weights_C, s_
     teacher = None if target is None else teachers[target]
     terms, dz = mixed_rows(s, labels_C, alphas[k], teacher, static.loss, vocab, diagnostics=static.diagnostics)
     sums.append({name: jnp.sum(jnp.where(weights_C != 0, term, 0) * weights_C) for name, term in terms.items()})
-    if dtypes is not None:
-      weighted = weights_C[:, None] * jnp.where(weights_C[:, None] != 0, dz(), 0)
-      gradients.append(weighted.astype(dtypes[k]))
+    if with_gradients:
+      gradients.append(weights_C[:, None] * jnp.where(weights_C[:, None] != 0, dz(), 0))
   return sums, gradients
 
 
