@@ -21,8 +21,8 @@ def get_config(arg=None):
   config.base.eval.ood.update(OOD)
   config.base.eval.tasks.blimp = 'data/tasks/blimp.jsonl.xz'
   config.base.eval.max_items = 1000
-  config.base.eval.max_document_bytes = 1_000
-  config.base.eval.max_bytes = 40_000
+  config.base.eval.max_document_bytes = 600
+  config.base.eval.max_bytes = 24_000
   config.base.eval.max_validation_bytes = 40_000
   config.student_tokens = (204_800,)
   config.teacher_tokens = (102_400, 409_600)  # half of the student's, and twice as many
