@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdjax.analysis import gridfigures
+from kdjax.analysis import gridfigures, gridrows, ink
 from tests.analysis import grid_example
 
 PNG = b'\x89PNG\r\n\x1a\n'
@@ -36,7 +36,7 @@ def tables():
 @pytest.fixture(scope='module')
 def figures(tables):
   """name -> (the figure, the rows drawn)."""
-  table = gridfigures.labelled(tables[0])
+  table = gridrows.labelled(tables[0])
   return {name: (spec.draw(rows), rows) for name, spec in gridfigures.FIGURES.items() for rows in [spec.select(table)]}
 
 
@@ -100,7 +100,7 @@ def test_alpha_curves_hold_their_rows_and_the_control_in_every_panel(figures):
 
 def test_the_heat_maps_cells_are_the_drawn_rows(figures):
   figure, rows = figures['size_by_budget']
-  for axes, name in zip(figure.axes, gridfigures.SETS, strict=False):
+  for axes, name in zip(figure.axes, gridrows.SETS, strict=False):
     wanted = rows[rows['set'] == name].pivot(index='teacher_params', columns='teacher_tokens', values='estimate')
     np.testing.assert_allclose(axes.images[0].get_array(), wanted)
     shown = [text.get_text() for text in axes.texts]
@@ -139,23 +139,21 @@ def test_gain_per_flop_is_the_gain_over_the_flops_that_are_counted(tables):
 
 def test_a_frontier_has_no_point_that_a_cheaper_one_beats():
   points = pd.DataFrame({'at': [3.0, 1.0, 2.0, 2.0, 4.0], 'drawn': [-0.1, 0.0, -0.3, -0.2, -0.4]})
-  assert gridfigures.frontier(points).values.tolist() == [[1.0, 0.0], [2.0, -0.3], [4.0, -0.4]]
+  assert gridrows.frontier(points).values.tolist() == [[1.0, 0.0], [2.0, -0.3], [4.0, -0.4]]
 
 
 def test_spread_moves_no_more_than_needed_and_stays_inside():
-  np.testing.assert_allclose(gridfigures.spread([0.1, 0.5, 0.9], 0.2), [0.1, 0.5, 0.9])
-  np.testing.assert_allclose(gridfigures.spread([0.5, 0.5, 0.9], 0.2), [0.4, 0.6, 0.9])
-  np.testing.assert_allclose(gridfigures.spread([0.0, 0.0, 1.0], 0.2), [0.0, 0.2, 1.0])
-  assert len(gridfigures.spread([], 0.2)) == 0
+  np.testing.assert_allclose(ink.spread([0.1, 0.5, 0.9], 0.2), [0.1, 0.5, 0.9])
+  np.testing.assert_allclose(ink.spread([0.5, 0.5, 0.9], 0.2), [0.4, 0.6, 0.9])
+  np.testing.assert_allclose(ink.spread([0.0, 0.0, 1.0], 0.2), [0.0, 0.2, 1.0])
+  assert len(ink.spread([], 0.2)) == 0
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_figure_says_its_note_its_seeds_and_what_its_intervals_are_over(name, tables):
   effects, contrasts = tables
   spec = gridfigures.FIGURES[name]
-  figure = gridfigures.render(
-    spec, spec.select(gridfigures.labelled(effects)), contrasts, NOTE, 'tiny-0.3m, 512k tokens'
-  )
+  figure = gridfigures.render(spec, spec.select(gridrows.labelled(effects)), contrasts, NOTE, 'tiny-0.3m, 512k tokens')
   said = ' '.join(texts(figure).split())
   assert f'Note: {NOTE}' in said
   assert '5 fresh seeds an arm, 95% intervals over seeds and documents' in said
@@ -185,7 +183,7 @@ def test_a_teacher_has_one_colour_in_all_figures_and_settings():
 
 
 def test_several_settings_get_files_of_their_own(tmp_path, monkeypatch):
-  monkeypatch.setattr(gridfigures, '_save', lambda figure, path: path)
+  monkeypatch.setattr(ink, 'save', lambda figure, path: path)
   names = [path.name for path in gridfigures.write_all(*grid_example.tables(2), tmp_path, '')]
   assert len(set(names)) == len(names) == 2 * 2 * len(NAMES)
   assert 'alpha_curves-tiny-1m-512k-tokens-of-120k-distinct.svg' in names
@@ -193,7 +191,7 @@ def test_several_settings_get_files_of_their_own(tmp_path, monkeypatch):
 
 def test_without_a_validated_alpha_the_middle_declared_one_is_shown_and_starred(tables):
   effects = tables[0][~tables[0]['validated']]
-  table = gridfigures.labelled(effects)
+  table = gridrows.labelled(effects)
   for name in ('size_by_budget', 'gains_by_set', 'gain_per_flop'):
     spec = gridfigures.FIGURES[name]
     rows = spec.select(table)
@@ -206,7 +204,7 @@ def test_other_uses_of_a_teacher_are_not_mixed_with_it(tables):
   effects = tables[0].query("arm == 'distilled' and scenario == ''")
   hot = effects.assign(temperature=2.0, cells=effects['cells'] + '-T2', estimate=effects['estimate'] + 1)
   both = pd.concat([effects, hot], ignore_index=True)
-  assert set(gridfigures.labelled(both)['variant']) == {'', 'T2'}
+  assert set(gridrows.labelled(both)['variant']) == {'', 'T2'}
   for name in ('gain_vs_teacher', 'size_by_budget', 'alpha_curves', 'gains_by_set', 'entropy_vs_perplexity'):
     drawn = gridfigures.drawn(name, both)
     assert len(drawn) == 2 * len(gridfigures.drawn(name, effects))
@@ -214,7 +212,7 @@ def test_other_uses_of_a_teacher_are_not_mixed_with_it(tables):
 
 
 def test_what_is_missing_is_told_and_listed(tmp_path, tables, caplog, monkeypatch):
-  monkeypatch.setattr(gridfigures, '_save', lambda figure, path: path)
+  monkeypatch.setattr(ink, 'save', lambda figure, path: path)
   effects = tables[0].query("arm != 'flop_matched' and scenario == ''")
   with caplog.at_level(logging.WARNING):
     paths = gridfigures.write_all(effects, tables[1], tmp_path, '')
@@ -231,7 +229,7 @@ def test_what_is_missing_is_told_and_listed(tmp_path, tables, caplog, monkeypatc
 def test_no_ood_set(tables):
   effects = tables[0].query("group in ('in-domain', 'downstream')")
   for name, spec in gridfigures.FIGURES.items():
-    rows = spec.select(gridfigures.labelled(effects))
+    rows = spec.select(gridrows.labelled(effects))
     said = texts(gridfigures.render(spec, rows, pd.DataFrame(), '', ''))
     assert name == 'gains_by_set' or 'not scored' in said
 
@@ -247,14 +245,14 @@ def test_an_empty_table_is_seven_panels_that_say_so(tmp_path):
 def test_intervals_without_end_are_points(tables):
   effects = tables[0].assign(low=-np.inf, high=np.inf)
   for spec in gridfigures.FIGURES.values():
-    figure = spec.draw(spec.select(gridfigures.labelled(effects)))
+    figure = spec.draw(spec.select(gridrows.labelled(effects)))
     assert not np.isfinite([row[1:] for row in whiskers(figure)]).any()
     figure.canvas.draw()
 
 
 def test_the_same_numbers_give_the_same_files(tables, tmp_path):
   spec = gridfigures.FIGURES['equal_flops']
-  rows = spec.select(gridfigures.labelled(tables[0]))
+  rows = spec.select(gridrows.labelled(tables[0]))
   for suffix in ('.png', '.svg'):
-    first, second = (gridfigures._save(spec.draw(rows), tmp_path / f'{i}{suffix}').read_bytes() for i in range(2))
+    first, second = (ink.save(spec.draw(rows), tmp_path / f'{i}{suffix}').read_bytes() for i in range(2))
     assert first == second

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdjax.analysis import gridfigures, page
+from kdjax.analysis import gridfigures, gridrows, page
 from tests.analysis import grid_example
 
 FACTS = {
@@ -242,8 +242,8 @@ def test_its_figures_draw_what_the_png_figures_draw(opened, tables):
 def test_the_table_has_each_row(path, tables):
   """One student's: the browser shows at most 3,000 rows at first."""
   effects = tables[0]
-  first = gridfigures.labelled(effects)['setting'].iloc[0]
-  mine = effects[gridfigures.labelled(effects)['setting'] == first]
+  first = gridrows.labelled(effects)['setting'].iloc[0]
+  mine = effects[gridrows.labelled(effects)['setting'] == first]
   dom, console = dumped(path, '#student=' + first.replace(' ', '%20'))
   assert console == [] and counted(dom) == (len(mine), len(effects))
   assert [int(i) for i in re.findall(r'<tr data-id="(\d+)"', dom)] == mine.index.tolist()

@@ -1,0 +1,379 @@
+"""How each figure of a grid's report is drawn from its rows (kdjax/analysis/gridrows.py)."""
+
+import itertools
+from typing import Any
+
+import matplotlib
+import matplotlib.colors
+import matplotlib.figure
+import matplotlib.ticker
+import numpy as np
+import pandas as pd
+
+from kdjax.analysis import gridrows, ink
+from kdjax.grids.cells import count
+
+DASHES = ('-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
+SCENARIOS = {'': 'o', 'logits': 's', 'pretraining': '^', 'logits+pretraining': 'D'}  # a ledger scenario's marker
+ARMS = {'distilled': 'o', 'unigram': '>', 'tuned': 'X', 'flop_matched': 's'}
+UNIGRAM: dict[str, Any] = {
+  'color': gridrows.COLOURS['unigram'],
+  'marker': '>',
+  'markersize': 4,
+  'linestyle': '-',
+  'linewidth': 1,
+}
+BEST: dict[str, Any] = {'markersize': 8, 'mfc': 'white', 'mec': 'black', 'zorder': 5}  # a validated alpha's marker
+
+
+def strength(rows: pd.DataFrame) -> matplotlib.figure.Figure:
+  figure, panels = ink.panels(rows, height=5.0)
+  triples = zip(rows['validated'], rows['alpha'], rows['variant'], strict=True)
+  series = list(
+    dict.fromkeys((v, None if v else alpha, variant) for v, alpha, variant in triples)
+  )  # one line holds all validated alphas
+  variants = sorted(set(rows['variant']))
+  span, many = np.ptp(np.log10(rows['at'])) or 1.0, rows['at'].nunique()
+  apart, faint = min(0.011, 0.6 / (many * len(series))), {'elinewidth': 0.6, 'capsize': 0.0 if many > 12 else 2.0}
+  for axes, name in panels:
+    for i, (validated, alpha, variant) in enumerate(series):
+      mine = rows[(rows['set'] == name) & (rows['validated'] == validated) & (rows['variant'] == variant)]
+      mine = (mine if validated else mine[mine['alpha'] == alpha]).sort_values('at')
+      style = _alpha_style(alpha, gridrows.pick(DASHES, variants.index(variant)))
+      ink.errorbars(axes, mine['at'] * 10 ** (apart * span * (i - (len(series) - 1) / 2)), mine, **(faint | style))
+    axes.set_xscale('log')
+    axes.set(title=name, ylabel=ink.axis('bits_per_byte'))
+    _teacher_ticks(axes, rows)
+    ink.zero(axes, 'y')
+  handles = [
+    ink.handle(_alpha_label(alpha, variant), **_alpha_style(alpha, gridrows.pick(DASHES, variants.index(variant))))
+    for _, alpha, variant in series
+  ]
+  return ink.legend(figure, [*handles, ink.handle('LM-only student', color=gridrows.COLOURS['tuned'])])
+
+
+def _alpha_style(alpha: float | None, dash) -> dict:
+  if alpha is None:
+    return {'color': 'black', 'marker': '*', 'markersize': 11, 'mfc': 'white', 'linestyle': 'none', 'zorder': 5}
+  return {'color': alpha_colour(alpha), 'marker': 'o', 'markersize': 4, 'linestyle': dash, 'linewidth': 1.2}
+
+
+def _alpha_label(alpha: float | None, variant: str) -> str:
+  return ('validated α, fresh seeds' if alpha is None else f'α {alpha:g}') + f' {variant}'.rstrip()
+
+
+def alpha_colour(alpha: float) -> str:
+  """Of one map over [0, 1], so that an alpha has its colour in every grid; without the map's palest end."""
+  return matplotlib.colors.to_hex(matplotlib.colormaps['plasma'](0.9 * alpha))
+
+
+def _teacher_ticks(axes, rows: pd.DataFrame) -> None:
+  """Under a log axis of FLOPs: each teacher's name, moved aside where two would overlap, with a line to its place."""
+  known = rows.drop_duplicates(['teacher', 'teacher_tokens']).sort_values('at')
+  low, high = np.log10(known['at'].min()), np.log10(known['at'].max())
+  margin = 0.06 * (high - low) or 0.5
+  low, high = low - margin, high + margin
+  axes.set_xlim(10**low, 10**high)
+  axes.set_xticks([], [])
+  axes.minorticks_off()
+  texts = [
+    f'{row.teacher} {count(row.teacher_tokens)} · {row.at:.1e}'.replace('e+', 'e') for row in gridrows.each(known)
+  ]
+  size = min(8.0, 200 / max(len(texts), 1))
+  places = ink.spread((np.log10(known['at'].to_numpy()) - low) / (high - low), size / 210)
+  across = axes.get_xaxis_transform()
+  for place, text, row in zip(places, texts, gridrows.each(known), strict=True):
+    x = 10 ** (low + place * (high - low))
+    axes.plot([row.at, x], [0, -0.03], transform=across, color=row.colour, linewidth=0.9, clip_on=False)
+    axes.text(
+      x, -0.035, text, transform=across, rotation=90, ha='center', va='top', fontsize=size, color=ink.dark(row.colour)
+    )
+  # A tick label of the longest text keeps the room, and the axis' label its distance; its own ink is invisible.
+  axes.set_xticks([10 ** ((low + high) / 2)], [max(texts, key=len)], rotation=90, fontsize=size, alpha=0)
+  axes.tick_params(axis='x', length=0)
+  axes.set_xlabel('teacher, its training tokens · FLOPs of its training (log scale)', labelpad=16)
+
+
+def heat(rows: pd.DataFrame) -> matplotlib.figure.Figure:
+  """A line of panels for each use of the targets; with many budgets a line for each set too."""
+  variants, teachers, budgets = sorted(set(rows['variant'])), gridrows.teachers_of(rows), sorted(set(rows['at']))
+  across = 2 if len(budgets) <= 4 else 1
+  down = 2 * len(variants) // across
+  size = (across * (1.35 * len(budgets) + 2.4), down * (0.75 * len(teachers) + 0.9) + 1.2)
+  figure = matplotlib.figure.Figure(figsize=(max(size[0], 9), max(size[1], 4)), layout='constrained')
+  panels = figure.subplots(down, across, squeeze=False).flat
+  for axes, (variant, name) in zip(panels, itertools.product(variants, gridrows.SETS), strict=True):
+    mine = rows[(rows['variant'] == variant) & (rows['set'] == name)]
+    if mine.empty:
+      ink.say(axes, f'{name}: not scored')
+      continue
+    image = _heat(axes, mine, teachers, budgets, rows.loc[rows['set'] == name, 'drawn'].abs().max() or 1.0)
+    axes.set(title=f'{name} {variant}'.strip(), xlabel='teacher’s training tokens', ylabel='teacher (weakest below)')
+    figure.colorbar(image, ax=axes, shrink=0.9).set_label(_broken(ink.axis('bits_per_byte')), fontsize=9)
+  return figure
+
+
+def _heat(axes, rows: pd.DataFrame, teachers: list[str], budgets: list[float], limit: float):
+  """A cell says its estimate, interval, verdict and alpha; one that was not run says that."""
+  values = np.full((len(teachers), len(budgets)), np.nan)
+  image = axes.imshow(values, cmap='RdBu_r', vmin=-limit, vmax=limit, origin='lower', aspect='auto')
+  axes.set_facecolor('#eeeeee')
+  for row in gridrows.each(rows):
+    y, x = teachers.index(row.teacher), budgets.index(row.at)
+    values[y, x] = row.drawn
+    text = f'{row.drawn:+.4f} {gridrows.VERDICT_MARKS.get(row.verdict, "")}\n[{row.drawn_low:+.3f}, {row.drawn_high:+.3f}]\n{row.verdict}, {gridrows.label("", row.alpha, row.validated)[2:]}'
+    axes.text(x, y, text, ha='center', va='center', fontsize=7.5, color=ink.text_colour(image.to_rgba(row.drawn)))
+  for y, x in zip(*np.nonzero(np.isnan(values)), strict=True):
+    axes.text(x, y, 'not run', ha='center', va='center', fontsize=7.5, color='#666666')
+  image.set_data(values)
+  axes.set_xticks(range(len(budgets)), [count(tokens) for tokens in budgets])
+  axes.set_yticks(range(len(teachers)), teachers)
+  return image
+
+
+def _broken(text: str) -> str:
+  return text.replace(', ', ',\n', 1)
+
+
+def alphas(rows: pd.DataFrame) -> matplotlib.figure.Figure:
+  teachers = gridrows.teachers_of(rows)
+  mine = rows[rows['teacher'] != '']
+  uses = sorted(set(zip(mine['teacher_tokens'], mine['variant'], strict=True)))
+  figure = matplotlib.figure.Figure(figsize=(max(3.1 * len(teachers) + 1.8, 8), 7), layout='constrained')
+  grid = figure.subplots(2, len(teachers), squeeze=False, sharex=True, sharey='row')
+  for name, line in zip(gridrows.SETS, grid, strict=True):
+    for teacher, axes in zip(teachers, line, strict=True):
+      _curves(axes, rows[rows['set'] == name], teacher, uses)
+      axes.set_title(f'{teacher} · {name}', fontsize=10)
+      axes.set_xticks(sorted({0.0, *rows['at']}))
+      axes.tick_params(axis='x', labelsize=8)
+      ink.zero(axes, 'y')
+    line[0].set_ylabel(_broken(ink.axis('bits_per_byte')))
+    line[0].set_ylim(_limits(rows[rows['set'] == name]))
+  for axes in grid[-1]:
+    axes.set_xlabel('alpha (0: LM-only)')
+  style = lambda i: {
+    'linestyle': gridrows.pick(DASHES, i),
+    'marker': gridrows.pick(gridrows.MARKERS, i),
+    'markersize': 4,
+  }
+  handles = [ink.handle(f'{count(use[0])} {use[1]}'.strip(), color='#555555', **style(i)) for i, use in enumerate(uses)]
+  best = ink.handle('large, hollow: validated α,\nfresh seeds', color='black', marker='o', linestyle='none', **BEST)
+  return ink.legend(figure, [*handles, best, ink.handle('unigram (no teacher)', **UNIGRAM)], 'teacher’s tokens')
+
+
+def _limits(rows: pd.DataFrame) -> tuple[float, float] | None:
+  """Of the teachers' curves; the unigram's may leave them by as much again, lest it flatten them."""
+  if not (rows['arm'] != 'unigram').any():
+    return None
+  low, high = _ends(rows[rows['arm'] != 'unigram'])
+  lowest, highest = _ends(rows)
+  span = 1.05 * (high - low) or 1.0
+  return max(lowest, low - span) - 0.05 * span, min(highest, high + span) + 0.05 * span
+
+
+def _ends(rows: pd.DataFrame) -> tuple[float, float]:
+  """The least and greatest end of an interval, and 0."""
+  values = rows[['drawn', 'drawn_low', 'drawn_high']].to_numpy(float)
+  known = np.append(values[np.isfinite(values)], 0.0)
+  return float(known.min()), float(known.max())
+
+
+def _curves(axes, rows: pd.DataFrame, teacher: str, uses: list) -> None:
+  """A teacher's curves, one a budget, from the baseline at alpha 0; the unigram control's behind them."""
+  if not (rows['teacher'] == teacher).any():
+    ink.say(axes, 'not scored')
+    return
+  control = rows[rows['arm'] == 'unigram'].sort_values('at')
+  if len(control):
+    ink.errorbars(axes, control['at'], control, alpha=0.6, **UNIGRAM)
+  for i, (tokens, variant) in enumerate(uses):
+    of = (rows['teacher'] == teacher) & (rows['teacher_tokens'] == tokens) & (rows['variant'] == variant)
+    mine = rows[of].sort_values('at')
+    if mine.empty:
+      continue
+    curve, best = mine[~mine['validated']], mine[mine['validated']]
+    shift, colour = (
+      min(0.016, 0.06 / len(uses)) * (i - (len(uses) - 1) / 2),
+      ink.shade(mine['colour'].iloc[0], i, len(uses)),
+    )
+    style = {'color': colour, 'marker': gridrows.pick(gridrows.MARKERS, i), 'linewidth': 1.3}
+    if len(curve):  # from the baseline itself, which is 0 at alpha 0
+      ink.errorbars(axes, curve['at'] + shift, curve, markersize=4, linestyle=gridrows.pick(DASHES, i), **style)
+      start = [0, curve['at'].iloc[0] + shift], [0, curve['drawn'].iloc[0]]
+      axes.plot(*start, color=colour, linestyle=gridrows.pick(DASHES, i), linewidth=1.3)
+    if len(best):
+      ink.errorbars(axes, best['at'] + shift, best, **style, **BEST)
+
+
+def sets(rows: pd.DataFrame) -> matplotlib.figure.Figure:
+  names, labels = gridrows.ordered_sets(rows), list(dict.fromkeys(rows['at']))
+  rows = rows.assign(hollow=rows['measure'].isin(gridrows.FITTED.values()))
+  rows = rows.assign(
+    slot=2 * (rows['arm'] == 'unigram') + rows['hollow'], marker=rows['marker'].where(rows['arm'] != 'tuned', 'X')
+  )
+  figure, panels = ink.forests(len(names), len(labels), 0.44)
+  for axes, name in zip(panels, names, strict=True):
+    mine = rows[rows['set'] == name]
+    ink.forest(axes, mine, labels, 4)
+    measure = next((measure for measure in gridrows.FITTED if (mine['measure'] == measure).any()), 'bits_per_byte')
+    axes.set(title=name, xlabel=ink.axis(measure))
+  handles = [
+    ink.handle(
+      'teacher (its colour): T = 1;\ntasks: raw log-likelihood', color='#555555', marker='o', linestyle='none'
+    ),
+    ink.handle('the same at fitted T;\ntasks: per byte', color='#555555', marker='o', linestyle='none', mfc='white'),
+    ink.handle('unigram at the same α, T = 1', color=gridrows.COLOURS['unigram'], marker='>', linestyle='none'),
+    ink.handle('unigram at fitted T', color=gridrows.COLOURS['unigram'], marker='>', linestyle='none', mfc='white'),
+  ]
+  if (rows['arm'] == 'tuned').any():
+    handles.append(ink.handle('LM-only, tuned', color=gridrows.COLOURS['tuned'], marker='X', linestyle='none'))
+  return ink.legend(figure, handles)
+
+
+def entropy(rows: pd.DataFrame) -> matplotlib.figure.Figure:
+  figure, panels = ink.panels(rows, height=5.2)
+  rows = rows.assign(
+    marker=rows['arm'].map(ARMS),
+    colour=rows['colour'].where(rows['arm'] == 'distilled', rows['arm'].map(gridrows.COLOURS)),
+  )
+  for axes, name in panels:
+    mine = rows[rows['set'] == name]
+    axes.errorbar(
+      mine['at'], mine['drawn'], xerr=ink.whiskers(mine, 'at'), yerr=ink.whiskers(mine, 'drawn'), fmt='none', ecolor=list(mine['colour']), alpha=0.25, linewidth=0.8
+    )  # fmt: skip
+    for (marker, validated), part in mine.groupby(['marker', 'validated']):
+      edge = 'black' if validated and marker in 'o>' else 'none'
+      axes.scatter(
+        part['at'],
+        part['drawn'],
+        s=18 + 60 * part['alpha'],
+        c=list(part['colour']),
+        marker=marker,
+        edgecolors=edge,
+        linewidths=0.8,
+        zorder=3,
+      )
+    ink.zero(axes, 'y')
+    ink.zero(axes, 'x')
+    axes.set(title=name, xlabel='entropy, nats per token, less the LM-only student’s\n(right of 0: less sure)')
+    axes.set_ylabel('log2 perplexity per byte = ' + ink.axis('bits_per_byte'))
+  handles = [
+    ink.handle(row.teacher, color=row.colour, marker='o', linestyle='none') for row in gridrows.by_teacher(rows)
+  ]
+  names = {'unigram': 'unigram (no teacher)', 'tuned': 'LM-only, tuned', 'flop_matched': 'LM-only, FLOP-matched'}
+  handles += [
+    ink.handle(text, color=gridrows.COLOURS[arm], marker=ARMS[arm], linestyle='none')
+    for arm, text in names.items()
+    if (rows['arm'] == arm).any()
+  ]
+  handles.append(ink.handle('black edge: validated α', color='white', mec='black', marker='o', linestyle='none'))
+  handles.append(ink.handle('larger: higher α', color='none'))
+  return ink.legend(figure, handles)
+
+
+def per_flop(rows: pd.DataFrame) -> matplotlib.figure.Figure:
+  own = rows[rows['arm'] == 'distilled']
+  labels = list(dict.fromkeys(gridrows.labels_of(own)))
+  tall = 0.3 * len(labels) + 1.4
+  figure = matplotlib.figure.Figure(figsize=(14, 2 * tall + 10.5), layout='constrained')
+  grid = figure.subplots(4, 2, height_ratios=(tall, tall, 4.2, 4.2))
+  for lines, counted in zip(((0, 2), (1, 3)), gridrows.COUNTED, strict=True):
+    for column, name in enumerate(gridrows.SETS):
+      mine = rows[(rows['counted'] == counted) & (rows['set'] == name)]
+      if mine.empty:
+        for line in lines:
+          ink.say(grid[line, column], f'{name}: not scored')
+        continue
+      _forest_per_flop(grid[lines[0], column], mine[mine['arm'] == 'distilled'], labels, own)
+      if column:  # the labels stand once a line
+        grid[lines[0], column].tick_params(axis='y', labelleft=False)
+      grid[lines[0], column].set_title(
+        f'{name}: gain per teacher FLOP,\ncounting {gridrows.COUNTED[counted]}', fontsize=10
+      )
+      _draw_frontier(grid[lines[1], column], mine)
+      grid[lines[1], column].set_title(f'{name}: frontier,\ncounting {gridrows.COUNTED[counted]}', fontsize=10)
+  handles = [
+    ink.handle(row.teacher, color=row.colour, marker=row.marker, linestyle='none') for row in gridrows.by_teacher(rows)
+  ]
+  handles.append(ink.handle('larger: more teacher tokens', color='none'))
+  handles.append(
+    ink.handle('LM-only, the same\nstudent on more tokens', color='black', marker='s', markersize=4, linewidth=0.8)
+  )
+  handles.append(ink.handle('frontier: least bits\nper byte up to there', color='black', linewidth=1.5, alpha=0.35))
+  return ink.legend(figure, handles)
+
+
+def _forest_per_flop(axes, rows: pd.DataFrame, labels: list[str], all_rows: pd.DataFrame) -> None:
+  """The numbers are printed too: teachers differ in FLOPs by orders of magnitude, and their gains hardly."""
+  unit = 10 ** round(float(np.log10(all_rows['teacher_flops'].median())))
+  at = gridrows.labels_of(rows)
+  scaled = rows.assign(
+    at=at, slot=0, hollow=False, **{f'drawn{end}': rows[f'per_flop{end}'] * unit for end in ('', '_low', '_high')}
+  )
+  ink.forest(axes, scaled, labels, 1)
+  for row in gridrows.each(scaled):
+    axes.annotate(
+      f'{row.drawn:+.3g}',
+      (1.01, labels.index(row.at)),
+      xycoords=('axes fraction', 'data'),
+      va='center',
+      fontsize=8,
+      annotation_clip=False,
+    )
+  axes.set_xlabel(ink.axis('bits_per_byte', f' per {unit:.0e} teacher FLOPs'.replace('e+', 'e')), fontsize=9)
+
+
+def _draw_frontier(axes, rows: pd.DataFrame) -> None:
+  """Gain against all FLOPs: of the student and of what is counted of its teacher."""
+  own, matched = rows[rows['arm'] == 'distilled'], rows[rows['arm'] == 'flop_matched']
+  start = own['student_flops'].iloc[0]
+  plain = pd.DataFrame({'at': [start], 'drawn': [0.0]})
+  step = gridrows.frontier(pd.concat([rows[['at', 'drawn']], plain]))
+  last = max(rows['at'].max(), start)
+  axes.step(
+    [*step['at'], last],
+    [*step['drawn'], step['drawn'].iloc[-1]],
+    where='post',
+    color='black',
+    linewidth=5,
+    alpha=0.18,
+    solid_capstyle='butt',
+  )
+  axes.plot([start, *matched['at']], [0.0, *matched['drawn']], color='black', linewidth=0.8)
+  axes.plot([start], [0.0], color='black', marker='s', markersize=4)
+  ink.errorbars(axes, matched['at'], matched, color='black', marker='s', markersize=3, capsize=0, linestyle='none')
+  budgets = sorted(set(own['teacher_tokens']))
+  for (colour, marker, tokens), part in own.groupby(['colour', 'marker', 'teacher_tokens'], sort=False):
+    size = 4.5 + 4.5 * (budgets.index(tokens) + 1) / len(budgets)
+    ink.errorbars(axes, part['at'], part, color=colour, marker=marker, markersize=size, linestyle='none', zorder=4)
+  axes.set_xscale('log')
+  axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+  axes.xaxis.set_major_formatter(lambda value, _: f'{value:.3g}'.replace('e+', 'e'))
+  axes.minorticks_off()
+  ink.zero(axes, 'y')
+  axes.set_xlabel('total FLOPs, of student and teacher (log scale)')
+  axes.set_ylabel(ink.axis('bits_per_byte'))
+
+
+def equal_flops(rows: pd.DataFrame) -> matplotlib.figure.Figure:
+  labels, scenarios = list(dict.fromkeys(rows['at'])), [s for s in SCENARIOS if (rows['scenario'] == s).any()]
+  rows = rows.assign(
+    slot=rows['scenario'].map(scenarios.index), marker=rows['scenario'].map(SCENARIOS), hollow=rows['scenario'] != ''
+  )
+  figure, panels = ink.forests(2, len(labels), 0.16 * len(scenarios) + 0.1, columns=2, wide=6.5)
+  for axes, name in ink.scored(rows, zip(panels, gridrows.SETS, strict=True)):
+    mine = rows[rows['set'] == name]
+    ink.forest(axes, mine, labels, len(scenarios))
+    axes.set(
+      title=name,
+      xlabel='bits per byte, less that of the LM-only student\nof equal tokens or equal FLOPs (below 0: better)',
+    )
+  text = lambda s: (
+    'LM-only at equal tokens' if not s else f'LM-only at equal FLOPs,\ncounting {s.replace("+", " and ")}'
+  )
+  handles = [
+    ink.handle(text(s), color='#555555', marker=SCENARIOS[s], linestyle='none', mfc='white' if s else None)
+    for s in scenarios
+  ]
+  return ink.legend(figure, handles, 'less the baseline:')
