@@ -128,10 +128,7 @@ def unigram_log_probs(windows: Windows, padded_vocab_size: int, max_tokens: int 
   Counted over the first `max_tokens` of the student's own slice.
   """
   first, last = windows.range
-  last = min(last, first + max_tokens)
-  counts = np.ones(padded_vocab_size)
-  for start in range(first, last, 1 << 20):
-    counts += np.bincount(windows.store.read(start, min(start + (1 << 20), last)), minlength=padded_vocab_size)
+  counts = 1 + windows.store.counts(padded_vocab_size, first, min(last, first + max_tokens))
   return np.log(counts / counts.sum()).astype(np.float32)
 
 

@@ -62,7 +62,11 @@ def _rows(scores: Scores, group: Group, baseline: list[Cell], scenario: str) -> 
   sets = scores.sets(group.cells[0])
   rows = []
   for name, measure in MEASURES.items():
-    wanted = {s: kind for s, kind in sets.items() if (kind == 'downstream') == measure.task}
+    wanted = {
+      s: kind
+      for s, kind in sets.items()
+      if (kind == 'downstream') == measure.task and scores.measured(group.cells[0], s, measure)
+    }
     parts = {s: scores.difference([group.cells], [baseline], s, measure) for s in wanted}
     for set_name, kind in wanted.items():
       noise = _noise(scores, group, baseline, set_name, measure)
@@ -137,7 +141,7 @@ def _noise(
   spreads = []
   for cell in (group.cells[0], baseline[0]):
     tables = [scores.documents(cell.id, name, back) for back in range(scores.checkpoints(cell.id))]
-    values = [measure.scale * t[measure.column].sum() / t[measure.per].sum() for t in tables]
+    values = [measure.sums(t).sum() / measure.sizes(t).sum() for t in tables]
     spreads.append(crossed.checkpoint_noise(values))
   if not np.isfinite(spreads).all():
     return lambda effect: effect

@@ -1,4 +1,4 @@
-"""The seven figures of a grid's report, as PNG and SVG.
+"""The figures of a grid's report, as PNG and SVG.
 
 A figure is a selection of rows (kdjax/analysis/gridrows.py; `drawn` returns just these, so that a test can hold a figure against the table, and
 kdjax/analysis/page.py draws the same) and the function that puts them on paper (kdjax/analysis/gridplots.py). A teacher has one colour and one marker in all of them, by
@@ -201,6 +201,14 @@ FIGURES = {
     gridplots.equal_flops,
     ('reversal_at_equal_flops',),
     True,
+  ),
+  'gain_by_difficulty': Figure(
+    'Gain by the difficulty of tokens',
+    'Difficulty is a token’s frequency in the training text, the same for all models. A gain on common tokens alone, or one that the unigram control has too, is no knowledge of the text.',
+    'no distilled arm has been scored by difficulty in-domain or on an OOD set',
+    gridrows.difficulty,
+    gridplots.difficulty,
+    one_alpha=True,
   ),
 }
 

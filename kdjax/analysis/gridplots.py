@@ -377,3 +377,37 @@ def equal_flops(rows: pd.DataFrame) -> matplotlib.figure.Figure:
     for s in scenarios
   ]
   return ink.legend(figure, handles, 'less the baseline:')
+
+
+def difficulty(rows: pd.DataFrame) -> matplotlib.figure.Figure:
+  """A line a teacher, in its colour, its budgets apart by shade and dash; the unigram control's a line an alpha."""
+  figure, panels = ink.panels(rows, height=4.2)
+  own, control = rows[rows['arm'] == 'distilled'], rows[rows['arm'] == 'unigram']
+  labels = list(dict.fromkeys(gridrows.labels_of(own)))
+  budgets = sorted(set(zip(own['teacher_tokens'], own['variant'], strict=True)))
+  styles = {}
+  for row in gridrows.each(own):
+    i = budgets.index((row.teacher_tokens, row.variant))
+    styles[gridrows.label(row.source, row.alpha, row.validated)] = {
+      'color': ink.shade(row.colour, i, len(budgets)),
+      'marker': row.marker,
+      'linestyle': gridrows.pick(DASHES, i),
+    }
+  for axes, name in panels:
+    of = control[control['set'] == name].sort_values('at')
+    for _, part in of.groupby(['alpha', 'validated']):
+      ink.errorbars(axes, part['at'], part, alpha=0.5, **UNIGRAM)
+    mine = own[own['set'] == name].sort_values('at')
+    mine = mine.assign(label=gridrows.labels_of(mine))
+    for i, label in enumerate(labels):
+      part = mine[mine['label'] == label]
+      shift = 0.05 * (i - (len(labels) - 1) / 2)
+      ink.errorbars(axes, part['at'] + shift, part, markersize=4, linewidth=1.1, **styles[label])
+    axes.set_xticks(list(gridrows.DIFFICULTY.values()), ['1: commonest', '2', '3', '4', '5: rarest'])
+    axes.set(title=name, xlabel='tokens by frequency in the training text, a fifth of it each')
+    axes.set_ylabel('nats per token, less the LM-only student’s\n(below 0: better)')
+    ink.zero(axes, 'y')
+  handles = [ink.handle(label, markersize=4, linewidth=1.1, **styles[label]) for label in labels]
+  if len(control):
+    handles.append(ink.handle('unigram at the same α', **UNIGRAM))
+  return ink.legend(figure, handles)

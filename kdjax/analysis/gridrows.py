@@ -17,6 +17,7 @@ import pandas as pd
 
 from kdjax.analysis.table import OOD_MEAN
 from kdjax.evals.job import IN_DOMAIN
+from kdjax.evals.score import DIFFICULTIES
 from kdjax.grids.cells import count
 
 SETS = (IN_DOMAIN, OOD_MEAN)
@@ -35,6 +36,8 @@ MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', 'p')
 COLOURS = {'unigram': '#d55e00', 'tuned': '#4c4c4c', 'flop_matched': '#8c8c8c'}
 FITTED = {'bits_per_byte': 'bits_per_byte_fitted', 'accuracy': 'accuracy_norm'}  # what is drawn hollow beside
 COUNTED = {'logits': 'the teacher’s forward passes', 'logits+pretraining': 'its forward passes and its training'}
+DIFFICULTY = {f'difficulty_{i + 1}': i + 1 for i in range(DIFFICULTIES)}
+_FIFTHS = ('commonest fifth', 'second fifth', 'third fifth', 'fourth fifth', 'rarest fifth')
 UNITS = {
   'bits_per_byte': 'bits per byte',
   'bits_per_byte_fitted': 'bits per byte at fitted T',
@@ -43,6 +46,7 @@ UNITS = {
   'ece': 'ECE',
   'accuracy': 'accuracy, share of items',
   'accuracy_norm': 'accuracy (per byte), share of items',
+  **{name: f'nats per token, {fifth}' for name, fifth in zip(DIFFICULTY, _FIFTHS, strict=True)},
 }
 SENSE = {
   'entropy': '',
@@ -186,6 +190,17 @@ def equal_flops(rows: pd.DataFrame) -> pd.DataFrame:
   matched = rows[(rows['arm'] == 'distilled') & (rows['scenario'] != '')]
   both = pd.concat([chosen(rows), _ordered(matched)] if len(matched) else [rows[:0]])
   return _placed(_two_sets(both.assign(at=labels_of(both))))
+
+
+def difficulty(rows: pd.DataFrame) -> pd.DataFrame:
+  """Each teacher over the bins of difficulty, with the unigram control of the same alphas beside."""
+  measured = rows[rows['measure'].isin(DIFFICULTY) & rows['set'].isin(SETS)]
+  own = chosen(measured)
+  alphas = set(zip(own['alpha'], own['validated'], strict=True))
+  unigram = measured[measured['arm'] == 'unigram']
+  beside = unigram[[use in alphas for use in zip(unigram['alpha'], unigram['validated'], strict=True)]]
+  both = pd.concat([own, beside])
+  return _placed(both.assign(at=both['measure'].map(DIFFICULTY)))
 
 
 def _plain(rows: pd.DataFrame) -> pd.DataFrame:

@@ -136,7 +136,7 @@ function spread(places, gap) {
   return blocks.flatMap(b => Array(b.n).fill(b.sum / b.n)).map((v, i) => Math.min(Math.max(v, 0), top) + i * gap);
 }
 
-// The seven figures: rows of a setting -> {panels: [{title, traces, layout}], keys, used}
+// The figures: rows of a setting -> {panels: [{title, traces, layout}], keys, used}
 const FIGURES = {
   gain_vs_teacher(list) {
     const all = setsShown().flatMap(set => on(plain(list), set));
@@ -302,6 +302,27 @@ const FIGURES = {
     });
     const keys = scenarios.map(s => key(s ? `less LM-only at equal FLOPs, counting ${s.replace('+', ' and ')}` : 'less LM-only at equal tokens', D.scenarios[s], '#555', {hollow: s !== ''}));
     return {panels, keys, used: all};
+  },
+
+  gain_by_difficulty(list) {
+    const sets = state.set ? [state.set] : D.sets, measured = list.filter(r => r.measure in D.difficulty && sets.includes(r.set));
+    const own = chosen(measured), uses = unique(own.map(r => `${r.teacher_tokens}|${r.variant}`)).sort((a, b) => parseFloat(a) - parseFloat(b) || (a < b ? -1 : 1)), labels = unique(own.map(label));
+    const control = measured.filter(r => r.arm === 'unigram' && own.some(o => o.alpha === r.alpha && o.validated === r.validated));
+    const at = r => D.difficulty[r.measure], ordered = list => [...list].sort((a, b) => at(a) - at(b));
+    const style = r => { const i = uses.indexOf(`${r.teacher_tokens}|${r.variant}`), color = shade(r.colour, i, uses.length); return {mode: 'lines+markers', line: {color, width: 1.5, dash: D.dashes[i % D.dashes.length]}, marker: mark(r.marker, color, 6)}; };
+    const panels = sets.map(set => {
+      const beside = control.filter(r => r.set === set), mine = own.filter(r => r.set === set);
+      const traces = unique(beside.map(r => `${r.alpha}|${r.validated}`)).map(use => points(ordered(beside.filter(r => `${r.alpha}|${r.validated}` === use)), at, {mode: 'lines+markers', opacity: 0.5, line: {color: D.arms.unigram[1], width: 1}, marker: mark('triangle-right', D.arms.unigram[1], 6)}));
+      labels.forEach((name, i) => {
+        const part = ordered(mine.filter(r => label(r) === name));
+        if (part.length) traces.push(points(part, r => at(r) + 0.05 * (i - (labels.length - 1) / 2), style(part[0])));
+      });
+      const x = axis('tokens by frequency in the training text, a fifth of it each', {tickvals: Object.values(D.difficulty), ticktext: ['1: commonest', '2', '3', '4', '5: rarest']});
+      return {title: set, traces, empty: !mine.length, layout: layout(380, x, axis('nats per token, less the LM-only student’s<br>(below 0: better)'), {shapes: [zero(true)]})};
+    });
+    const keys = labels.map(name => { const r = own.find(r => label(r) === name), s = style(r); return key(name, r.marker, s.line.color, {dash: s.line.dash}); });
+    if (control.length) keys.push(key('unigram at the same α', 'triangle-right', D.arms.unigram[1], {dash: 'solid'}));
+    return {panels, keys, used: [...own, ...control]};
   },
 };
 

@@ -15,6 +15,7 @@ from kdjax.analysis.table import CONTROLLED
 from kdjax.errors import UserError
 from kdjax.evals import job as jobs
 from kdjax.evals import results
+from kdjax.evals.score import DIFFICULTIES
 from kdjax.grids import runner
 from kdjax.grids.cells import Cell, Group
 from kdjax.grids.config import GridConfig
@@ -36,6 +37,19 @@ class Measure:
   scale: float = 1.0
   lower_is_better: bool | None = True  # None: neither
   task: bool = False
+  bin: int | None = None  # of columns that hold a list
+
+  def sums(self, table: pd.DataFrame) -> np.ndarray:
+    """[documents], scaled."""
+    return self.scale * self._values(table, self.column)
+
+  def sizes(self, table: pd.DataFrame) -> np.ndarray:
+    """[documents]: what it is a mean over."""
+    return np.ones(len(table)) if self.per == 'items' else self._values(table, self.per)
+
+  def _values(self, table: pd.DataFrame, column: str) -> np.ndarray:
+    values = table[column]
+    return values.to_numpy(float) if self.bin is None else np.stack(values.to_list())[:, self.bin]
 
 
 MEASURES = {
@@ -45,6 +59,9 @@ MEASURES = {
   'top1': Measure('correct', 'tokens', 1.0, False),
   'accuracy': Measure('correct', 'items', 1.0, False, True),
   'accuracy_norm': Measure('correct_norm', 'items', 1.0, False, True),
+  **{
+    f'difficulty_{i + 1}': Measure('difficulty_nll', 'difficulty_tokens', bin=i) for i in range(DIFFICULTIES)
+  },  # nats per token
 }
 
 
@@ -87,8 +104,11 @@ class Scores:
 
   def size(self, cell: Cell, name: str, measure: Measure) -> np.ndarray:
     """[documents]: what the measure is a mean over."""
-    table = self.documents(cell.id, name)
-    return np.ones(len(table)) if measure.per == 'items' else table[measure.per].to_numpy(float)
+    return measure.sizes(self.documents(cell.id, name))
+
+  def measured(self, cell: Cell, name: str, measure: Measure) -> bool:
+    """Whether an evaluation of that version has the measure."""
+    return measure.column in self.documents(cell.id, name)
 
   def difference(
     self, left: Sequence[Sequence[Cell]], right: Sequence[Sequence[Cell]], name: str, measure: Measure
@@ -133,7 +153,7 @@ class Scores:
     return {self._identity(run)['git'] for run in ids if run in self._files}
 
   def _column(self, cell: Cell, name: str, measure: Measure) -> np.ndarray:
-    return measure.scale * self.documents(cell.id, name)[measure.column].to_numpy(float)
+    return measure.sums(self.documents(cell.id, name))
 
   def _kind(self, name: str) -> str:
     if name == jobs.IN_DOMAIN:

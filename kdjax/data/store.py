@@ -123,6 +123,14 @@ class TokenStore:
     tokens = np.concatenate([self._block(i) for i in range(first, last + 1)])
     return tokens[start - first * BLOCK : stop - first * BLOCK].astype(np.int32)
 
+  def counts(self, size: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """How often each of `size` tokens stands in [start, stop), by default in all of it; float64."""
+    stop = self.n_tokens if stop is None else stop
+    counts = np.zeros(size)
+    for at in range(start, stop, 1 << 20):
+      counts += np.bincount(self.read(at, min(at + (1 << 20), stop)), minlength=size)
+    return counts
+
   def verify(self) -> None:
     """Hashes every file whole and reads every block: `StoreDamaged` if a single bit has changed."""
     files.check_files(self.folder, self.meta['files'])

@@ -22,14 +22,14 @@ from kdjax.data.corpus import Corpus, EvalSet
 from kdjax.errors import UserError
 from kdjax.evals import choices, results
 from kdjax.evals.choices import ChoiceSet
-from kdjax.evals.score import TEMPERATURES, Scored, expected_calibration_error, fit_temperature, score
+from kdjax.evals.score import TEMPERATURES, Scored, difficulties, expected_calibration_error, fit_temperature, score
 from kdjax.metrics import Progress
 from kdjax.models.decoder import compute_dtype
 from kdjax.run import RunFolder, read_json, write_json
 
 log = logging.getLogger('kdjax')
 
-VERSION = 2  # of what a result means; part of its fingerprint
+VERSION = 3  # of what a result means; part of its fingerprint
 IN_DOMAIN = 'in-domain'
 VALIDATION = 'validation'  # the in-domain validation split as a set of its own: scored only where it is named
 
@@ -141,19 +141,22 @@ def score_missing(
   if job.teacher:
     teacher = f'{_weights(job.teacher, _step(job.teacher, job.teacher_step))} in {job.config.teacher.dtype}'
   tasks = [
-    _task(job, run, step, weights, teacher, name, eval_set)
+    _task(job, run, step, weights, teacher, name, eval_set, corpus.train.fingerprint)
     for run, step, weights in [(run, step, _weights(run, step)) for run, step in checkpoints]
     for name, eval_set in wanted_sets.items()
   ]
   missing = distributed.from_first_process([not task.file.exists() for task in tasks])
   models = _Models(job, mesh)
+  difficulty_V = difficulties(corpus.train.counts(corpus.tokenizer.vocab_size)) if any(missing) else None
   total = sum(_n_tokens(task.eval_set) for task, wanted in zip(tasks, missing, strict=True) if wanted)
   bar = Progress('evaluation', total, unit='token', enabled=progress and total > 0)
   with contextlib.closing(bar):
     for task, wanted in zip(tasks, missing, strict=True):
       if wanted:
-        scored = _score_choices if isinstance(task.eval_set, ChoiceSet) else _score
-        table, meta = scored(task, models, job, mesh, bar)
+        if isinstance(task.eval_set, ChoiceSet):
+          table, meta = _score_choices(task, models, job, mesh, bar)
+        else:
+          table, meta = _score(task, models, job, mesh, bar, difficulty_V)
         if task.run.writes:
           results.write(task.file, table, meta)
   return tasks
@@ -190,7 +193,14 @@ def _sets(config: Config, corpus: Corpus, names: Collection[str] | None) -> dict
 
 
 def _task(
-  job: Job, run: RunFolder, step: int, weights: str, teacher: str, name: str, eval_set: EvalSet | ChoiceSet
+  job: Job,
+  run: RunFolder,
+  step: int,
+  weights: str,
+  teacher: str,
+  name: str,
+  eval_set: EvalSet | ChoiceSet,
+  training_text: str,
 ) -> Task:
   window = job.config.eval.window or job.config.data.seq_len
   dtype = str(compute_dtype(teachers.model_of(run).config))
@@ -203,11 +213,14 @@ def _task(
       'test': eval_set.test.fingerprint,
       'stride': job.config.eval.stride or max(1, window // 2),
       'teacher': '' if job.is_teacher(run) else teacher,
+      'difficulty': training_text,
     }
   return Task(run, step, name, eval_set, key)
 
 
-def _score(task: Task, models: '_Models', job: Job, mesh: Mesh, bar: Progress) -> tuple[pd.DataFrame, dict[str, Any]]:
+def _score(
+  task: Task, models: '_Models', job: Job, mesh: Mesh, bar: Progress, difficulty_V
+) -> tuple[pd.DataFrame, dict[str, Any]]:
   """(per-document table of the test documents, metadata): the temperature is fitted on the set's validation documents first."""
   assert isinstance(task.eval_set, EvalSet)
   window, stride = task.key['window'], task.key['stride']
@@ -222,7 +235,7 @@ def _score(task: Task, models: '_Models', job: Job, mesh: Mesh, bar: Progress) -
   )
   validation = on(student, None, task.eval_set.validation, TEMPERATURES)
   fitted = fit_temperature(validation, TEMPERATURES)
-  table = on(student, teacher, task.eval_set.test, [fitted])
+  table = on(student, teacher, task.eval_set.test, [fitted], difficulty_V=difficulty_V)
   table['nll_fitted'] = [values[0] for values in table.pop('nll_at')]
   meta = {
     **task.key,

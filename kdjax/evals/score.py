@@ -19,6 +19,7 @@ from kdjax.metrics import Progress
 from kdjax.models import Model
 
 BINS = 15  # of confidence, for the expected calibration error
+DIFFICULTIES = 5
 TEMPERATURES = tuple(float(t) for t in np.geomspace(0.6, 3.0, 14))
 SUMS = {
   'ce': 'nll',
@@ -46,11 +47,13 @@ def score(
   batch_size: int,
   mesh: Mesh,
   progress: Progress | None = None,
+  difficulty_V: np.ndarray | None = None,
 ) -> pd.DataFrame:
   """One row a document: bytes, tokens and sums over its tokens in nats.
 
   Columns: doc, bytes, tokens, nll, entropy, correct (top-1), with a teacher kl_to_teacher = KL(teacher || student) and agreement, nll_at
-  (a list, at each of `temperatures`), bin_count, bin_confidence, bin_correct (lists over BINS bins of confidence).
+  (a list, at each of `temperatures`), bin_count, bin_confidence, bin_correct (lists over BINS bins of confidence), and where `difficulty_V`
+  gives each token's bin (see `difficulties`) difficulty_tokens, difficulty_nll (lists over the bins).
   """
   temperatures = jnp.asarray(temperatures, jnp.float32)
   n = store.n_docs
@@ -61,12 +64,28 @@ def score(
     placed = place(batch, mesh)
     models = (student.model, teacher.model if teacher else None)
     values = _token_values(models, student.params, teacher.params if teacher else None, placed, temperatures)
-    _add(sums, jax.device_get(values), batch, n)
+    _add(sums, jax.device_get(values), batch, n, difficulty_V)
     if progress:
       progress.update(int((batch.labels_RxL >= 0).sum()))
   lists = {name: list(value) for name, value in sums.items() if value.ndim == 2}
   flat = {name: value for name, value in sums.items() if value.ndim == 1}
   return pd.DataFrame({'doc': store.doc_ids, 'bytes': np.asarray(store.n_bytes), **flat, **lists})
+
+
+def difficulties(counts_V: np.ndarray) -> np.ndarray:
+  """Each token's bin of difficulty: 0 has the commonest tokens, which make up a fifth of the text, the last the rarest and the unseen.
+
+  By frequency in the training text and not by any model's loss: the same for all models, and a bin of what one of them finds hard would
+  show every other one a gain.
+
+  Args:
+    counts_V: how often each token stands in the training text.
+  """
+  order = np.argsort(-counts_V, kind='stable')
+  middle_V = np.cumsum(counts_V[order]) - counts_V[order] / 2
+  bin_V = np.empty(len(counts_V), np.int64)
+  bin_V[order] = np.minimum(DIFFICULTIES * middle_V / counts_V.sum(), DIFFICULTIES - 1)
+  return bin_V
 
 
 def fit_temperature(table: pd.DataFrame, temperatures) -> float:
@@ -112,7 +131,13 @@ def _token_values(models, params, teacher_params, batch, temperatures_K):
   return values
 
 
-def _add(sums: dict[str, np.ndarray], values: dict[str, np.ndarray], batch: windows.Rows, n_docs: int) -> None:
+def _add(
+  sums: dict[str, np.ndarray],
+  values: dict[str, np.ndarray],
+  batch: windows.Rows,
+  n_docs: int,
+  difficulty_V: np.ndarray | None,
+) -> None:
   """Adds a batch's scored tokens to its documents' sums."""
   real = batch.labels_RxL >= 0
   doc = np.broadcast_to(batch.doc_R[:, None], real.shape)[real]
@@ -132,6 +157,10 @@ def _add(sums: dict[str, np.ndarray], values: dict[str, np.ndarray], batch: wind
   add('bin_count', in_bin)
   add('bin_confidence', in_bin * confidence[:, None])
   add('bin_correct', in_bin * values['correct'][real][:, None])
+  if difficulty_V is not None:
+    in_bin = np.eye(DIFFICULTIES)[difficulty_V[batch.labels_RxL[real]]]
+    add('difficulty_tokens', in_bin)
+    add('difficulty_nll', in_bin * values['ce'][real][:, None].astype(np.float64))
 
 
 def expected_calibration_error(table: pd.DataFrame) -> float:

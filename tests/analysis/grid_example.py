@@ -14,6 +14,7 @@ TASK = 'minimal pairs'
 OOD_MEAN = 'OOD mean'
 BASE = {'in-domain': 1.71, 'dialogue': 2.43, 'reference': 2.61, 'code': 4.18}  # bits per byte of the LM-only student
 DOCUMENTS = {'in-domain': 96, 'dialogue': 120, 'reference': 120, 'code': 60, TASK: 400, OOD_MEAN: 300}
+DIFFICULTY = tuple(f'difficulty_{i}' for i in range(1, 6))
 SCENARIOS = ('logits', 'logits+pretraining')
 SETTINGS = (('tiny-0.3m', 512_000, 0), ('tiny-1m', 512_000, 120_000))
 SCALE = {'in-domain': 1.0, 'dialogue': 3.0, 'reference': 2.2, 'code': 7.0}  # gains out of domain are larger
@@ -112,13 +113,13 @@ def _rows(arm):
   kinds = {'in-domain': 'in-domain', **dict.fromkeys(OOD, 'OOD')}
   rng = np.random.default_rng(zlib.crc32(repr(sorted(identity.items(), key=lambda item: item[0])).encode()))
   out = []
-  for measure in ('bits_per_byte', 'bits_per_byte_fitted', 'entropy', 'top1', 'ece'):
+  for measure in ('bits_per_byte', 'bits_per_byte_fitted', 'entropy', 'top1', 'ece', *DIFFICULTY):
     found = {}
     for name, kind in kinds.items():
       effect = _true(measure, name, gain, calibration, identity)
-      error = {'bits_per_byte': 0.008, 'bits_per_byte_fitted': 0.008, 'entropy': 0.02, 'top1': 0.004, 'ece': 0.003}[
-        measure
-      ]
+      error = {'bits_per_byte': 0.008, 'bits_per_byte_fitted': 0.008, 'entropy': 0.02, 'top1': 0.004, 'ece': 0.003}.get(
+        measure, 0.012
+      )
       error *= SCALE[name] ** 0.7 * rng.uniform(0.7, 1.3)
       found[name] = (effect + error * rng.normal(), error)
       out.append(_row(identity, measure, name, kind, *found[name], n_seeds))
@@ -141,6 +142,7 @@ def _true(measure: str, name: str, gain: float, calibration: float, identity) ->
     'entropy': 0.35 * identity['alpha'] * SCALE[name] ** 0.3 - 0.3 * gain,
     'top1': -0.1 * gain,
     'ece': -0.02 * calibration,
+    **{name: likelihood * (0.4 + 0.5 * i) for i, name in enumerate(DIFFICULTY)},
   }[measure]
 
 

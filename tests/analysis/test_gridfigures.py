@@ -25,6 +25,7 @@ WANTED = {
   'entropy_vs_perplexity': f"{TWO_SETS} and (scenario == '' or arm == 'flop_matched')",
   'gain_per_flop': f"{TWO_SETS} and validated and (({PLAIN}) or arm == 'flop_matched')",
   'equal_flops': f"{TWO_SETS} and validated and arm == 'distilled'",
+  'gain_by_difficulty': f"measure.str.startswith('difficulty') and set in ('in-domain', 'OOD mean') and validated and (({PLAIN}) or arm == 'unigram')",
 }
 
 
@@ -165,7 +166,8 @@ def test_every_axis_of_gains_names_its_unit_and_baseline(figures):
   for name, (figure, _) in figures.items():
     labels = ' '.join(' '.join((axes.get_xlabel(), axes.get_ylabel())) for axes in figure.axes if axes.get_visible())
     labels = ' '.join(labels.split())
-    assert 'bits per byte' in labels and 'LM-only student' in labels and '(below 0: better)' in labels, name
+    unit = 'nats per token' if name == 'gain_by_difficulty' else 'bits per byte'
+    assert unit in labels and 'LM-only student' in labels and '(below 0: better)' in labels, name
 
 
 def test_one_seed_is_told():
@@ -234,7 +236,7 @@ def test_no_ood_set(tables):
     assert name == 'gains_by_set' or 'not scored' in said
 
 
-def test_an_empty_table_is_seven_panels_that_say_so(tmp_path):
+def test_an_empty_table_is_panels_that_say_so(tmp_path):
   paths = gridfigures.write_all(pd.DataFrame(), pd.DataFrame(), tmp_path, '')
   assert len(paths) == 2 * len(NAMES)
   assert len(gridfigures.missing(pd.DataFrame())) == len(NAMES)

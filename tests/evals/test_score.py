@@ -8,7 +8,15 @@ import pytest
 from kdjax import sharding
 from kdjax.config import MeshConfig, ModelConfig
 from kdjax.evals import windows
-from kdjax.evals.score import BINS, Scored, expected_calibration_error, fit_temperature, score
+from kdjax.evals.score import (
+  BINS,
+  DIFFICULTIES,
+  Scored,
+  difficulties,
+  expected_calibration_error,
+  fit_temperature,
+  score,
+)
 from kdjax.models import build
 from tests.data.helpers import make_store
 
@@ -111,6 +119,30 @@ def test_a_document_longer_than_the_window_counts_each_token_once(table, store):
   lengths = np.diff(store.offsets)  # the separator before it counts for the end after it
   assert lengths.max() > 3 * WINDOW
   np.testing.assert_array_equal(table['tokens'], lengths)
+
+
+def test_likelihood_by_difficulty_adds_up_to_the_whole_and_goes_by_the_label(student, store, plain):
+  bins = np.arange(257) % DIFFICULTIES
+  table = scored(student, None, store, difficulty_V=bins)
+  by_bin = {name: np.stack(table[f'difficulty_{name}'].to_list()) for name in ('tokens', 'nll')}
+  np.testing.assert_array_equal(by_bin['tokens'].sum(1), table['tokens'])
+  np.testing.assert_allclose(by_bin['nll'].sum(1), table['nll'], rtol=1e-6)
+  doc = 4
+  text = np.append(store.read(int(store.offsets[doc]), int(store.offsets[doc + 1])), store.separator_id)
+  expected = np.bincount(bins[text[1:]], plain[doc]['nll'], DIFFICULTIES)
+  np.testing.assert_allclose(by_bin['nll'][doc], expected, rtol=2e-5)
+
+
+def test_difficulty_is_by_frequency_and_each_bin_about_a_fifth_of_the_text():
+  rng = np.random.default_rng(0)
+  counts = np.floor(10_000 / np.arange(1, 3001) ** 1.1)
+  shuffled = rng.permutation(3000)
+  found = difficulties(counts[shuffled])
+  share = np.bincount(found, counts[shuffled]) / counts.sum()
+  np.testing.assert_allclose(share, 0.2, atol=0.07)  # one token alone may be a tenth of the text
+  for easier, harder in zip(range(DIFFICULTIES - 1), range(1, DIFFICULTIES), strict=True):
+    assert counts[shuffled][found == easier].min() >= counts[shuffled][found == harder].max()
+  assert difficulties(np.array([5.0, 0.0, 5.0]))[1] == DIFFICULTIES - 1  # never seen
 
 
 def test_documents_and_bytes_are_the_stores(table, store):
