@@ -99,11 +99,23 @@ class Checkpoints:
     except NOT_WRITTEN as e:
       raise TrainingError(_full(self.folder, e)) from None
 
-  def discard_after(self, step: int) -> None:
-    """Deletes later checkpoints: a run goes on from `step`, and what did not verify must not pass for one of the newest to keep."""
-    for later in self.steps():
-      if later > step:
-        self._manager.delete(later)
+  def set_aside_after(self, step: int) -> None:
+    """Renames later checkpoints, to <step>.damaged: a run goes on from `step`, and what did not verify must not pass for one of the
+    newest to keep. Nothing is deleted: it may be the disk's fault, and for a moment."""
+    self.wait()
+    later = [other for other in self.steps() if other > step]
+    if not later:
+      return
+    distributed.first_process_first(lambda: [self._set_aside(other) for other in later])
+    self._manager.reload()
+
+  def _set_aside(self, step: int) -> None:
+    if jax.process_index() == 0:
+      kept = self.folder / f'{step}.damaged'
+      if kept.exists():
+        kept.rmtree()  # of this step there is a newer one
+      (self.folder / str(step)).rename(kept)
+      log.warning('checkpoint %d is set aside as %s; delete it where it is of no use', step, kept)
 
   def wait(self) -> None:
     """Until the save under way is on disk."""

@@ -153,7 +153,7 @@ def _start(
       states.append(init(key))
       known['init'] = params_fingerprint(states[-1].params)
     else:
-      saves[k].discard_after(found[k].step)
+      saves[k].set_aside_after(found[k].step)
       states.append(found[k].state)
     member.folder.record(member.config, known, member.notes | {'facts': cohort.facts})
   return tuple(states), shardings, found[0].step if found else 0

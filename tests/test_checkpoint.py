@@ -326,15 +326,22 @@ def test_a_step_saved_again_replaces_a_damaged_one(copy, three):
   runs.assert_identical(runs.host(read(copy, new).state), runs.host(new))
 
 
-def test_what_lies_beyond_the_step_gone_on_from_is_discarded_and_not_counted_as_newest(copy, three):
+def test_what_lies_beyond_the_step_gone_on_from_is_set_aside_whole_and_not_counted_as_newest(copy, three):
+  files = lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+  before = files(copy / '6')
   saves = Checkpoints(copy, keep=2)
-  saves.discard_after(2)
+  saves.set_aside_after(2)
   assert saves.steps() == [2]
+  assert files(copy / '6.damaged') == before
   state = place(make_state(), runs.mesh())
   for step in (3, 4):
     saves.save(step, state, KNOWN)
   saves.wait()
   assert saves.steps() == [3, 4]
+  for step in (5, 6):
+    saves.save(step, state, KNOWN)
+  saves.set_aside_after(4)  # again
+  assert saves.steps() == [4] and files(copy / '6.damaged') != before
   saves.close()
 
 
