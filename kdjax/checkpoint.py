@@ -106,11 +106,11 @@ class Checkpoints:
     later = [other for other in self.steps() if other > step]
     if not later:
       return
-    distributed.first_process_first(lambda: [self._set_aside(other) for other in later])
+    distributed.first_process_first(lambda: self._set_aside(later))
     self._manager.reload()
 
-  def _set_aside(self, step: int) -> None:
-    if jax.process_index() == 0:
+  def _set_aside(self, steps: list[int]) -> None:
+    for step in steps if jax.process_index() == 0 else ():
       kept = self.folder / f'{step}.damaged'
       if kept.exists():
         kept.rmtree()  # of this step there is a newer one
