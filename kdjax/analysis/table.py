@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kdjax.analysis.statistics import Interval, mean_interval, performance_gap_recovered, ratio_interval
+from kdjax.analysis.crossed import Effect, Paired, crossed_effect
 from kdjax.errors import UserError
 from kdjax.evals import job as jobs
 from kdjax.evals import results
@@ -93,19 +93,28 @@ def check_comparable(runs: list[RunFolder]) -> None:
         raise UserError(f'{run.path} and {known[0][0].path} must not be compared: their {name} fingerprints differ')
 
 
-def difference(cell: Cell, baseline: Cell, column: str = 'nll') -> Interval:
+def difference(cell: Cell, baseline: Cell, column: str = 'nll') -> Effect:
   """Bits per byte of `cell` less those of `baseline`, paired by document; negative is better."""
-  pair = _paired(cell, baseline, column, 'bytes')
-  return ratio_interval((pair[f'{column}_x'] - pair[f'{column}_y']) / LN2, pair['bytes'])
+  return crossed_effect([_bits(cell, baseline, column)])
 
 
-def accuracy_difference(cell: Cell, baseline: Cell, column: str = 'correct') -> Interval:
+def accuracy_difference(cell: Cell, baseline: Cell, column: str = 'correct') -> Effect:
   """A task's accuracy of `cell` less that of `baseline`, paired by item; positive is better. `column`: correct or correct_norm."""
-  pair = _paired(cell, baseline, column)
-  return ratio_interval(pair[f'{column}_x'] - pair[f'{column}_y'], np.ones(len(pair)))
+  pair = _merged(cell, baseline, column)
+  return crossed_effect([Paired(_less(pair, column), np.ones(len(pair)))])
 
 
-def _paired(cell: Cell, baseline: Cell, column: str, *shared: str) -> pd.DataFrame:
+def _bits(cell: Cell, baseline: Cell, column: str) -> Paired:
+  pair = _merged(cell, baseline, column, 'bytes')
+  return Paired(_less(pair, column) / LN2, pair['bytes'].to_numpy())
+
+
+def _less(pair: pd.DataFrame, column: str) -> np.ndarray:
+  """[1, documents]: of the one seed there is."""
+  return (pair[f'{column}_x'] - pair[f'{column}_y']).to_numpy(float)[None]
+
+
+def _merged(cell: Cell, baseline: Cell, column: str, *shared: str) -> pd.DataFrame:
   pair = cell.documents[['doc', *shared, column]].merge(
     baseline.documents[['doc', column]], on='doc', validate='one_to_one'
   )
@@ -116,15 +125,16 @@ def _paired(cell: Cell, baseline: Cell, column: str, *shared: str) -> pd.DataFra
   return pair
 
 
-def differences(cells: Cells, column: str = 'nll') -> dict[str, dict[str, Interval]]:
+def differences(cells: Cells, column: str = 'nll') -> dict[str, dict[str, Effect]]:
   """arm -> set -> paired difference against the baseline, with the plain mean over the OOD sets."""
-  out: dict[str, dict[str, Interval]] = {}
+  out: dict[str, dict[str, Effect]] = {}
   for arm in cells:
     if arm in (BASELINE, 'teacher') or BASELINE not in cells:
       continue
-    sets = {name: difference(cells[arm][name], cells[BASELINE][name], column) for name in cells[BASELINE]}
-    ood = [interval for name, interval in sets.items() if name != jobs.IN_DOMAIN]
-    out[arm] = sets | ({OOD_MEAN: mean_interval(ood)} if ood else {})
+    pairs = {name: _bits(cells[arm][name], cells[BASELINE][name], column) for name in cells[BASELINE]}
+    ood = [pair for name, pair in pairs.items() if name != jobs.IN_DOMAIN]
+    out[arm] = {name: crossed_effect([pair]) for name, pair in pairs.items()}
+    out[arm] |= {OOD_MEAN: crossed_effect(ood)} if ood else {}
   return out
 
 
@@ -303,8 +313,19 @@ def _ordered_sets(cells: Cells) -> list[str]:
   return [jobs.IN_DOMAIN] * (jobs.IN_DOMAIN in names) + sorted(names - {jobs.IN_DOMAIN})
 
 
-def _interval(interval: Interval) -> str:
-  return f'{interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]'
+def performance_gap_recovered(weak: float, strong: float, ceiling: float) -> float:
+  """(weak - strong) / (weak - ceiling) of losses (Burns et al. 2023): 0 at the weak teacher, 1 at the ceiling; nan where there is no gap.
+
+  Args:
+    weak: the teacher's loss.
+    strong: the loss of the student that learned from it.
+    ceiling: the loss of the student that learned from the data alone.
+  """
+  return (weak - strong) / (weak - ceiling) if weak > ceiling else float('nan')
+
+
+def _interval(effect: Effect) -> str:
+  return f'{effect.estimate:+.4f} [{effect.low:+.4f}, {effect.high:+.4f}]'
 
 
 def align(rows: list[list[str]]) -> str:

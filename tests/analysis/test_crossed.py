@@ -15,7 +15,7 @@ from statsmodels.stats.anova import anova_lm
 
 from kdjax.analysis import crossed
 from kdjax.analysis.crossed import Effect, Paired, crossed_effect, minimum_detectable_effect, verdict
-from kdjax.analysis.statistics import mean_interval, ratio_interval
+from tests.analysis.textbook import mean_interval, ratio_interval
 
 GRIDS = 2000
 MONTE_CARLO = math.sqrt(0.05 * 0.95 / GRIDS)
@@ -374,6 +374,18 @@ def test_one_seed_covers_over_documents_where_the_ratio_interval_does_not():
     plain.append(ratio_interval(y_D, x_D))
   assert covered(found, 0.3) >= 0.93 + 3 * MONTE_CARLO
   assert covered(plain, 0.3) < 0.95 - 3 * MONTE_CARLO
+
+
+def test_an_interval_over_tokens_would_be_far_too_narrow():
+  """Why documents are the unit: where a document's tokens share a shift, tokens as the unit cover far less than they say."""
+  rng, over_tokens, over_documents = np.random.default_rng(0), [], []
+  for _ in range(400):
+    x_D = rng.integers(20, 400, 60).astype(float)
+    y_D = x_D * rng.normal(0.2, 0.3, 60) + rng.normal(size=60) * np.sqrt(x_D)
+    half = 1.96 / math.sqrt(x_D.sum())  # a token's own noise has variance 1
+    over_tokens.append(abs(y_D.sum() / x_D.sum() - 0.2) <= half)
+    over_documents.append(crossed_effect([Paired(y_D[None], x_D)]))
+  assert np.mean(over_tokens) < 0.6 and covered(over_documents, 0.2) > 0.9
 
 
 @pytest.mark.parametrize('mix', ['seeds', 'documents'])

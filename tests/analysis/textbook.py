@@ -1,9 +1,4 @@
-"""Paired statistics over documents.
-
-Tokens of a document are not independent, so documents are the unit. A ratio of sums (nats per byte, nats per token) is compared between two
-models on the same documents: the linearised ratio estimator with documents as clusters (Cochran, Sampling Techniques, 6.4), with a t quantile.
-Such an interval generalises over documents of the set; it holds nothing of the variance between seeds.
-"""
+"""Cochran's intervals over documents (Sampling Techniques, 6.4): what kdjax/analysis/crossed.py is where documents are of one length."""
 
 from typing import NamedTuple
 
@@ -50,14 +45,3 @@ def mean_interval(parts: list[Interval], level: float = 0.95) -> Interval:
   freedom = variances.sum() ** 2 / np.sum(variances**2 / np.asarray([p.n - 1 for p in parts]))
   half = stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(variance)
   return Interval(estimate, estimate - half, estimate + half, float(np.sqrt(variance)), n)
-
-
-def performance_gap_recovered(weak: float, strong: float, ceiling: float) -> float:
-  """(weak - strong) / (weak - ceiling) of losses (Burns et al. 2023): 0 at the weak teacher, 1 at the ceiling; nan where there is no gap.
-
-  Args:
-    weak: the teacher's loss.
-    strong: the loss of the student that learned from it.
-    ceiling: the loss of the student that learned from the data alone.
-  """
-  return (weak - strong) / (weak - ceiling) if weak > ceiling else float('nan')
