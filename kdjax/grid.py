@@ -77,6 +77,7 @@ def run(
     corpus = distributed.first_process_first(lambda: prepare(base.data, base.eval, grid.runs, progress))
     # A task that cannot be read is told now, not after the training.
     choices.read_all(base.eval.tasks, base.eval.max_items)
+  runner.record_corpus(folder, corpus)
   work = runner.Runner(grid, folder, corpus, mesh, progress)
   failed = work.run(_wanted(grid, folder, cell, shard))
   if failed:

@@ -70,6 +70,30 @@ def test_effects_are_the_paired_differences_of_the_result_files(grid, folder, ta
   assert checked == 3 * (2 + 3 + 1)  # distilled and unigram in both phases, tuned and FLOP-matched in the second
 
 
+def test_differences_by_difficulty_add_up_to_those_of_the_whole(grid, folder, tables):
+  scores = runner.read_scores(grid, folder)
+  group = next(g for g in groups(grid, folder) if g.kind == 'distilled')
+  rows = tables.effects[tables.effects['cells'] == ' '.join(c.id for c in group.cells)].query("set == 'far'")
+  table = documents(folder, scores, group.cells[0], 'far')
+  tokens = np.stack(table['difficulty_tokens'].to_list()).sum(0)
+  by_bin = rows[rows['measure'].str.startswith('difficulty')].sort_values('measure')['estimate'].to_numpy()
+  (whole,) = rows.query("measure == 'bits_per_byte'")['estimate']
+  assert len(by_bin) == len(tokens) and (tokens > 0).all()
+  assert by_bin @ tokens / table['bytes'].sum() / math.log(2) == pytest.approx(whole, abs=1e-9)
+
+
+def test_documents_that_are_training_text_too_are_told(grid, folder, tmp_path):
+  copy = tmp_path / 'grid'
+  shutil.copytree(folder, copy, symlinks=True)
+  corpus = json.loads((copy / 'corpus.json').read_text())
+  assert set(corpus['counts']) >= {'in-domain', 'far', 'further'}
+  assert not any('training text' in warning for warning in effects.build(grid, copy).warnings)
+  corpus['counts']['far'] |= {'in_training_split': 3, 'read': 9}
+  (copy / 'corpus.json').write_text(json.dumps(corpus))
+  told = effects.build(grid, copy).warnings
+  assert 'set far: 3 of its 9 documents are training text too; they are not scored' in told
+
+
 def test_ood_means_are_plain_means_over_the_sets(tables):
   keys = ['cells', 'scenario', 'measure']
   for measure in ('bits_per_byte', 'bits_per_byte_fitted', 'entropy', 'top1'):

@@ -22,6 +22,7 @@ from kdjax.grids import cells as cells_lib
 from kdjax.grids import runner
 from kdjax.grids.cells import Cell, Group
 from kdjax.grids.config import GridConfig
+from kdjax.run import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +195,9 @@ def _warnings(scores: Scores, groups: list[Group], ready: list[Group]) -> list[s
     out.append(
       'arms with one seed: their intervals hold the noise of their last checkpoints, not the variance between seeds'
     )
+  for name, counts in (read_json(scores.folder / runner.CORPUS) or {'counts': {}})['counts'].items():
+    if shared := counts.get('in_training_split', 0):
+      out.append(f'set {name}: {shared} of its {counts["read"]} documents are training text too; they are not scored')
   commits = scores.commits()
   if len(commits) > 1:
     out.append(f'results of mixed code versions: {", ".join(sorted(commits))}')

@@ -1,6 +1,7 @@
 """Doing what a grid lacks: teachers, the pilot, then the main and the validated cells, each trained and scored.
 
     <grid>/grid.json        the config, resolved; compared on every later start
+    <grid>/corpus.json      how many documents of each set were read, dropped and kept
     <grid>/pilot.json       what the pilot chose, with its whole curve, time stamp and hash; main cells start after it, and it never changes
     <grid>/jobs/<id>/       a unit of work: its owner, its state, its error; job.json names the result files
     <grid>/cells/<id>/      one student's run folder (kdjax/run.py)
@@ -45,6 +46,7 @@ log = logging.getLogger('kdjax')
 STATES = ('done', 'running', 'stopped', 'failed', 'missing')
 POLL = 5.0  # seconds between looks at jobs that other runners do
 PILOT = 'pilot.json'
+CORPUS = 'corpus.json'
 NOT_IDENTITY = ('runs', 'hardware', 'cohort', 'last')  # fields that change no result
 
 
@@ -75,6 +77,12 @@ def claim(folder: pathlib.Path, grid: GridConfig) -> None:
         'time': time.time(),
       },
     )
+
+
+def record_corpus(folder: pathlib.Path, corpus: Corpus) -> None:
+  """Keeps what was found when the text was read, for the report: documents of a test set that are in the training text too, above all."""
+  if jax.process_index() == 0:
+    write_json(folder / CORPUS, {'fingerprint': corpus.fingerprint, 'counts': corpus.meta['counts']})
 
 
 def cell_folder(folder: pathlib.Path, cell: Cell) -> RunFolder:
