@@ -16,7 +16,7 @@ import pathlib
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 
@@ -85,12 +85,12 @@ def run(
   print(status_text(grid, folder))
 
 
-def _wanted(grid: GridConfig, folder: pathlib.Path, cell: str | None, shard: str | None) -> Callable[[Job], bool]:
+def _wanted(grid: GridConfig, folder: pathlib.Path, cell: str | None, shard: str | None) -> runner.Wanted:
   if cell and shard:
     raise UserError('--cell names one cell, --shard a part of all: give one of the two')
   if shard:
     runner.shard([], shard)  # its form, before any work
-    return lambda job: job.id in runner.shard(runner.jobs_of(grid, folder), shard)
+    return lambda jobs: runner.shard(jobs, shard)
   if cell:
     ids = [c.id for job in runner.jobs_of(grid, folder) for c in job.cells]
     found = [i for i in ids if cell in i]
@@ -98,8 +98,8 @@ def _wanted(grid: GridConfig, folder: pathlib.Path, cell: str | None, shard: str
       near = ', '.join((found or ids)[:5])
       raise UserError(f'--cell={cell}: {len(found)} cells of this grid have that in their id; name one, such as {near}')
     one = cell if cell in ids else found[0]
-    return lambda job: any(c.id == one for c in job.cells)
-  return lambda job: True
+    return lambda jobs: {job.id for job in jobs if any(c.id == one for c in job.cells)}
+  return runner.everything
 
 
 def plan_text(grid: GridConfig, folder: pathlib.Path) -> str:

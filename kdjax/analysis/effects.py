@@ -18,6 +18,7 @@ from kdjax.analysis import contrasts, crossed
 from kdjax.analysis.crossed import Effect
 from kdjax.analysis.scores import MEASURES, OOD_MEAN, TUNED, Measure, Scores
 from kdjax.errors import UserError
+from kdjax.evals import results
 from kdjax.grids import cells as cells_lib
 from kdjax.grids import runner
 from kdjax.grids.cells import Cell, Group
@@ -169,7 +170,7 @@ def _teachers(scores: Scores) -> pd.DataFrame:
     for step, sets in scores.steps(job.id).items() if not job.cells else ():
       for name, table in sets.items():
         if 'nll' in table:
-          bits = table['nll'].sum() / table['bytes'].sum() * MEASURES['bits_per_byte'].scale
+          bits = results.bits_per_byte(table)
           rows.append(
             {
               'teacher': job.model,

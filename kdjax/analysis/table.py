@@ -33,7 +33,7 @@ class Cell:
     return math.exp(self.documents['nll'].sum() / self.documents['tokens'].sum())
 
   def bits_per_byte(self, column: str = 'nll') -> float:
-    return self.documents[column].sum() / self.documents['bytes'].sum() / LN2
+    return results.bits_per_byte(self.documents, column)
 
   def mean(self, column: str) -> float:
     return self.documents[column].sum() / self.documents['tokens'].sum()

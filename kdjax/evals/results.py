@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -32,6 +33,11 @@ def write(file: pathlib.Path, table: pd.DataFrame, meta: dict[str, Any]) -> None
     raise UserError(
       f'{file}: results could not be written ({e}); free some disk space and run the eval job again'
     ) from None
+
+
+def bits_per_byte(table: pd.DataFrame, column: str = 'nll') -> float:
+  """Of all documents of a table together; `column` holds nats."""
+  return float(table[column].sum() / table['bytes'].sum() / math.log(2))
 
 
 def read(file: pathlib.Path) -> tuple[pd.DataFrame, dict[str, Any]]:

@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import os
 import pathlib
 import shutil
@@ -114,6 +113,13 @@ def state(folder: pathlib.Path, job: Job, timeout: float) -> str:
   return {'preempted': 'stopped'}.get(status['state'], status['state'])
 
 
+Wanted = Callable[[Sequence[Job]], set[str]]  # of all jobs that are known by now, the ids of a runner's share
+
+
+def everything(jobs: Sequence[Job]) -> set[str]:
+  return {job.id for job in jobs}
+
+
 @dataclasses.dataclass
 class Runner:
   """One runner's view of a grid."""
@@ -124,8 +130,8 @@ class Runner:
   mesh: Mesh
   progress: bool = True
 
-  def run(self, wanted: Callable[[Job], bool] = lambda job: True) -> list[Job]:
-    """Does all that is wanted and missing, phase after phase; returns the jobs that failed."""
+  def run(self, wanted: Wanted = everything) -> list[Job]:
+    """Does what is wanted (and the teachers that it needs) and missing, phase after phase; returns the jobs that failed."""
     failed: dict[str, Job] = {}
     self._phase(_of_pilot, wanted, failed)
     if cells_lib.pilot_groups(self.grid) and not (self.folder / PILOT).exists():
@@ -137,13 +143,12 @@ class Runner:
     self._phase(lambda jobs: jobs, wanted, failed)
     return list(failed.values())
 
-  def _phase(self, select: Callable[[list[Job]], list[Job]], wanted, failed: dict[str, Job]) -> None:
+  def _phase(self, select: Callable[[list[Job]], list[Job]], wanted: Wanted, failed: dict[str, Job]) -> None:
     while True:
-      jobs = select(jobs_of(self.grid, self.folder))
-      needed = {job.teacher for job in jobs if job.cells and wanted(job)}
-      open_jobs = [
-        job for job in jobs if (wanted(job) or job.id in needed) and not self._done(job) and job.id not in failed
-      ]
+      known = jobs_of(self.grid, self.folder)
+      jobs, mine = select(known), wanted(known)
+      mine = mine | {job.teacher for job in jobs if job.cells and job.id in mine}
+      open_jobs = [job for job in jobs if job.id in mine and not self._done(job) and job.id not in failed]
       if not open_jobs:
         return
       moved = False
@@ -241,7 +246,8 @@ class Runner:
     curves: dict[str, dict[str, float]] = {}
     for group in cells_lib.pilot_groups(self.grid):
       (cell,) = group.cells
-      value = bits_per_byte(newest(scores[cell.id])[evaluation.VALIDATION], self.folder)
+      table, _ = results.read(self.folder / newest(scores[cell.id])[evaluation.VALIDATION])
+      value = results.bits_per_byte(table)
       if group.kind == 'baseline':
         for source in cells_lib.sources(self.grid, group.setting):
           curves.setdefault(f'{group.setting.name}/{source.name}', {})['0'] = value
@@ -308,11 +314,6 @@ def read_scores(grid: GridConfig, folder: pathlib.Path) -> dict[str, dict[str, d
 def newest(steps: dict[str, dict[str, str]]) -> dict[str, str]:
   """The sets of the newest step."""
   return steps[max(steps, key=int)]
-
-
-def bits_per_byte(file: str, folder: pathlib.Path) -> float:
-  table, _ = results.read(folder / file)
-  return float(table['nll'].sum() / table['bytes'].sum() / math.log(2))
 
 
 def shard(jobs: Sequence[Job], text: str) -> set[str]:
