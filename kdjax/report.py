@@ -4,7 +4,7 @@
     python -m kdjax.report --grid=runs/grid-0123456789ab --advise --student=tiny-1m --tokens=2M --budget-flops=2e13
 
 Writes <grid>/report: effects.csv and .parquet (every arm against its baseline on every set), contrasts.csv and .parquet (what the config
-declared, with Holm's correction), figures/*.png and *.svg, report.html (one file, no network).
+declared, with Holm's correction), summary.md (both in short), figures/*.png and *.svg, report.html (one file, no network).
 """
 
 import argparse
@@ -19,7 +19,7 @@ import pandas as pd
 
 from kdjax import cli
 from kdjax import config as config_lib
-from kdjax.analysis import advisor, effects, gridfigures, page
+from kdjax.analysis import advisor, effects, gridfigures, page, summary
 from kdjax.analysis.effects import Tables
 from kdjax.analysis.scores import OOD_MEAN
 from kdjax.analysis.table import align
@@ -72,6 +72,7 @@ def write(grid: GridConfig, folder: pathlib.Path, tables: Tables) -> str:
   for name, table in (('effects', tables.effects), ('contrasts', tables.contrasts), ('teachers', tables.teachers)):
     table.to_csv(out / f'{name}.csv', index=False)
     table.to_parquet(out / f'{name}.parquet', index=False)
+  (out / 'summary.md').write_text(summary.markdown(tables.effects, tables.contrasts, tables.warnings))
   note = '; '.join(tables.warnings)
   gridfigures.write_all(tables.effects, tables.contrasts, out / 'figures', note)
   page.write(tables.effects, tables.contrasts, note, facts(grid, folder, tables), out / 'report.html')

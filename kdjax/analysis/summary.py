@@ -1,0 +1,65 @@
+"""A grid's results as a page of Markdown: the declared contrasts, then every arm at its validated alpha (or at each declared one)."""
+
+import pandas as pd
+
+from kdjax.analysis import gridrows
+
+LEGEND = """Differences to the LM-only student of the same tokens, seeds and batches, with 95% intervals; below 0 in bits per byte: better, above 0 in
+accuracy: better. Fitted T: each model at its own best evaluation temperature. Holm: over all contrasts. MDE: what would have been found 4 times
+in 5. The unigram control's teacher is no model but the training text's token frequencies; FLOP-matched: an LM-only student that got, as tokens,
+the FLOPs of that teacher."""
+
+
+def markdown(effects: pd.DataFrame, contrasts: pd.DataFrame, warnings: list[str]) -> str:
+  """The tables of kdjax/analysis/effects.py as text that can be committed."""
+  parts = [f'**{warning}**' for warning in warnings]
+  parts += ['## Declared contrasts', _contrasts(contrasts)]
+  table = gridrows.labelled(effects)
+  for setting in table['setting'].unique():
+    rows = table[table['setting'] == setting]
+    kept = rows[rows['validated']] if rows['validated'].any() else rows
+    parts += [f'## Arms of the student {setting}', _arms(kept)]
+  return '\n\n'.join([*parts, LEGEND]) + '\n'
+
+
+def _contrasts(contrasts: pd.DataFrame) -> str:
+  if contrasts.empty:
+    return 'None were declared.'
+  head = ['question', 'on', 'verdict', 'estimate', '95% interval', 'p (Holm)', 'MDE', 'left', 'right']
+  lines = []
+  for row in gridrows.each(contrasts):
+    numbers = ['', '', '', '']
+    if row.verdict != 'not tested':
+      numbers = [f'{row.estimate:+.4f}', f'[{row.low:+.4f}, {row.high:+.4f}]', f'{row.p_holm:.2g}', f'{row.mde:.4f}']
+    said = row.answer if row.verdict == 'not tested' else row.verdict
+    lines.append([row.question, row.set, said, *numbers, row.left, row.right])
+  return _table(head, lines)
+
+
+def _arms(rows: pd.DataFrame) -> str:
+  """One line an arm; the columns are the sets, at T = 1 and at fitted T, and the tasks by raw and by per-byte likelihood."""
+  measures = [*gridrows.FITTED, *gridrows.FITTED.values()]
+  shown = rows[rows['measure'].isin(measures) & ((rows['scenario'] == '') | (rows['arm'] == 'flop_matched'))]
+  columns = [
+    (name, measure)
+    for name in gridrows.ordered_sets(shown)
+    for measure in measures
+    if ((shown['set'] == name) & (shown['measure'] == measure)).any()
+  ]
+  hollow = {
+    measure: ' (per byte)' if measure == 'accuracy_norm' else ' (fitted T)' for measure in gridrows.FITTED.values()
+  }
+  head = ['arm', 'alpha', 'seeds', *(f'{name}{hollow.get(measure, "")}' for name, measure in columns)]
+  lines = []
+  for _, mine in shown.groupby(['arm', 'source', 'alpha', 'cells'], sort=False):
+    known = {(row.set, row.measure): row for row in gridrows.each(mine)}
+    first = next(gridrows.each(mine))
+    values = [known.get(column) for column in columns]
+    numbers = [f'{row.estimate:+.3f} [{row.low:+.3f}, {row.high:+.3f}]' if row else '' for row in values]
+    name = {'distilled': first.source, 'flop_matched': f'FLOP-matched to {first.source}'}.get(first.arm, first.arm)
+    lines.append([name, f'{first.alpha:g}', str(first.n_seeds), *numbers])
+  return _table(head, lines)
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+  return '\n'.join(f'| {" | ".join(line)} |' for line in (head, ['---'] * len(head), *lines))

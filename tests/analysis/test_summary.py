@@ -1,0 +1,45 @@
+"""The summary says each contrast and each validated arm, with the table's numbers."""
+
+import pandas as pd
+
+from kdjax.analysis import summary
+from tests.analysis import grid_example
+
+
+def lines_of(text: str, heading: str) -> list[list[str]]:
+  part = text.split(f'## {heading}')[1].split('##')[0]
+  return [
+    [cell.strip() for cell in line.strip('| ').split(' | ')] for line in part.splitlines() if line.startswith('|')
+  ]
+
+
+def test_every_contrast_has_its_line():
+  effects, contrasts = grid_example.tables()
+  head, _, *lines = lines_of(summary.markdown(effects, contrasts, []), 'Declared contrasts')
+  assert len(lines) == len(contrasts) and head[3] == 'estimate'
+  for line, row in zip(lines, contrasts.to_dict('records'), strict=True):
+    assert line[:2] == [row['question'], row['set']]
+    if row['verdict'] == 'not tested':
+      assert line[2].startswith('not tested')
+    else:
+      assert line[2:5] == [row['verdict'], f'{row["estimate"]:+.4f}', f'[{row["low"]:+.4f}, {row["high"]:+.4f}]']
+
+
+def test_every_validated_arm_has_its_line_and_each_set_its_columns():
+  effects, contrasts = grid_example.tables()
+  head, _, *lines = lines_of(summary.markdown(effects, contrasts, []), 'Arms of the student tiny-0.3m, 512k tokens')
+  kept = effects.query("validated and (scenario == '' or arm == 'flop_matched')")
+  assert len(lines) == len(kept.groupby(['arm', 'teacher', 'teacher_tokens', 'alpha', 'cells']))
+  assert head[3:5] == ['in-domain', 'in-domain (fitted T)'] and head[-2:] == [
+    'minimal pairs',
+    'minimal pairs (per byte)',
+  ]
+  row = kept.query("arm == 'tuned' and set == 'OOD mean' and measure == 'bits_per_byte_fitted'").iloc[0]
+  (line,) = [line for line in lines if line[0] == 'tuned']
+  assert line[head.index('OOD mean (fitted T)')] == f'{row["estimate"]:+.3f} [{row["low"]:+.3f}, {row["high"]:+.3f}]'
+
+
+def test_warnings_come_first_and_an_empty_table_is_told():
+  effects, _ = grid_example.tables()
+  text = summary.markdown(effects, pd.DataFrame(), ['alpha not validated'])
+  assert text.startswith('**alpha not validated**') and 'None were declared' in text
