@@ -12,7 +12,9 @@ from kdjax.config import Config
 from kdjax.errors import ConfigError
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'configs'
-CONFIGS = sorted(path for path in FOLDER.glob('*.py') if path.stem != 'grid')  # the grid's: tests/grids/test_cells.py
+CONFIGS = sorted(
+  path for path in FOLDER.glob('*.py') if path.stem not in ('grid', 'evidence')
+)  # the grids': tests/grids/test_cells.py
 LEAVES = dict(config_lib.leaves(Config, ''))
 
 

@@ -203,6 +203,21 @@ def test_the_papers_grid():
   assert family.student == ('qwen3-0.3b',)
 
 
+def test_the_evidence_is_the_main_grid_with_every_control_and_contrast_and_enough_of_each_axis():
+  grid = cli.load_as(GridConfig, grid_config.problems, 'configs/evidence.py', {})
+  main = cli.load_as(GridConfig, grid_config.problems, 'configs/grid.py', {})
+  assert (
+    grid.contrasts == main.contrasts and grid.controls.tuned.enabled and grid.controls.unigram and not grid.pilot.skip
+  )
+  assert len(grid.alpha) > 4 and len(grid.seed) >= 3 and len(grid.validated_seed) >= 5 and len(grid.base.eval.ood) >= 4
+  relations = {
+    cells.relationship(setting.student, setting.student_tokens, source)
+    for setting in cells.settings(grid)
+    for source in cells.sources(grid, setting)
+  }
+  assert relations == {'weak-to-strong', 'strong-to-weak'}
+
+
 @pytest.mark.parametrize(
   ('overrides', 'message'),
   [
