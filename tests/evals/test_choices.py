@@ -533,7 +533,7 @@ def test_evaluating_again_changes_no_file_and_other_items_are_another_result(exp
   assert {path: path.stat().st_mtime_ns for path in folder.parent.rglob('*.parquet')} == times
   job = jobs.find(folder)
   key = lambda n: jobs._task(
-    job, job.runs[0], 1, 'w', '', 'mixed', choices.ChoiceSet(items_of(tmp_path, *many(n)), Tokenizer())
+    job, job.runs[0], 1, 'w', '', 'mixed', choices.ChoiceSet(items_of(tmp_path, *many(n)), Tokenizer()), ''
   )
   assert key(5).file != key(6).file and key(5).file == key(5).file
 
