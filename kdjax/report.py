@@ -27,7 +27,7 @@ from kdjax.errors import UserError
 from kdjax.grids import config as grid_config
 from kdjax.grids import runner
 from kdjax.grids.config import GridConfig
-from kdjax.run import read_json, versions
+from kdjax.run import read_json, versions, write_text
 
 log = logging.getLogger('kdjax')
 
@@ -72,7 +72,7 @@ def write(grid: GridConfig, folder: pathlib.Path, tables: Tables) -> str:
   for name, table in (('effects', tables.effects), ('contrasts', tables.contrasts), ('teachers', tables.teachers)):
     table.to_csv(out / f'{name}.csv', index=False)
     table.to_parquet(out / f'{name}.parquet', index=False)
-  (out / 'summary.md').write_text(summary.markdown(tables.effects, tables.contrasts, tables.warnings))
+  write_text(out / 'summary.md', summary.markdown(tables.effects, tables.contrasts, tables.warnings))
   note = '; '.join(tables.warnings)
   gridfigures.write_all(tables.effects, tables.contrasts, out / 'figures', note)
   page.write(tables.effects, tables.contrasts, note, facts(grid, folder, tables), out / 'report.html')

@@ -13,6 +13,7 @@ from kdjax import flops, sharding
 from kdjax.checkpoint import Checkpoints, params_fingerprint
 from kdjax.config import Config, ModelConfig, RopeScaling, TeacherConfig, n_steps
 from kdjax.data.batches import Windows
+from kdjax.data.store import COUNTED_TOKENS
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
 from kdjax.models import Model, build
@@ -122,7 +123,7 @@ def cast(params, dtype: str, shardings):
   return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p), out_shardings=shardings)(params)
 
 
-def unigram_log_probs(windows: Windows, padded_vocab_size: int, max_tokens: int = 50_000_000) -> np.ndarray:
+def unigram_log_probs(windows: Windows, padded_vocab_size: int, max_tokens: int = COUNTED_TOKENS) -> np.ndarray:
   """Log-probabilities [V] of the training tokens' frequencies, one added to each: the teacher that is no model.
 
   Counted over the first `max_tokens` of the student's own slice.

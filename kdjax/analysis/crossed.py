@@ -37,7 +37,7 @@ class Paired(NamedTuple):
   """One set, arm and baseline paired by seed and document: the estimate is the ratio of the sums."""
 
   numerator_SxD: np.ndarray  # the arm less its baseline: nats, bits, or 0/1 of an item
-  denominator: np.ndarray  # [D] or [S, D], positive: bytes, tokens, or ones
+  denominator: np.ndarray  # [D] or [S, D], their sum positive: bytes, tokens, or ones
 
 
 class Effect(NamedTuple):

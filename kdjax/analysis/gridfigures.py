@@ -1,8 +1,8 @@
 """The figures of a grid's report, as PNG and SVG.
 
 A figure is a selection of rows (kdjax/analysis/gridrows.py; `drawn` returns just these, so that a test can hold a figure against the table, and
-kdjax/analysis/page.py draws the same) and the function that puts them on paper (kdjax/analysis/gridplots.py). A teacher has one colour and one marker in all of them, by
-size.
+kdjax/analysis/page.py draws the same) and the function that puts them on paper (kdjax/analysis/gridplots.py, flopplots.py). A teacher has one
+colour and one marker in all of them, by size.
 """
 
 import dataclasses
@@ -11,13 +11,10 @@ import pathlib
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
-import matplotlib
-import matplotlib.colors
 import matplotlib.figure
-import matplotlib.ticker
 import pandas as pd
 
-from kdjax.analysis import gridplots, gridrows, ink
+from kdjax.analysis import flopplots, gridplots, gridrows, ink
 
 log = logging.getLogger('kdjax')
 
@@ -189,7 +186,7 @@ FIGURES = {
     'The frontier is of the estimates: it holds no uncertainty, and the best of several is a little too good.',
     'no distilled arm has been scored in-domain or on an OOD set',
     gridrows.per_flop,
-    gridplots.per_flop,
+    flopplots.per_flop,
     ('reversal_at_equal_flops',),
     True,
   ),
@@ -198,7 +195,7 @@ FIGURES = {
     'The same students, less LM-only students of equal tokens, and of equal total FLOPs: those got, as tokens, the FLOPs of the teacher’s forward passes (logits), of its training (pretraining), or both.',
     'no students were compared at equal FLOPs: the grid needs controls.flop_matched, a pilot, and both finished',
     gridrows.equal_flops,
-    gridplots.equal_flops,
+    flopplots.equal_flops,
     ('reversal_at_equal_flops',),
     True,
   ),

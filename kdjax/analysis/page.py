@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from plotly import offline
 
-from kdjax.analysis import gridfigures, gridplots, gridrows
+from kdjax.analysis import flopplots, gridfigures, gridplots, gridrows
 from kdjax.grids.cells import count
 
 DIGITS = 9  # significant, of the embedded numbers
@@ -152,7 +152,7 @@ def payload(
     'sets': list(gridrows.SETS),
     'fitted': gridrows.FITTED,
     'difficulty': gridrows.DIFFICULTY,
-    'scenarios': {scenario: SYMBOLS[marker] for scenario, marker in gridplots.SCENARIOS.items()},
+    'scenarios': {scenario: SYMBOLS[marker] for scenario, marker in flopplots.SCENARIOS.items()},
     'counted': gridrows.COUNTED,
     'arms': {arm: [SYMBOLS[marker], gridrows.COLOURS.get(arm, '')] for arm, marker in gridplots.ARMS.items()},
     'symbols': list(SYMBOLS.values()),

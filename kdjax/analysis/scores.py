@@ -107,8 +107,9 @@ class Scores:
     return measure.sizes(self.documents(cell.id, name))
 
   def measured(self, cell: Cell, name: str, measure: Measure) -> bool:
-    """Whether an evaluation of that version has the measure."""
-    return measure.column in self.documents(cell.id, name)
+    """Whether the set has anything to measure: an older evaluation lacks some columns, a small set some bins."""
+    table = self.documents(cell.id, name)
+    return measure.column in table and measure.sizes(table).sum() > 0
 
   def difference(
     self, left: Sequence[Sequence[Cell]], right: Sequence[Sequence[Cell]], name: str, measure: Measure

@@ -12,6 +12,7 @@ split.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -27,8 +28,8 @@ from kdjax.config import DataConfig, EvalConfig
 from kdjax.data import files
 from kdjax.data.files import StoreDamaged
 from kdjax.data.sources import documents, signature
+from kdjax.data.store import COUNTED_TOKENS, TokenStore, token_dtype, write_store
 from kdjax.data.store import VERSION as STORE_VERSION
-from kdjax.data.store import TokenStore, token_dtype, write_store
 from kdjax.data.tokenizer import Tokenizer, train_bpe
 from kdjax.errors import UserError
 
@@ -74,6 +75,11 @@ class Corpus:
   def xz9_bits_per_byte(self) -> float:
     """What `xz -9` makes of the test split: the yardstick that any language model should beat."""
     return self.meta['xz9_bits_per_byte']
+
+  @functools.cached_property
+  def token_counts(self) -> np.ndarray:
+    """How often each token of the vocabulary stands in the training split, as far as COUNTED_TOKENS of it say; counted once."""
+    return self.train.counts(self.tokenizer.vocab_size, 0, min(self.train.n_tokens, COUNTED_TOKENS))
 
   @property
   def fingerprint(self) -> str:

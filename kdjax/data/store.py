@@ -39,6 +39,8 @@ _DTYPES: dict[str, np.dtype] = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<
 # How ArrayRecord's reader reports what it cannot make sense of.
 _DAMAGE = (RuntimeError, ValueError, IndexError, MemoryError)
 
+COUNTED_TOKENS = 50_000_000  # that are read to know how frequent tokens are
+
 
 def token_dtype(vocab_size: int) -> np.dtype:
   """The smallest of the store's dtypes that holds every id."""

@@ -147,7 +147,7 @@ def score_missing(
   ]
   missing = distributed.from_first_process([not task.file.exists() for task in tasks])
   models = _Models(job, mesh)
-  difficulty_V = difficulties(corpus.train.counts(corpus.tokenizer.vocab_size)) if any(missing) else None
+  difficulty_V = difficulties(corpus.token_counts) if any(missing) else None
   total = sum(_n_tokens(task.eval_set) for task, wanted in zip(tasks, missing, strict=True) if wanted)
   bar = Progress('evaluation', total, unit='token', enabled=progress and total > 0)
   with contextlib.closing(bar):

@@ -348,6 +348,7 @@ def test_a_chunk_has_the_tokens_that_the_budget_allows_and_chunks_are_even():
     assert chunk == 16 or bytes_of(chunk - 16) <= 64 * 2**20 < bytes_of(chunk + 32)
   assert chunk_tokens(loss, 10**6, 10**7) == 16  # never less
   assert chunk_tokens(loss, 2048, 32768) == 160  # 13 chunks of about 158, not 12 of 170 and one of 8
+  assert chunk_tokens(LossConfig(), 1024, 128_256) == 256  # the default budget alone would have 176
   assert chunk_tokens(loss, 50, 2048) == 50  # no chunk is longer than the tokens there are
   assert chunk_tokens(dataclasses.replace(loss, chunk_tokens=200), 10**6, 2048) == 200
   assert chunk_tokens(dataclasses.replace(loss, chunk_tokens=200), 50, 2048) == 50
