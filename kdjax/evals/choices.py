@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from kdjax import sharding
 from kdjax.data.files import canonical, digest
-from kdjax.data.sources import records, without_surrogates
+from kdjax.data.sources import records, signature, without_surrogates
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
 from kdjax.evals import windows
@@ -78,13 +78,18 @@ def read(source: str) -> list[Item]:
 
   Raises UserError, with file and line, for a record that is none of the four kinds.
   """
+  return list(_read(source, signature(source)))
+
+
+@functools.lru_cache(maxsize=32)  # a grid scores hundreds of models on the same tasks
+def _read(source: str, signature: str) -> tuple[Item, ...]:
   items: dict[str, Item] = {}
   for where, record in records(source):
     item = _item(record, where)
     items.setdefault(item.id, item)
   if not items:
     raise UserError(f'{source}: there is no item in it')
-  return list(items.values())
+  return tuple(items.values())
 
 
 def read_all(tasks: Mapping[str, str], max_items: int = 0) -> dict[str, list[Item]]:

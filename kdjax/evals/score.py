@@ -60,7 +60,7 @@ def score(
   sums: dict[str, np.ndarray] = {}
   multiple = mesh.shape['replica'] * mesh.shape['fsdp']
   batch_size = -(-batch_size // multiple) * multiple
-  for batch in windows.batches(windows.rows(store, window, stride), batch_size):
+  for batch in windows.batches(windows.rows(store, window, stride), batch_size, multiple):
     placed = place(batch, mesh)
     models = (student.model, teacher.model if teacher else None)
     values = _token_values(models, student.params, teacher.params if teacher else None, placed, temperatures)

@@ -12,6 +12,8 @@ import numpy as np
 
 from kdjax.data.store import TokenStore
 
+ROW_STEP = 8  # rows: a batch of few has a multiple of these
+
 
 class Rows(NamedTuple):
   """R windows of L tokens; labels are -1 where nothing is to be scored; `doc` is each row's document."""
@@ -49,18 +51,25 @@ def rows(store: TokenStore, window: int, stride: int) -> Rows:
   return Rows(np.stack(tokens), np.stack(labels), np.asarray(docs, np.int32))
 
 
-def batches(all_rows: Rows, batch_size: int) -> Iterator[Rows]:
-  """Batches of the same shape; windows of like length together, so that short ones need less of it. The last is filled with padding."""
+def batches(all_rows: Rows, batch_size: int, multiple: int = 1) -> Iterator[Rows]:
+  """Batches of the same number of rows; windows of like length together, so that short ones need less of it. The last is filled with padding.
+
+  A batch has at most `batch_size` rows, and so few that little is padding: a multiple of `multiple`, which divides `batch_size`, and of
+  about 8, for few shapes to compile.
+  """
   lengths = (all_rows.labels_RxL >= 0).cumsum(1).argmax(1)
   order = np.argsort(lengths, kind='stable')
-  for at in range(0, len(order), batch_size):
-    picked = order[at : at + batch_size]
+  even = -(-len(order) // -(-len(order) // batch_size))
+  step = multiple * -(-ROW_STEP // multiple)
+  size = min(batch_size, -(-even // step) * step)
+  for at in range(0, len(order), size):
+    picked = order[at : at + size]
     last = int(lengths[picked].max()) + 1
     length = next(n for n in _lengths(all_rows.tokens_RxL.shape[1]) if n >= last)
     yield Rows(
-      _fill(all_rows.tokens_RxL[picked, :length], batch_size, 0),
-      _fill(all_rows.labels_RxL[picked, :length], batch_size, -1),
-      _fill(all_rows.doc_R[picked], batch_size, 0),
+      _fill(all_rows.tokens_RxL[picked, :length], size, 0),
+      _fill(all_rows.labels_RxL[picked, :length], size, -1),
+      _fill(all_rows.doc_R[picked], size, 0),
     )
 
 

@@ -170,11 +170,12 @@ def token_losses(
   mesh = sharding.mesh_in_use()
   n_tokens = labels_BxT.size // (1 if mesh is None else mesh.shape['replica'] * mesh.shape['fsdp'])
   columns = width // (1 if mesh is None else mesh.shape['tensor'])
-  chunk = chunk or chunk_tokens(
-    loss, n_tokens, columns, students=3
-  )  # its rows do not go in blocks: about as many arrays
+  if not chunk:
+    chunk = chunk_tokens(loss, n_tokens, columns)
+    if jax.default_backend() == 'cpu' and not loss.chunk_tokens:
+      chunk = min(chunk, CPU_EVALUATION_CHUNK)
   static = _Static(loss, vocab_size, chunk, (None if fitted is None else 0,), True, mesh)
-  temperatures_K = jnp.ones((0,)) if temperatures_K is None else jnp.asarray(temperatures_K, jnp.float32)
+  temperatures_K = jnp.asarray(() if temperatures_K is None else temperatures_K, jnp.float32)
   return _on_mesh(_token_scan, static, ((hidden_BxTxD, head_DxV),), (labels_BxT, temperatures_K, fitted), _token_specs)
 
 
@@ -210,6 +211,8 @@ def _on_mesh(scan, static: _Static, models, operands, specs):
 
 CACHE_BYTES = 1 << 20  # of one array of logits, of the handful that a row's sums and gradients are made of
 SMALLEST_BLOCK = 2  # rows; below it the loop costs more than the cache gains
+# Tokens. Nothing is summed over an evaluation's chunks, and the pages of small ones are touched once and not anew for each batch.
+CPU_EVALUATION_CHUNK = 512
 
 ROWS, HEAD = P(sharding.BATCH_AXES), P('fsdp', 'tensor')
 
@@ -252,9 +255,10 @@ def _loss_scan(static: _Static, models, operands, *, with_gradients: bool):
     rows = functools.partial(_rows, static, vocab, alphas, with_gradients)
     # A sharded row needs the other shards: its one all-gather is for the whole chunk.
     block = labels_C.size if vocab.axis else _cache_rows(*s_CxV[0].shape)
-    new_sums, dz_CxV = _in_blocks(rows, block, labels_C, weights_C, s_CxV, t_CxV)
+    new_sums, dz_nxRxV = _in_blocks(rows, block, (labels_C, weights_C), s_CxV, t_CxV)
+    new_sums = jax.tree.map(lambda x: x.sum(0), new_sums)
     # Cast here, not in a block: there a CPU's narrow floats cost more than the cache gains.
-    dz_CxV = [dz.astype(x.dtype) for dz, x in zip(dz_CxV, hidden, strict=False)]
+    dz_CxV = [dz.reshape(s_CxV[0].shape).astype(x.dtype) for dz, x in zip(dz_nxRxV, hidden, strict=False)]
     sums = new_sums if sums is None else jax.tree.map(jnp.add, sums, new_sums)
     dxs = [jnp.dot(dz, w.T, preferred_element_type=jnp.float32) for dz, w in zip(dz_CxV, heads, strict=False)]
     products = [
@@ -283,8 +287,9 @@ def _loss_scan(static: _Static, models, operands, *, with_gradients: bool):
   return losses, tuple(gradients)
 
 
-def _rows(static: _Static, vocab: Vocab, alphas, with_gradients: bool, labels_C, weights_C, s_CxV, t_CxV):
+def _rows(static: _Static, vocab: Vocab, alphas, with_gradients: bool, tokens, s_CxV, t_CxV):
   """([weighted sums], [dL/ds]) of each student for some rows of logits, in float32."""
+  labels_C, weights_C = tokens
   teachers = [teacher_rows(t, static.loss, vocab, static.diagnostics) for t in t_CxV]
   sums, gradients = [], []
   for k, s in enumerate(s_CxV):
@@ -297,24 +302,24 @@ def _rows(static: _Static, vocab: Vocab, alphas, with_gradients: bool, labels_C,
   return sums, gradients
 
 
-def _in_blocks(rows, block: int, labels_C, weights_C, s_CxV, t_CxV):
-  """`rows` over a chunk, a few rows at a time where that keeps what lies between the products in a core's cache.
+def _in_blocks(rows, block: int, tokens, s_CxV, t_CxV):
+  """`rows(tokens, s, t)` over a chunk, a few rows at a time where that keeps what lies between the products in a core's cache.
 
-  On CPU each sum over the vocabulary is a pass over its operands. On accelerators the compiler fuses them, and the chunk goes whole.
+  The results have a leading axis over the blocks. On CPU each sum over the vocabulary is a pass over its operands. On accelerators the
+  compiler fuses them, and the chunk goes whole.
   """
-  n_rows, width = s_CxV[0].shape
+  n_rows = s_CxV[0].shape[0]
   if block == n_rows:
-    return rows(labels_C, weights_C, s_CxV, t_CxV)
+    return jax.tree.map(lambda x: x[None], rows(tokens, s_CxV, t_CxV))
   cut = lambda x: x.reshape(-1, block, *x.shape[1:])
   shared = [t.shape[0] != n_rows for t in t_CxV]  # one row for all tokens: a unigram's
   mapped = [None if one else cut(t) for t, one in zip(t_CxV, shared, strict=True)]
 
   def step(part):
-    labels, weights, s, t = part
-    return rows(labels, weights, s, [whole if one else x for x, whole, one in zip(t, t_CxV, shared, strict=True)])
+    tokens, s, t = part
+    return rows(tokens, s, [whole if one else x for x, whole, one in zip(t, t_CxV, shared, strict=True)])
 
-  sums, gradients = jax.lax.map(step, (cut(labels_C), cut(weights_C), [cut(s) for s in s_CxV], mapped))
-  return jax.tree.map(lambda x: x.sum(0), sums), [dz.reshape(n_rows, width) for dz in gradients]
+  return jax.lax.map(step, (jax.tree.map(cut, tokens), [cut(s) for s in s_CxV], mapped))
 
 
 def _cache_rows(n_rows: int, width: int) -> int:
@@ -337,19 +342,26 @@ def _token_scan(static: _Static, models, operands):
   def body(_, chunk):
     labels_C, _, (x_CxD,), tokenwise = chunk
     s_CxV = jnp.dot(x_CxD, head_DxV, preferred_element_type=jnp.float32)
-    teacher = None
-    if targets is not None:
-      teacher = teacher_rows(targets.chunk_logits(tokenwise[0], targets.shared), static.loss, vocab)
-    terms, _ = mixed_rows(s_CxV, labels_C, 0.0, teacher, static.loss, vocab)
-    del terms['loss']
-    terms['confidence'], terms['correct'] = top_probability(s_CxV, labels_C, vocab)
-    if temperatures_K.size:
-      terms['nll_at'] = tempered_nll(s_CxV, labels_C, temperatures_K, vocab).T
-    return None, terms
+    t_CxV = [] if targets is None else [targets.chunk_logits(tokenwise[0], targets.shared)]
+    block = labels_C.size if vocab.axis else _cache_rows(*s_CxV.shape)
+    values = _in_blocks(functools.partial(_token_rows, static, vocab, temperatures_K), block, labels_C, [s_CxV], t_CxV)
+    return None, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), values)
 
   _, out = jax.lax.scan(body, None, tokens)
   shape = labels_BxT.shape
   return {k: v.reshape(-1, *v.shape[2:])[: labels_BxT.size].reshape(*shape, *v.shape[2:]) for k, v in out.items()}
+
+
+def _token_rows(static: _Static, vocab: Vocab, temperatures_K, labels_C, s_CxV, t_CxV):
+  """Each token's values [C] (or [C, K]) for some rows of logits."""
+  (s_CxV,) = s_CxV
+  teacher = teacher_rows(t_CxV[0], static.loss, vocab) if t_CxV else None
+  terms, _ = mixed_rows(s_CxV, labels_C, 0.0, teacher, static.loss, vocab)
+  del terms['loss']
+  terms['confidence'], terms['correct'] = top_probability(s_CxV, labels_C, vocab)
+  if temperatures_K.size:
+    terms['nll_at'] = tempered_nll(s_CxV, labels_C, temperatures_K, vocab).T
+  return terms
 
 
 def _vocab(static: _Static, columns: int) -> Vocab:

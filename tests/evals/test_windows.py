@@ -65,7 +65,8 @@ def test_rows_predict_each_documents_tokens_and_its_end(store, window, stride):
 def test_batches_hold_every_row_once_and_padding_is_never_scored(store, window, batch_size):
   rows = windows.rows(store, window, window // 2)
   batches = list(windows.batches(rows, batch_size))
-  assert all(len(b.doc_R) == batch_size for b in batches)
+  sizes = {len(b.doc_R) for b in batches}
+  assert len(sizes) == 1 and max(sizes) <= batch_size
   key = lambda tokens, labels, doc: (
     int(doc),
     tuple(tokens[: (labels >= 0).nonzero()[0][-1] + 1]),
@@ -75,6 +76,17 @@ def test_batches_hold_every_row_once_and_padding_is_never_scored(store, window, 
   assert sorted(seen) == sorted(key(*row) for row in zip(*rows, strict=True))
   assert sum((b.labels_RxL >= 0).sum() for b in batches) == (rows.labels_RxL >= 0).sum()
   assert (rows.labels_RxL >= 0).sum() == store.n_tokens
+
+
+@pytest.mark.parametrize('multiple', [1, 3, 8, 16])
+def test_batches_of_few_rows_are_no_larger_than_they_need_be(store, multiple):
+  rows = windows.rows(store, 8, 4)
+  batch_size = 8 * multiple
+  sizes = [len(b.doc_R) for b in windows.batches(rows, batch_size, multiple)]
+  step = multiple * -(-8 // multiple)
+  assert all(size % multiple == 0 and size <= batch_size for size in sizes)
+  assert sum(sizes) - len(rows.doc_R) < max(step * len(sizes), batch_size)
+  assert len(sizes) == -(-len(rows.doc_R) // batch_size)  # no more batches than full ones
 
 
 def test_few_row_lengths_are_compiled_and_no_scored_token_is_cut_off():
