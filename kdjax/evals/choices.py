@@ -42,7 +42,7 @@ FIELDS = {
   'pair': ('good', 'bad'),
   'last_word': ('text',),
 }
-SHORTEST = 32  # tokens of the shortest row that is compiled
+SHORTEST = 16  # tokens of the shortest row that is compiled
 
 
 class Item(NamedTuple):

@@ -352,7 +352,7 @@ def test_rows_of_like_length_share_few_shapes(items, window):
   shapes = {batch.tokens_RxL.shape for batch in batches}
   lengths = [length for _, length in shapes]
   assert len(set(lengths)) == len(lengths) <= 1 + max(0, math.ceil(math.log2(window / choices.SHORTEST)))
-  assert set(lengths) <= {32, 64, window}
+  assert set(lengths) <= {16, 32, 64, window}
   for n_rows, length in shapes:
     assert n_rows % 2 == 0 and n_rows * length < 4 * window + 2 * length
   assert sum(int((batch.labels_RxL >= 0).sum()) for batch in batches) == sum(
