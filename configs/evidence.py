@@ -20,9 +20,8 @@ def get_config(arg=None):
   config.name = 'evidence'
   config.base.eval.ood.update(OOD)
   config.base.eval.tasks.blimp = 'data/tasks/blimp.jsonl.xz'
-  config.base.eval.max_items = (
-    10_000  # a model of this size is above chance by so little that a thousand do not show it
-  )
+  # A model of this size is above chance by so little that a thousand pairs do not show it.
+  config.base.eval.max_items = 6000
   config.base.eval.max_document_bytes = 600
   config.base.eval.max_bytes = 24_000
   config.base.eval.max_validation_bytes = 40_000
