@@ -107,6 +107,14 @@ def make_step(recipe: Recipe, shardings: Sequence[TrainState]):
   return jax.jit(run, donate_argnums=0, out_shardings=(tuple(shardings), None))
 
 
+PARTS = (
+  'teacher',
+  'student',
+  'loss',
+  'update',
+)  # the named scopes of a step, by which a profile or kdjax/aot.py tells its parts
+
+
 def one_step(recipe: Recipe, states: tuple[TrainState, ...], teacher: Teacher, batch: Batch):
   """One optimizer step of every student on one batch."""
   rate = [recipe.learning_rate(s.step) for s in states]
@@ -116,7 +124,8 @@ def one_step(recipe: Recipe, states: tuple[TrainState, ...], teacher: Teacher, b
   weights_BxT = real_BxT / jnp.maximum(n_tokens, 1).astype(jnp.float32)  # over all microbatches and devices
   params = tuple(s.params for s in states)
   gradients, sums = _gradients(recipe, params, teacher, batch | {'weights': weights_BxT}, alphas)
-  out = [_update(recipe, *each) for each in zip(states, gradients, sums, rate, strict=True)]
+  with jax.named_scope('update'):
+    out = [_update(recipe, *each) for each in zip(states, gradients, sums, rate, strict=True)]
   metrics = [
     m | {'learning_rate': r, 'alpha': a, 'tokens': n_tokens.astype(jnp.float32)}
     for (_, m), r, a in zip(out, rate, alphas, strict=True)
@@ -148,26 +157,29 @@ def _loss(recipe: Recipe, params, teacher: Teacher, batch: Batch, alphas):
   known: dict[str, Any] = {}
   if 'teacher' in recipe.targets:
     assert recipe.teacher is not None
-    known['teacher'] = ModelTargets(
-      _teacher_hidden(recipe, teacher, batch['tokens'], segment_ids), recipe.teacher.head(teacher.params)
-    )
+    with jax.named_scope('teacher'):
+      known['teacher'] = ModelTargets(
+        _teacher_hidden(recipe, teacher, batch['tokens'], segment_ids), recipe.teacher.head(teacher.params)
+      )
   if 'unigram' in recipe.targets:
     known['unigram'] = UnigramTargets(teacher.unigram_V)
   known = jax.lax.stop_gradient(known)
   names = list(known)
-  students = [
-    Student(
-      recipe.student.hidden(p, batch['tokens'], segment_ids),
-      recipe.student.head(p),
-      alpha,
-      names.index(target) if target != 'none' else None,
-    )
-    for p, alpha, target in zip(params, alphas, recipe.targets, strict=True)
-  ]
+  with jax.named_scope('student'):
+    students = [
+      Student(
+        recipe.student.hidden(p, batch['tokens'], segment_ids),
+        recipe.student.head(p),
+        alpha,
+        names.index(target) if target != 'none' else None,
+      )
+      for p, alpha, target in zip(params, alphas, recipe.targets, strict=True)
+    ]
   vocab_size = recipe.student.config.vocab_size
-  losses = fused_losses(
-    students, batch['labels'], batch['weights'], list(known.values()), loss=recipe.loss, vocab_size=vocab_size
-  )
+  with jax.named_scope('loss'):
+    losses = fused_losses(
+      students, batch['labels'], batch['weights'], list(known.values()), loss=recipe.loss, vocab_size=vocab_size
+    )
   return sum(loss for loss, _ in losses), [sums | {'loss': jax.lax.stop_gradient(loss)} for loss, sums in losses]
 
 

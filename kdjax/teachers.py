@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kdjax import flops, sharding
+from kdjax import backend, flops, sharding
 from kdjax.checkpoint import Checkpoints, params_fingerprint
 from kdjax.config import Config, ModelConfig, RopeScaling, TeacherConfig, n_steps
 from kdjax.data.batches import Windows
@@ -117,7 +117,7 @@ def load(
 def cast(params, dtype: str, shardings):
   """The weights in the teacher's dtype ('auto': bfloat16 on accelerators, float32 on CPU)."""
   if dtype == 'auto':
-    dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    dtype = 'float32' if backend.name() == 'cpu' else 'bfloat16'
   if all(leaf.dtype == jnp.dtype(dtype) for leaf in jax.tree.leaves(params)):
     return params
   return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p), out_shardings=shardings)(params)

@@ -101,14 +101,22 @@ def student_key(config: Config, arm: str) -> str:
 
 def check(config: Config, corpus: Corpus, mesh: Mesh) -> None:
   """Raises UserError for a model that cannot be made, or does not fit the mesh: before the first one is trained, not after."""
+  make = lambda model, name: build(teachers.with_vocabulary(model, corpus.tokenizer, name))
+  distils = 'distilled' in config.student.arms
+  check_models(
+    config, mesh, make(config.student.model, 'student'), make(config.teacher.model, 'teacher') if distils else None
+  )
+
+
+def check_models(config: Config, mesh: Mesh, student: Model, teacher: Model | None) -> None:
+  """The same for models that are made already."""
   data_parallel = mesh.shape['replica'] * mesh.shape['fsdp']
-  sections: dict[str, TeacherConfig | StudentConfig] = {'student': config.student}
-  if 'distilled' in config.student.arms:
-    sections['teacher'] = config.teacher
+  sections: dict[str, tuple[TeacherConfig | StudentConfig, Model]] = {'student': (config.student, student)}
+  if teacher is not None:
+    sections['teacher'] = (config.teacher, teacher)
   sizes = {}
-  for name, section in sections.items():
-    model = build(teachers.with_vocabulary(section.model, corpus.tokenizer, name))
-    check_backend(section.model.attention)
+  for name, (section, model) in sections.items():
+    check_backend(model.config.attention)
     sharding.param_shardings(model.abstract(), mesh)
     sizes[name] = model.config.vocab_size
     rows = section.batch_size // section.microbatches
@@ -238,25 +246,11 @@ def _cohort(
   windows = _windows(config, section, corpus)
   stream = BatchStream(windows, section.batch_size, section.seed)
   _warn_of_epochs(name, section, stream, total)
-  optimizer = section.optimizer
   targets = tuple(TARGETS.get(member.config['arm'], 'none') for member in members)
-  recipe = Recipe(
-    student=model,
-    teacher=teacher_model,
-    targets=targets,
-    optimizer=adamw(optimizer),
-    learning_rate=learning_rate(optimizer, total),
-    peak_learning_rate=optimizer.learning_rate,
-    loss=_arm_loss(config, any(target != 'none' for target in targets)),
-    mask_documents=config.data.mask_documents,
-    microbatches=section.microbatches,
-    teacher_microbatch=config.teacher.forward_microbatch if teacher_model else 0,
-    size=config.steps_per_call,
-  )
   return loop.Cohort(
     title=name if len(members) == 1 else f'{len(members)} {name}s',
     members=tuple(members),
-    recipe=recipe,
+    recipe=recipe_of(config, section, model, targets, teacher_model),
     teacher=teacher,
     seed=section.seed,
     stream=stream,
@@ -283,6 +277,30 @@ def _cohort(
     threads=config.data.threads,
     prefetch=config.data.prefetch,
     progress=progress,
+  )
+
+
+def recipe_of(
+  config: Config,
+  section: TeacherConfig | StudentConfig,
+  model: Model,
+  targets: tuple[str, ...],
+  teacher_model: Model | None = None,
+) -> Recipe:
+  """The step of models that train side by side by a section of the config; `targets`: a value of TARGETS for each."""
+  optimizer, total = section.optimizer, config_lib.n_steps(section, config.data)
+  return Recipe(
+    student=model,
+    teacher=teacher_model,
+    targets=targets,
+    optimizer=adamw(optimizer),
+    learning_rate=learning_rate(optimizer, total),
+    peak_learning_rate=optimizer.learning_rate,
+    loss=_arm_loss(config, any(target != 'none' for target in targets)),
+    mask_documents=config.data.mask_documents,
+    microbatches=section.microbatches,
+    teacher_microbatch=config.teacher.forward_microbatch if teacher_model else 0,
+    size=config.steps_per_call,
   )
 
 

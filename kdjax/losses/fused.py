@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from kdjax import sharding
+from kdjax import backend, sharding
 from kdjax.config import LossConfig
 from kdjax.errors import UserError
 from kdjax.losses.rows import Vocab, mixed_rows, teacher_rows, tempered_nll, top_probability
@@ -135,7 +135,7 @@ def chunk_tokens(loss: LossConfig, n_tokens: int, columns: int, students: int = 
   """
   if loss.chunk_tokens:
     return min(loss.chunk_tokens, n_tokens)
-  cpu = jax.default_backend() == 'cpu'
+  cpu = backend.name() == 'cpu'
   megabytes, arrays, multiple = (256, 1 + 2 * students, 16) if cpu else (4096, 3 + 4 * students, 128)
   fits = (loss.chunk_megabytes or megabytes) * 2**20 // (4 * columns * arrays)
   n_chunks = -(-n_tokens // max(fits, multiple if loss.chunk_megabytes else 256))
@@ -172,7 +172,7 @@ def token_losses(
   columns = width // (1 if mesh is None else mesh.shape['tensor'])
   if not chunk:
     chunk = chunk_tokens(loss, n_tokens, columns)
-    if jax.default_backend() == 'cpu' and not loss.chunk_tokens:
+    if backend.name() == 'cpu' and not loss.chunk_tokens:
       chunk = min(chunk, CPU_EVALUATION_CHUNK)
   static = _Static(loss, vocab_size, chunk, (None if fitted is None else 0,), True, mesh)
   temperatures_K = jnp.asarray(() if temperatures_K is None else temperatures_K, jnp.float32)
@@ -324,7 +324,7 @@ def _in_blocks(rows, block: int, tokens, s_CxV, t_CxV):
 
 def _cache_rows(n_rows: int, width: int) -> int:
   """Rows of logits that fit the cache: a power of two that divides the chunk; all of it where there is none."""
-  if jax.default_backend() != 'cpu':
+  if backend.name() != 'cpu':
     return n_rows
   block = 1 << (CACHE_BYTES // (4 * width)).bit_length() - 1 if 4 * width <= CACHE_BYTES else 1
   while n_rows % block:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec as P
 
+from kdjax import backend
 from kdjax.errors import UserError
 from kdjax.sharding import BATCH_AXES, mesh_in_use
 
@@ -48,9 +49,9 @@ def attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, segment_ids_BxT=None, *, implemen
 def check_backend(implementation: str) -> None:
   """Raises UserError for a kernel that the devices here do not run."""
   needs = {'splash': 'tpu', 'cudnn': 'gpu'}.get(implementation)
-  if needs and jax.default_backend() != needs:
+  if needs and backend.name() != needs:
     raise UserError(
-      f'attention={implementation} runs on {needs.upper()}s, not on {jax.default_backend()}; set it to auto or xla'
+      f'attention={implementation} runs on {needs.upper()}s, not on {backend.name()}; set it to auto or xla'
     )
 
 
@@ -119,13 +120,12 @@ def _splash_local(q_BxHxTxK, k_BxGxTxK, v_BxGxTxK, segment_ids_BxT, *, interpret
 
 
 def _fastest(q_BxTxHxK) -> str:
-  backend = jax.default_backend()
-  if backend == 'tpu':
+  if backend.name() == 'tpu':
     return 'splash'
   _, n_tokens, _, head_dim = q_BxTxHxK.shape
   # cuDNN's own conditions: Ampere or later, 16 bits, head_dim a multiple of 8, an even length where there is a mask.
   fits = q_BxTxHxK.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128 and n_tokens % 2 == 0
-  return 'cudnn' if backend == 'gpu' and fits and _has_ampere() else 'xla'
+  return 'cudnn' if backend.name() == 'gpu' and fits and _has_ampere() else 'xla'
 
 
 def _has_ampere() -> bool:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kdjax import backend
 from kdjax.config import ModelConfig, RopeScaling
 from kdjax.errors import UserError
 from kdjax.models.attention import attention, check_implementation
@@ -169,7 +170,7 @@ class Model:
       raise UserError(
         f'model: {n_tokens} tokens exceed max_seq_len = {self.config.max_seq_len}; raise it or shorten the window'
       )
-    return nnx.merge(_graph(self.config), params)(tokens_BxT, segment_ids_BxT)
+    return nnx.merge(_graph(self.config, compute_dtype(self.config)), params)(tokens_BxT, segment_ids_BxT)
 
   def head(self, params):
     """The output weight [D, V], in the dtype in which it is stored."""
@@ -203,7 +204,7 @@ def check(config: ModelConfig) -> None:
 
 def compute_dtype(config: ModelConfig):
   if config.dtype == 'auto':
-    return jnp.dtype('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+    return jnp.dtype('float32' if backend.name() == 'cpu' else 'bfloat16')
   return jnp.dtype(config.dtype)
 
 
@@ -256,5 +257,5 @@ def _residual_std(config: ModelConfig) -> float:
 
 
 @functools.lru_cache
-def _graph(config: ModelConfig):
+def _graph(config: ModelConfig, dtype):  # dtype: where it is 'auto' it depends on the backend
   return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))[0]
