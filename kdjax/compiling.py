@@ -22,6 +22,7 @@ from kdjax.config import Config, ModelConfig
 from kdjax.errors import UserError
 from kdjax.hlo import Collective, Program
 from kdjax.losses import ModelTargets, Student, UnigramTargets, alpha_state, fused_losses
+from kdjax.losses.fused import HEAD
 from kdjax.models import Model, build
 from kdjax.models.decoder import compute_dtype
 from kdjax.step import PARTS, Recipe, Teacher, init_state, make_step, state_shardings
@@ -245,10 +246,10 @@ def _loss_bytes(recipe: Recipe, states, teacher: Teacher, batches, mesh: Mesh) -
   rows //= recipe.microbatches
   by_row = NamedSharding(mesh, P(sharding.BATCH_AXES))
 
-  def tokenwise(model: Model | None):
-    assert model is not None
-    dtype = compute_dtype(model.config)
-    return jax.ShapeDtypeStruct((rows, length, model.config.d_model), dtype, sharding=by_row)
+  def of(model: Model, params):
+    """Abstract hidden states and head."""
+    hidden = jax.ShapeDtypeStruct((rows, length, model.config.d_model), compute_dtype(model.config), sharding=by_row)
+    return hidden, _abstract(jax.eval_shape(model.head, params), NamedSharding(mesh, HEAD))
 
   def loss(models, theirs, unigram_V, labels, weights):
     known: dict[str, Any] = {}
@@ -265,8 +266,8 @@ def _loss_bytes(recipe: Recipe, states, teacher: Teacher, batches, mesh: Mesh) -
     losses = fused_losses(students, labels, weights, list(known.values()), loss=recipe.loss, vocab_size=vocab_size)
     return sum(value for value, _ in losses)
 
-  models = [(tokenwise(recipe.student), recipe.student.head(s.params)) for s in states]
-  theirs = (tokenwise(recipe.teacher), recipe.teacher.head(teacher.params)) if recipe.teacher else None
+  models = [of(recipe.student, s.params) for s in states]
+  theirs = of(recipe.teacher, teacher.params) if recipe.teacher else None
   labels, weights = (jax.ShapeDtypeStruct((rows, length), dtype, sharding=by_row) for dtype in (jnp.int32, jnp.float32))
   gradient = jax.jit(jax.grad(loss))
   compiled = _compiled(lambda: gradient.lower(models, theirs, teacher.unigram_V, labels, weights), mesh)

@@ -156,9 +156,30 @@ def _group(attributes: str, mesh: Mapping[str, int]) -> list[int]:
     if iota[3]:
       ids = ids.transpose([int(n) for n in iota[3].split(',')])
     return ids.reshape(shape).reshape(-1, shape[-1])[0].tolist()
+  if named := re.search(r'replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}', attributes):
+    return _named_group(named[1], named[2])
   if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', attributes):
     return [int(n) for n in listed[1].split(',')]
   return list(range(math.prod(mesh.values())))  # replica_groups={}: all
+
+
+def _named_group(sizes: str, joined: str) -> list[int]:
+  """The first group of `mesh['a'=4,'b'=2] {'b'}`: the compiler's own mesh, whose devices are numbered in order. `'a':(2)2` is a part of an axis."""
+  shape: list[int] = []
+  parts = {name: (before, size) for name, before, size in re.findall(r"'(\w+)':\((\d+)\)(\d+)", joined)}
+  whole = set(re.findall(r"'(\w+)'(?!:)", joined))
+  varying: list[bool] = []
+  for name, text in re.findall(r"'(\w+)'=(\d+)", sizes):
+    size = int(text)
+    if name in parts:
+      before, mine = (int(n) for n in parts[name])
+      shape += [before, mine, size // before // mine]
+      varying += [False, True, False]
+    else:
+      shape.append(size)
+      varying.append(name in whole)
+  ids = np.arange(math.prod(shape)).reshape(shape)
+  return ids[tuple(slice(None) if one else 0 for one in varying)].ravel().tolist()
 
 
 def _axes(group: list[int], mesh: Mapping[str, int]) -> tuple[str, ...]:

@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from kdjax import backend, sharding
+from kdjax import sharding
 from kdjax.config import LossConfig
 from kdjax.errors import UserError
+from kdjax.losses.chunks import cache_rows, chunk_tokens, evaluation_tokens
 from kdjax.losses.rows import Vocab, mixed_rows, teacher_rows, tempered_nll, top_probability
 from kdjax.losses.targets import Targets
 
@@ -125,24 +126,6 @@ def fused_losses(
   return _losses(static, tuple((s.hidden_BxTxD, s.head_DxV) for s in students), jax.lax.stop_gradient(operands))
 
 
-def chunk_tokens(loss: LossConfig, n_tokens: int, columns: int, students: int = 1) -> int:
-  """Tokens a chunk: as many as the memory budget allows, the chunks of about one size.
-
-  A chunk of C tokens over V columns holds arrays of C x V float32. On CPU, where rows go through the cache in blocks, these are the models'
-  logits and the gradients, 1 + 2 K with K students; elsewhere about 3 + 4 K at the peak. The budget is 256 MB on CPU and 4 GB on
-  accelerators, whose matrix units want long chunks; without a budget of the user's no chunk is under 256 tokens, where adding to the
-  head's gradient, once a chunk, would take a tenth of the time of the products.
-  """
-  if loss.chunk_tokens:
-    return min(loss.chunk_tokens, n_tokens)
-  cpu = backend.name() == 'cpu'
-  megabytes, arrays, multiple = (256, 1 + 2 * students, 16) if cpu else (4096, 3 + 4 * students, 128)
-  fits = (loss.chunk_megabytes or megabytes) * 2**20 // (4 * columns * arrays)
-  n_chunks = -(-n_tokens // max(fits, multiple if loss.chunk_megabytes else 256))
-  even = -(-n_tokens // n_chunks)
-  return min(n_tokens, -(-even // multiple) * multiple)
-
-
 def token_losses(
   hidden_BxTxD,
   head_DxV,
@@ -170,10 +153,7 @@ def token_losses(
   mesh = sharding.mesh_in_use()
   n_tokens = labels_BxT.size // (1 if mesh is None else mesh.shape['replica'] * mesh.shape['fsdp'])
   columns = width // (1 if mesh is None else mesh.shape['tensor'])
-  if not chunk:
-    chunk = chunk_tokens(loss, n_tokens, columns)
-    if backend.name() == 'cpu' and not loss.chunk_tokens:
-      chunk = min(chunk, CPU_EVALUATION_CHUNK)
+  chunk = chunk or evaluation_tokens(loss, n_tokens, columns)
   static = _Static(loss, vocab_size, chunk, (None if fitted is None else 0,), True, mesh)
   temperatures_K = jnp.asarray(() if temperatures_K is None else temperatures_K, jnp.float32)
   return _on_mesh(_token_scan, static, ((hidden_BxTxD, head_DxV),), (labels_BxT, temperatures_K, fitted), _token_specs)
@@ -208,11 +188,6 @@ def _on_mesh(scan, static: _Static, models, operands, specs):
     functools.partial(scan, static), mesh=static.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
   )(models, operands)
 
-
-CACHE_BYTES = 1 << 20  # of one array of logits, of the handful that a row's sums and gradients are made of
-SMALLEST_BLOCK = 2  # rows; below it the loop costs more than the cache gains
-# Tokens. Nothing is summed over an evaluation's chunks, and the pages of small ones are touched once and not anew for each batch.
-CPU_EVALUATION_CHUNK = 512
 
 ROWS, HEAD = P(sharding.BATCH_AXES), P('fsdp', 'tensor')
 
@@ -254,7 +229,7 @@ def _loss_scan(static: _Static, models, operands, *, with_gradients: bool):
     s_CxV = [jnp.dot(x_CxD, w, preferred_element_type=jnp.float32) for x_CxD, w in zip(hidden, heads, strict=True)]
     rows = functools.partial(_rows, static, vocab, alphas, with_gradients)
     # A sharded row needs the other shards: its one all-gather is for the whole chunk.
-    block = labels_C.size if vocab.axis else _cache_rows(*s_CxV[0].shape)
+    block = labels_C.size if vocab.axis else cache_rows(*s_CxV[0].shape)
     new_sums, dz_nxRxV = _in_blocks(rows, block, (labels_C, weights_C), s_CxV, t_CxV)
     new_sums = jax.tree.map(lambda x: x.sum(0), new_sums)
     # Cast here, not in a block: there a CPU's narrow floats cost more than the cache gains.
@@ -322,16 +297,6 @@ def _in_blocks(rows, block: int, tokens, s_CxV, t_CxV):
   return jax.lax.map(step, (jax.tree.map(cut, tokens), [cut(s) for s in s_CxV], mapped))
 
 
-def _cache_rows(n_rows: int, width: int) -> int:
-  """Rows of logits that fit the cache: a power of two that divides the chunk; all of it where there is none."""
-  if backend.name() != 'cpu':
-    return n_rows
-  block = 1 << (CACHE_BYTES // (4 * width)).bit_length() - 1 if 4 * width <= CACHE_BYTES else 1
-  while n_rows % block:
-    block //= 2
-  return block if block >= SMALLEST_BLOCK else n_rows
-
-
 def _token_scan(static: _Static, models, operands):
   labels_BxT, temperatures_K, targets = operands
   ((x_BxTxD, w_DxV),) = models
@@ -343,7 +308,7 @@ def _token_scan(static: _Static, models, operands):
     labels_C, _, (x_CxD,), tokenwise = chunk
     s_CxV = jnp.dot(x_CxD, head_DxV, preferred_element_type=jnp.float32)
     t_CxV = [] if targets is None else [targets.chunk_logits(tokenwise[0], targets.shared)]
-    block = labels_C.size if vocab.axis else _cache_rows(*s_CxV.shape)
+    block = labels_C.size if vocab.axis else cache_rows(*s_CxV.shape)
     values = _in_blocks(functools.partial(_token_rows, static, vocab, temperatures_K), block, labels_C, [s_CxV], t_CxV)
     return None, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), values)
 

@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import itertools
 
@@ -19,7 +18,6 @@ from kdjax.losses import (
   fused_losses,
   token_losses,
 )
-from kdjax.losses.fused import chunk_tokens
 from tests.losses import reference
 from tests.losses.reference import ALPHAS, assert_close, assert_same_bits, f64, masks, problem, relative_error
 
@@ -337,20 +335,3 @@ def test_token_losses_are_the_dense_values_of_each_token():
   alone = token_losses(x, w, labels, chunk=5)
   assert alone.keys() == {'ce', 'student_entropy', 'confidence', 'correct'}
   assert_close({k: got[k] for k in alone}, alone)
-
-
-def test_a_chunk_has_the_tokens_that_the_budget_allows_and_chunks_are_even():
-  loss = dataclasses.replace(LossConfig(), chunk_megabytes=64)
-  for columns, students in ((32768, 1), (2048, 1), (2048, 8), (128256, 1)):
-    chunk = chunk_tokens(loss, 10**6, columns, students)
-    assert chunk % 16 == 0
-    bytes_of = lambda c, v=columns, k=students: 4 * c * v * (1 + 2 * k)
-    assert chunk == 16 or bytes_of(chunk - 16) <= 64 * 2**20 < bytes_of(chunk + 32)
-  assert chunk_tokens(loss, 10**6, 10**7) == 16  # never less
-  assert chunk_tokens(loss, 2048, 32768) == 160  # 13 chunks of about 158, not 12 of 170 and one of 8
-  assert chunk_tokens(LossConfig(), 1024, 128_256) == 256  # the default budget alone would have 176
-  assert chunk_tokens(loss, 50, 2048) == 50  # no chunk is longer than the tokens there are
-  assert chunk_tokens(dataclasses.replace(loss, chunk_tokens=200), 10**6, 2048) == 200
-  assert chunk_tokens(dataclasses.replace(loss, chunk_tokens=200), 50, 2048) == 50
-  more = dataclasses.replace(loss, chunk_megabytes=128)
-  assert chunk_tokens(more, 10**6, 2048) == pytest.approx(2 * chunk_tokens(loss, 10**6, 2048), abs=64)
