@@ -181,7 +181,9 @@ def _teacher(config: Config, recipe: Recipe, mesh: Mesh) -> Teacher:
   if recipe.teacher is not None:
     dtype = 'bfloat16' if config.teacher.dtype == 'auto' else config.teacher.dtype
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), recipe.teacher.abstract())
-    found = found._replace(params=jax.tree.map(_abstract, shapes, sharding.param_shardings(shapes, mesh)))
+    found = found._replace(
+      params=jax.tree.map(_abstract, shapes, sharding.param_shardings(shapes, mesh, recipe.teacher_layout))
+    )
   if 'unigram' in recipe.targets:
     width = jax.ShapeDtypeStruct((recipe.student.config.padded_vocab_size,), jnp.float32)
     found = found._replace(unigram_V=_abstract(width, NamedSharding(mesh, P('tensor'))))

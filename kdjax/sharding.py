@@ -4,9 +4,11 @@ Three axes, outermost first: `replica` (data parallel, across slices), `fsdp` (d
 vocabulary sharded). All are `Auto`: the compiler places the collectives, except in the loss, which says its own (kdjax/losses/fused.py).
 """
 
+import contextlib
+import contextvars
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -31,6 +33,14 @@ RULES = (
   (r'blocks/mlp/down/kernel', P(None, 'tensor', 'fsdp')),  # [L, F, D]
   (r'.*/scale', P()),
 )
+
+# How a teacher lies on the mesh (its weights only go forward, and it may be far smaller or larger than the student).
+LAYOUTS = (
+  'student',  # as the student: rows over (replica, fsdp), weights over fsdp and tensor
+  'fsdp',  # rows over all three axes, weights cut over fsdp and tensor together and gathered layer by layer: no sums over tensor
+  'replicated',  # rows over all three axes, all weights on each device: no collective but for the hidden states at the end
+)
+_ROWS: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar('rows', default=BATCH_AXES)
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None, flags: str = '--config.mesh.*') -> Mesh:
@@ -71,8 +81,8 @@ def path_name(path) -> str:
   return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path)
 
 
-def param_shardings(params, mesh: Mesh):
-  """A tree of NamedShardings for a tree of parameters (or of their ShapeDtypeStructs)."""
+def param_shardings(params, mesh: Mesh, layout: str = 'student'):
+  """A tree of NamedShardings for a tree of parameters (or of their ShapeDtypeStructs), by RULES and one of LAYOUTS."""
 
   def sharding(path, leaf) -> NamedSharding:
     name = path_name(path)
@@ -81,14 +91,43 @@ def param_shardings(params, mesh: Mesh):
       raise UserError(
         f'sharding: no rule matches the parameter {name} {leaf.shape}; add one to RULES in kdjax/sharding.py'
       )
+    spec = _laid_out(spec, layout)
     for dim, axis in zip(leaf.shape, spec, strict=False):
-      if axis is not None and dim % mesh.shape[axis]:
+      axes = (axis,) if isinstance(axis, str) else axis or ()
+      size = math.prod(mesh.shape[one] for one in axes)
+      if dim % size:
         raise UserError(
-          f'mesh: {axis} = {mesh.shape[axis]} does not divide {dim} of {name} {leaf.shape}; change --config.mesh.{axis} or the model'
+          f'mesh: {" x ".join(axes)} = {size} does not divide {dim} of {name} {leaf.shape}; change --config.mesh.{axes[0]} or the model'
         )
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def _laid_out(spec: P, layout: str) -> P:
+  if layout == 'student':
+    return spec
+  both = ('fsdp', 'tensor') if layout == 'fsdp' else None
+  return P(*[both if axis == 'fsdp' else None for axis in spec])
+
+
+def row_axes(layout: str = 'student') -> tuple[str, ...]:
+  """The axes over which a model of that layout has its rows."""
+  return BATCH_AXES if layout == 'student' else AXES
+
+
+def rows_in_use() -> tuple[str, ...]:
+  return _ROWS.get()
+
+
+@contextlib.contextmanager
+def rows_over(axes: tuple[str, ...]) -> Iterator[None]:
+  """While a model is traced inside, its rows lie over these axes."""
+  token = _ROWS.set(axes)
+  try:
+    yield
+  finally:
+    _ROWS.reset(token)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -105,4 +144,4 @@ def constrain(x_BxTxD):
   """Keeps hidden states sharded by rows: without this an embedding sharded over `fsdp` replicates the batch."""
   if mesh_in_use() is None:
     return x_BxTxD
-  return jax.lax.with_sharding_constraint(x_BxTxD, P(BATCH_AXES, *(None,) * (x_BxTxD.ndim - 1)))
+  return jax.lax.with_sharding_constraint(x_BxTxD, P(rows_in_use(), *(None,) * (x_BxTxD.ndim - 1)))

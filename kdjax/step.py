@@ -54,6 +54,7 @@ class Recipe(NamedTuple):
   mask_documents: bool = True
   microbatches: int = 1
   teacher_microbatch: int = 0  # rows; 0: all of the student's microbatch
+  teacher_layout: str = 'student'  # one of sharding.LAYOUTS
   size: int = 1  # steps a call
 
 
@@ -187,13 +188,16 @@ def _teacher_hidden(recipe: Recipe, teacher: Teacher, tokens_BxT, segment_ids_Bx
   """The teacher's hidden states [B, T, D], no gradient, `teacher_microbatch` rows at a time."""
   model, rows = recipe.teacher, recipe.teacher_microbatch
   assert model is not None
-  if not rows or rows >= tokens_BxT.shape[0]:
-    return model.hidden(teacher.params, tokens_BxT, segment_ids_BxT)
-  parts = tokens_BxT.shape[0] // rows
-  split = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-  inputs = jax.tree.map(split, (tokens_BxT, segment_ids_BxT))
-  hidden = jax.lax.map(lambda part: model.hidden(teacher.params, *part), inputs)
-  return hidden.swapaxes(0, 1).reshape(*tokens_BxT.shape, -1)
+  with sharding.rows_over(sharding.row_axes(recipe.teacher_layout)):
+    if not rows or rows >= tokens_BxT.shape[0]:
+      hidden_BxTxD = model.hidden(teacher.params, tokens_BxT, segment_ids_BxT)
+    else:
+      parts = tokens_BxT.shape[0] // rows
+      split = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+      inputs = jax.tree.map(split, (tokens_BxT, segment_ids_BxT))
+      hidden = jax.lax.map(lambda part: model.hidden(teacher.params, *part), inputs)
+      hidden_BxTxD = hidden.swapaxes(0, 1).reshape(*tokens_BxT.shape, -1)
+  return sharding.constrain(hidden_BxTxD)  # over the student's rows, whatever the teacher's were
 
 
 def _update(recipe: Recipe, state: TrainState, gradients, sums, rate):

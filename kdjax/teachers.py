@@ -94,9 +94,9 @@ def check(folder: RunFolder, section: TeacherConfig, tokenizer: Tokenizer) -> No
 
 
 def load(
-  folder: RunFolder, dtype: str, mesh: Mesh, step: int = 0, like: ModelConfig | None = None
+  folder: RunFolder, dtype: str, mesh: Mesh, step: int = 0, like: ModelConfig | None = None, layout: str = 'student'
 ) -> tuple[Model, Any, int, str]:
-  """(model run as `like` says, weights on the mesh, step, fingerprint of the weights as they were saved).
+  """(model run as `like` says, weights on the mesh by `layout`, step, fingerprint of the weights as they were saved).
 
   Raises UserError where there is no such checkpoint or it does not verify.
   """
@@ -105,7 +105,7 @@ def load(
   try:
     step = final_step(folder, saves, step)
     abstract = model.abstract()
-    shardings = sharding.param_shardings(abstract, mesh)
+    shardings = sharding.param_shardings(abstract, mesh, layout)
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     params = saves.restore_params(step, placed)
   finally:

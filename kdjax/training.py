@@ -6,6 +6,7 @@ alpha alone are one cohort on the same batches.
 
 import dataclasses
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ SPEEDS = {  # fields that change how fast a result comes, and not what it is
   'max_seq_len',
   'microbatches',
   'forward_microbatch',
+  'layout',
   'chunk_tokens',
   'chunk_megabytes',
 }
@@ -125,12 +127,17 @@ def check_models(config: Config, mesh: Mesh, student: Model, teacher: Model | No
         f"mesh: replica x fsdp = {data_parallel} does not divide the {name}'s batch_size / microbatches = {rows}; "
         f'change --config.{name}.batch_size or --config.mesh.*'
       )
-  forward = config.teacher.forward_microbatch
-  if 'teacher' in sections and forward % data_parallel:
-    raise UserError(
-      f'mesh: replica x fsdp = {data_parallel} does not divide teacher.forward_microbatch = {forward}; '
-      'change --config.teacher.forward_microbatch or --config.mesh.*'
-    )
+  if teacher is not None:
+    layout, rows = config.teacher.layout, config.student.batch_size // config.student.microbatches
+    sharding.param_shardings(teacher.abstract(), mesh, layout)
+    axes = sharding.row_axes(layout)
+    across = math.prod(mesh.shape[axis] for axis in axes)
+    name = 'teacher.forward_microbatch' if config.teacher.forward_microbatch else 'student.batch_size / microbatches'
+    if (config.teacher.forward_microbatch or rows) % across:
+      raise UserError(
+        f'mesh: {" x ".join(axes)} = {across} does not divide {name} = {config.teacher.forward_microbatch or rows}; change it, '
+        '--config.mesh.*, or --config.teacher.layout'
+      )
   if len(set(sizes.values())) > 1:
     raise UserError(
       f"the teacher's vocabulary ({sizes['teacher']} tokens) is not the student's ({sizes['student']}); "
@@ -175,7 +182,7 @@ def train_students(
   teacher_model, teacher, fingerprints, name = None, Teacher(), {}, ''
   if teacher_folder and 'teacher' in targets:
     teacher_model, params, step, weights = teachers.load(
-      teacher_folder, config.teacher.dtype, mesh, teachers.step_of(config), config.teacher.model
+      teacher_folder, config.teacher.dtype, mesh, teachers.step_of(config), config.teacher.model, config.teacher.layout
     )
     name = f'{weights}@{step}'
     teacher = Teacher(params)
@@ -300,6 +307,7 @@ def recipe_of(
     mask_documents=config.data.mask_documents,
     microbatches=section.microbatches,
     teacher_microbatch=config.teacher.forward_microbatch if teacher_model else 0,
+    teacher_layout=config.teacher.layout if teacher_model else 'student',
     size=config.steps_per_call,
   )
 

@@ -134,7 +134,7 @@ class Run:
 
 def teacher_params(recipe: Recipe, on=None, seed=9) -> Teacher:
   params = weights(recipe.teacher, seed)
-  return Teacher(jax.device_put(params, sharding.param_shardings(params, on or mesh())))
+  return Teacher(jax.device_put(params, sharding.param_shardings(params, on or mesh(), recipe.teacher_layout)))
 
 
 def host(tree):

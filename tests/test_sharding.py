@@ -4,7 +4,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from kdjax import sharding
-from kdjax.config import MeshConfig
+from kdjax.config import MeshConfig, checks
 from kdjax.errors import UserError
 from tests import runs
 
@@ -16,6 +16,26 @@ def test_every_parameter_of_every_kind_of_model_has_a_rule(fields):
   for path, leaf in jax.tree_util.tree_leaves_with_path(specs):
     name = sharding.path_name(path)
     assert (leaf.spec == P()) == name.endswith('scale'), name
+
+
+@pytest.mark.parametrize('layout', sharding.LAYOUTS)
+def test_a_layout_cuts_each_matrix_once_or_not_at_all(layout):
+  on = runs.mesh(2, 2, 2)
+  params = runs.model(32).abstract()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(sharding.param_shardings(params, on, layout)):
+    name = sharding.path_name(path)
+    axes = [axis for dim in leaf.spec for axis in ((dim,) if isinstance(dim, str) else dim or ())]
+    assert sorted(axes) == ([] if name.endswith('scale') or layout == 'replicated' else ['fsdp', 'tensor']), name
+
+
+def test_a_layout_that_the_mesh_does_not_divide_is_refused_by_both_axes():
+  params = {'embed': {'embedding': jax.ShapeDtypeStruct((40, 12), 'float32')}}
+  with pytest.raises(UserError, match=r'fsdp x tensor = 8 does not divide 12 of embed/embedding'):
+    sharding.param_shardings(params, runs.mesh(1, 4, 2), 'fsdp')
+
+
+def test_the_configs_layouts_are_those_that_there_are():
+  assert checks.CHOICES['teacher.layout'] == sharding.LAYOUTS
 
 
 def test_a_parameter_that_no_rule_matches_is_refused_by_name():

@@ -253,6 +253,21 @@ def test_losses_on_any_mesh_are_those_on_one_device(width):
     np.testing.assert_allclose(got['loss'][0], expected['loss'][0], rtol=1e-6)
 
 
+@pytest.mark.parametrize('layout', ['fsdp', 'replicated'])
+@pytest.mark.parametrize('shape', [(2, 2, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)])
+def test_a_teacher_laid_out_otherwise_than_its_student_teaches_the_same(layout, shape):
+  (expected,) = start(distilled()).go(*[1] * 5)
+  run = start(distilled(teacher_layout=layout), on=runs.mesh(*shape))
+  (got,) = run.go(*[1] * 5)
+  for name in ('loss', 'kd', 'grad_norm'):
+    np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, err_msg=name)
+  assert run.step._cache_size() == 1
+  kernel = run.teacher.params['blocks']['mlp']['up']['kernel']
+  _, fsdp, tensor = shape
+  parts = fsdp * tensor if layout == 'fsdp' else 1
+  assert kernel.sharding.shard_shape(kernel.shape) == (kernel.shape[0], kernel.shape[1] // parts, kernel.shape[2])
+
+
 def test_fresh_weights_are_the_same_on_any_mesh():
   recipe = runs.recipe()
   init = lambda key: step_lib.init_state(recipe, runs.alpha(), key)

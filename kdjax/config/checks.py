@@ -23,6 +23,7 @@ CHOICES = {
   'loss.mixing': MIXINGS,
   'loss.rest': ('renormalise', 'other'),
   'teacher.dtype': ('auto', 'float32', 'bfloat16'),
+  'teacher.layout': ('student', 'fsdp', 'replicated'),
 }
 
 

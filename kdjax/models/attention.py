@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from kdjax import backend
 from kdjax.errors import UserError
-from kdjax.sharding import BATCH_AXES, mesh_in_use
+from kdjax.sharding import mesh_in_use, rows_in_use
 
 IMPLEMENTATIONS = ('auto', 'xla', 'cudnn', 'splash')
 MAX_DENSE_MASK = 2048  # tokens: a [T, T] mask and the scores behind it grow with the square
@@ -93,12 +93,14 @@ def splash(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, segment_ids_BxT=None, *, interpret: 
   local = functools.partial(_splash_local, interpret=interpret)
   mesh = mesh_in_use()
   if mesh is not None:
-    if k.shape[1] % mesh.shape['tensor']:
+    on_rows = rows_in_use()
+    by_head = None if 'tensor' in on_rows else 'tensor'
+    if by_head and k.shape[1] % mesh.shape['tensor']:
       raise UserError(
         f'attention=splash: mesh tensor = {mesh.shape["tensor"]} does not divide the {k.shape[1]} key/value heads; '
         'lower --config.mesh.tensor'
       )
-    heads, rows = P(BATCH_AXES, 'tensor'), P(BATCH_AXES)
+    heads, rows = P(on_rows, by_head), P(on_rows)
     # The kernel's outputs carry no varying-axes annotation, hence check_vma=False.
     local = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
   out_BxHxTxK = local(q, k, v, _pad_tokens(segment_ids_BxT, pad))
