@@ -93,7 +93,7 @@ def param_shardings(params, mesh: Mesh, layout: str = 'student'):
       )
     spec = _laid_out(spec, layout)
     for dim, axis in zip(leaf.shape, spec, strict=False):
-      axes = (axis,) if isinstance(axis, str) else axis or ()
+      axes: tuple[str, ...] = (axis,) if isinstance(axis, str) else tuple(axis or ())
       size = math.prod(mesh.shape[one] for one in axes)
       if dim % size:
         raise UserError(
