@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Runs a command and, where something else ended it, runs it again: it goes on from its last checkpoint.
+#
+#   launch/supervise.sh python -m kdjax.train --distributed --config=...
+#
+# It ends where the command is done (0), where the config is wrong (2) or the run cannot go on (1): starting those again would only end
+# them again. A process that was killed, lost another one of its job or crashed is started again, at most RESTARTS times (default 100) in all,
+# after PAUSE seconds (default 30). SIGTERM goes to the command, which saves and stops, and is not started again.
+set -uo pipefail
+(($#)) || {
+  echo 'error: launch/supervise.sh needs a command' >&2
+  exit 2
+}
+stopping=false child=''
+trap 'stopping=true; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null' TERM INT
+for ((restarts = 0; ; restarts++)); do
+  "$@" &
+  child=$!
+  while :; do
+    wait "$child"
+    code=$?
+    kill -0 "$child" 2>/dev/null || break # a signal of ours ends the waiting, not the command
+  done
+  if $stopping || ((code <= 2)); then exit "$code"; fi
+  if ((restarts >= ${RESTARTS:-100})); then
+    echo "launch/supervise.sh: ended with code $code after $restarts restarts; giving up" >&2
+    exit "$code"
+  fi
+  echo "launch/supervise.sh: ended with code $code; starting again in ${PAUSE:-30} s" >&2
+  sleep "${PAUSE:-30}"
+  ! $stopping || exit "$code"
+done

@@ -1,0 +1,165 @@
+#!/usr/bin/env bash
+# A Cloud TPU slice (or several) as a queued resource, from a laptop: create it, put this working tree on it, train, look, go on, delete it.
+#
+#   launch/tpu.sh create --name=kd --project=my-project --zone=us-east5-b --accelerator=v6e-64 --spot
+#   launch/tpu.sh setup  --name=kd --project=my-project --zone=us-east5-b
+#   launch/tpu.sh run    --name=kd --project=my-project --zone=us-east5-b -- --config=configs/weak2strong.py:scale=paper --config.runs=/mnt/shared/runs
+#   launch/tpu.sh logs | status | resume | stop | delete   ... with the same three settings
+#
+# `runs` must be a folder that all hosts see: a Filestore share, or a bucket mounted with gcsfuse.
+# Settings may stand in the environment too (NAME, PROJECT, ZONE, ACCELERATOR, RUNTIME, SLICES, PROVISIONING). --dry-run prints what would be done.
+#
+#   create   asks for the slice; --spot, --reserved, or on demand; --slices=N joins several (set --config.mesh.replica=N in run)
+#   setup    waits for the slice, copies the tracked files with their uncommitted changes to every host, and installs them
+#   run      starts training on every host, under launch/supervise.sh: what was preempted goes on by itself, a config error ends the job;
+#            what runs (commit, uncommitted changes, command) is written beside it, in launched/
+#   logs     follows host 0's
+#   resume   where the slice was taken away: deletes what is left of it, creates, sets up and runs again as before
+#   stop     asks every host to save and stop
+#   delete   gives the slice back
+#
+# It has been checked with shellcheck and its dry runs only: no slice was at hand.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+dry_run=false command='' train=()
+settings=(NAME PROJECT ZONE)
+usage() { sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' "launch/tpu.sh"; }
+fail() {
+  printf 'error: %s\n' "$1" >&2
+  exit 2
+}
+
+while (($#)); do
+  case $1 in
+  --dry-run) dry_run=true ;;
+  --spot) PROVISIONING=spot ;;
+  --reserved) PROVISIONING=reserved ;;
+  --name=* | --project=* | --zone=* | --accelerator=* | --runtime=* | --slices=*)
+    key=${1%%=*} key=${key#--}
+    printf -v "${key^^}" '%s' "${1#*=}"
+    ;;
+  --) shift && train=("$@") && break ;;
+  -h | --help) usage && exit 0 ;;
+  -*) fail "unknown option $1; see launch/tpu.sh --help" ;;
+  *)
+    [[ -z $command ]] || fail "one command at a time: $command or $1"
+    command=$1
+    ;;
+  esac
+  shift
+done
+case $command in
+create | resume) settings+=(ACCELERATOR) ;;
+setup | run | logs | status | stop | delete) ;;
+'') usage >&2 && exit 2 ;;
+*) fail "unknown command $command; there are create, setup, run, logs, status, resume, stop, delete" ;;
+esac
+missing=()
+for setting in "${settings[@]}"; do
+  [[ -n ${!setting:-} ]] || missing+=("--${setting,,}=...")
+done
+((${#missing[@]} == 0)) || fail "$command: missing ${missing[*]}"
+[[ $command != run || ${#train[@]} -gt 0 ]] || fail 'run: missing -- and what python -m kdjax.train is to be given, as in -- --config=configs/weak2strong.py:scale=paper'
+
+SLICES=${SLICES:-1} PROVISIONING=${PROVISIONING:-on-demand}
+if [[ -z ${RUNTIME:-} ]]; then
+  case ${ACCELERATOR:-} in # Cloud TPU's names of the machine's image for each generation
+  v5litepod-*) RUNTIME=v2-alpha-tpuv5-lite ;;
+  v5p-*) RUNTIME=v2-alpha-tpuv5 ;;
+  v6e-*) RUNTIME=v2-alpha-tpuv6e ;;
+  *) RUNTIME=tpu-ubuntu2204-base ;;
+  esac
+fi
+place=(--project="$PROJECT" --zone="$ZONE")
+
+does() { # runs a command, or shows it as one would type it
+  if ! $dry_run; then
+    "$@"
+    return
+  fi
+  local word line=''
+  for word; do
+    [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    line+=" $word"
+  done
+  printf '%s\n' "${line# }"
+}
+on_all_hosts() { # a command on every host of every slice
+  local node
+  for node in $(nodes); do
+    does gcloud compute tpus tpu-vm ssh "$node" "${place[@]}" --worker=all --command="$1"
+  done
+}
+nodes() {
+  if ((SLICES == 1)); then printf '%s\n' "$NAME"; else for ((i = 0; i < SLICES; i++)); do printf '%s-%d\n' "$NAME" "$i"; done; fi
+}
+state() { gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" --format='value(state.state)'; }
+
+create() {
+  local ask=(gcloud compute tpus queued-resources create "$NAME" "${place[@]}" --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME")
+  if ((SLICES == 1)); then ask+=(--node-id="$NAME"); else ask+=(--node-count="$SLICES" --node-prefix="$NAME"); fi
+  [[ $PROVISIONING == on-demand ]] || ask+=("--$PROVISIONING")
+  does "${ask[@]}"
+}
+
+setup() {
+  if ! $dry_run; then
+    until [[ $(state) == ACTIVE ]]; do
+      printf 'waiting for %s (%s)\n' "$NAME" "$(state)"
+      sleep 30
+    done
+  fi
+  local archive=launched/$NAME.tar.gz
+  if $dry_run; then
+    printf 'git ls-files -z | tar --null -T - -czf %s\n' "$archive"
+  else
+    mkdir -p launched
+    git ls-files -z | tar --null -T - -czf "$archive"
+  fi
+  local node
+  for node in $(nodes); do
+    does gcloud compute tpus tpu-vm scp "$archive" "$node:kdjax.tar.gz" "${place[@]}" --worker=all
+  done
+  # The image's Python may be older than 3.11: uv brings one.
+  on_all_hosts "mkdir -p kdjax && tar -xzf kdjax.tar.gz -C kdjax && cd kdjax && pip install -q uv && python3 -m uv venv -q --python 3.12 .venv && python3 -m uv pip install -q -p .venv -e '.[tpu]'"
+}
+
+run() {
+  local words
+  words=$(printf '%q ' "${train[@]}")
+  record "$words"
+  on_all_hosts "cd kdjax && . .venv/bin/activate && nohup launch/supervise.sh python -m kdjax.train --distributed $words> train.log 2>&1 &"
+}
+
+record() { # what is about to run, from what code
+  local folder=launched/$NAME
+  if $dry_run; then
+    printf 'record in %s: commit, uncommitted changes, command\n' "$folder"
+    return
+  fi
+  mkdir -p "$folder"
+  git rev-parse HEAD >"$folder/commit"
+  git diff HEAD >"$folder/uncommitted.diff"
+  printf '%s\n' "$1" >"$folder/command"
+}
+
+case $command in
+create | setup | run) "$command" ;;
+logs) does gcloud compute tpus tpu-vm ssh "$(nodes | head -n 1)" "${place[@]}" --worker=0 --command='tail -n 100 -F kdjax/train.log' ;;
+status) does gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" ;;
+stop) on_all_hosts 'pkill -TERM -f kdjax.train' ;;
+delete) does gcloud compute tpus queued-resources delete "$NAME" "${place[@]}" --force --quiet ;;
+resume)
+  if ((${#train[@]} == 0)); then
+    [[ -f launched/$NAME/command ]] || fail "resume: launched/$NAME/command is not here; say again after -- what is to run"
+    eval "train=($(cat "launched/$NAME/command"))"
+  fi
+  if $dry_run || [[ $(state) != ACTIVE ]]; then
+    does gcloud compute tpus queued-resources delete "$NAME" "${place[@]}" --force --quiet
+    create
+    setup
+  fi
+  run
+  ;;
+esac
