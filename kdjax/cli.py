@@ -1,7 +1,7 @@
 """The commands' front: the config off the command line, and user errors as one line.
 
 `--config=FILE[:ARG]` names a Python file with `get_config(arg)`; `--config.a.b=VALUE` changes a field. What is left goes to argparse.
-Exit codes: 0 done, 2 the config or a file is wrong, 1 a run could not go on, 130 stopped by the user.
+Exit codes: 0 done, 2 the config or a file is wrong, 1 a run could not go on, 75 another process is gone, 130 stopped by the user.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import jax
 import ml_collections
 
 from kdjax import config as config_lib
+from kdjax import distributed
 from kdjax.config import Config
 from kdjax.data.files import NO_SPACE
 from kdjax.errors import ConfigError, TrainingError, UserError
@@ -119,10 +120,13 @@ def user_errors() -> Iterator[None]:
     _exit(UserError(f'{where} cannot be used ({e.strerror}); {mend}'), 1 if full else 2)
   except MemoryError:
     _exit(UserError(NO_MEMORY), 1)
-  except jax.errors.JaxRuntimeError as e:
-    if 'RESOURCE_EXHAUSTED' not in str(e) and 'Out of memory' not in str(e):
+  except (jax.errors.JaxRuntimeError, ValueError) as e:
+    what = (str(e).splitlines() or [''])[0][:200]
+    if isinstance(e, jax.errors.JaxRuntimeError) and ('RESOURCE_EXHAUSTED' in str(e) or 'Out of memory' in str(e)):
+      _exit(UserError(f'{NO_MEMORY} ({what})'), 1)
+    if not distributed.is_lost(e):
       raise
-    _exit(UserError(f'{NO_MEMORY} ({str(e).splitlines()[0][:200]})'), 1)
+    _exit(UserError(f'another process is gone ({what}); {distributed.AGAIN}'), distributed.TEMPORARY)
   except KeyboardInterrupt:
     print('\nstopped', file=sys.stderr)
     sys.exit(130)

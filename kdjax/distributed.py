@@ -1,9 +1,12 @@
-"""Several processes: JAX's own runtime, and what one process does first for the others."""
+"""Several processes: JAX's own runtime, what one process does first for the others, and a clear end where one of them is lost."""
 
 import argparse
 import contextlib
+import ctypes
 import os
 import re
+import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +19,48 @@ from jax.experimental import multihost_utils
 from kdjax.errors import UserError
 
 T = TypeVar('T')
+
+WATCHED = 'KDJAX_WATCHED'  # in the environment of a process whose parent watches it
+AGAIN = 'start all processes again with the same commands: they go on from the last checkpoint'
+# What a collective or the coordination service says where another process is gone.
+LOST = re.compile(
+  r'gloo|connection (reset|closed|refused)|socket closed|heartbeat|coordination service|UNAVAILABLE|DEADLINE_EXCEEDED',
+  re.I,
+)
+ALONE = 128  # an exit code above it, as in a shell: ended by signal `code - 128`
+TEMPORARY = 75  # EX_TEMPFAIL: nothing is wrong with the command; launch/supervise.sh starts it again
+
+
+def watch() -> None:
+  """Called first by a command: where it is one of several processes, the work is done in a child and this process only waits for it.
+
+  JAX's runtime ends a process from C++, with no Python exception, where the coordinator is gone: somebody else must say so in one line.
+  Returns in the process that does the work. The child dies with its parent.
+  """
+  if os.environ.get(WATCHED):
+    with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
+      ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(os.environ[WATCHED]):  # it died before
+      sys.exit(1)
+    return
+  if not any(word.partition('=')[0] in ('--distributed', '--coordinator') for word in sys.argv[1:]):
+    return
+  child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=os.environ | {WATCHED: str(os.getpid())})
+  signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal gives it to the child too
+  code = child.wait()
+  if code < 0:
+    print(f'error: {_ended_by(-code)}', file=sys.stderr, flush=True)
+    code = ALONE - code
+  sys.exit(code)
+
+
+def _ended_by(number: int) -> str:
+  if number == signal.SIGABRT:
+    return f'the runtime ended this process: the coordinator (process 0) or another process is gone or silent; {AGAIN}'
+  name = signal.Signals(number).name
+  hint = ' (the machine may have run out of memory)' if number == signal.SIGKILL else ''
+  return f'this process was ended by {name}{hint}; {AGAIN}'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +89,11 @@ def initialize(args: argparse.Namespace, heartbeat_timeout: int) -> None:
     )
   except (RuntimeError, ValueError) as e:
     raise UserError(f'the processes could not be joined: {str(e).splitlines()[0]}') from None
+
+
+def is_lost(error: Exception) -> bool:
+  """Whether an error is what a process gets where another one of its job is gone."""
+  return jax.distributed.is_initialized() and LOST.search(str(error)) is not None
 
 
 def first_process_first(work: Callable[[], T]) -> T:

@@ -115,4 +115,5 @@ def _status(run: RunFolder, name: str):
 
 
 if __name__ == '__main__':
+  distributed.watch()
   main()

@@ -215,4 +215,5 @@ def _bytes(n: float) -> str:
 
 
 if __name__ == '__main__':
+  distributed.watch()
   main()

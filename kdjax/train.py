@@ -93,4 +93,5 @@ def _claim_experiment(folder: pathlib.Path, config: Config) -> None:
 
 
 if __name__ == '__main__':
+  distributed.watch()
   main()

@@ -199,7 +199,9 @@ class Config:
   steps_per_call: int = 1
   max_skipped: int = 20  # non-finite steps in a row before the run stops
   deterministic: bool = True  # on GPU: XLA's deterministic reductions
-  heartbeat_timeout: int = 60  # seconds after which a silent owner of a folder counts as gone
+  heartbeat_timeout: int = (
+    30  # seconds after which a silent owner of a folder, or a silent process of several, counts as gone
+  )
 
 
 def as_dict(config: Any) -> dict[str, Any]:
