@@ -93,8 +93,9 @@ class Program:
     return sorted((c for c in found if c.axes), key=lambda c: -c.total)
 
   def largest_array(self) -> tuple[int, str]:
-    """(bytes, array) of the largest result of any instruction: what the program may hold whole on one device."""
-    arrays = [array for body in self.computations.values() for one in body for array in one.arrays]
+    """(bytes, array) of the largest result of any instruction, arguments apart: what the program may hold whole on one device."""
+    bodies = self.computations.values()
+    arrays = [array for body in bodies for one in body if one.opcode != 'parameter' for array in one.arrays]
     return max(((_bytes(array), _text(array)) for array in arrays), default=(0, ''))
 
   def _trips(self, loop: Instruction) -> int:

@@ -1,11 +1,11 @@
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kdjax import hlo, sharding
 from kdjax import step as step_lib
 from kdjax.checkpoint import checksums
 from kdjax.config import LossConfig
@@ -287,8 +287,8 @@ N_TOKENS = N_ROWS * runs.SEQ
 
 
 @functools.cache
-def compiled(chunk: int, shape=(1, 1, 1)) -> str:
-  """The optimised HLO of a cohort's step, for one device of the mesh."""
+def compiled(chunk: int, shape=(1, 1, 1)) -> hlo.Program:
+  """What the compiler made of a cohort's step, for one device of the mesh."""
   recipe = runs.recipe(
     ('none', 'teacher'),
     student=runs.model(vocab_size=WIDE),
@@ -298,63 +298,27 @@ def compiled(chunk: int, shape=(1, 1, 1)) -> str:
   run = start(recipe, (0.0, 0.4), runs.mesh(*shape))
   with jax.set_mesh(run.mesh):
     batch = run.place(runs.batches(0, 1, rows=N_ROWS))
-    return run.step.lower(run.states, run.teacher, batch, 1).compile().as_text()
-
-
-def sizes(line: str) -> list[int]:
-  """Elements of each array that an HLO instruction puts out."""
-  found = re.match(r'\s*(?:ROOT )?%?[\w.-]+ = (.*?) [\w-]+\(', line)
-  shapes = re.findall(r'\w+\[([\d,]*)\]', found.group(1)) if found else []
-  return [int(np.prod([int(n) for n in shape.split(',') if n])) for shape in shapes]
-
-
-def computations(text: str) -> dict[str, list[str]]:
-  """HLO computations: name -> lines."""
-  found: dict[str, list[str]] = {}
-  for line in text.splitlines():
-    if re.match(r'\S.*\{$', line):
-      current = found.setdefault(re.match(r'(?:ENTRY )?%?([\w.-]+)', line).group(1), [])
-    elif found:
-      current.append(line)
-  return found
-
-
-def in_loops(text: str) -> list[str]:
-  """The lines of every loop's body and of what it calls."""
-  by_name = computations(text)
-  todo = re.findall(r'body=%?([\w.-]+)', text)
-  seen = set()
-  while todo:
-    name = todo.pop()
-    if name not in seen:
-      seen.add(name)
-      todo += [called for line in by_name[name] for called in re.findall(r'%([\w.-]+)', line) if called in by_name]
-  return [line for name in seen for line in by_name[name]]
+    return hlo.Program(run.step.lower(run.states, run.teacher, batch, 1).compile().as_text())
 
 
 @pytest.mark.parametrize('shape', [(1, 1, 1), pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 2, 2), (1, 2, 4)])
 def test_no_array_of_the_compiled_step_has_the_size_of_tokens_times_vocabulary(shape):
   replica, fsdp, tensor = shape
   whole = N_TOKENS // (replica * fsdp) * WIDE // tensor  # one device's share: even that is too much
-  text = compiled(N_TOKENS // (replica * fsdp) // 8, shape)
-  greatest = max(size for line in text.splitlines() for size in sizes(line))
-  assert greatest < whole / 2
+  assert compiled(N_TOKENS // (replica * fsdp) // 8, shape).largest_array()[0] < 4 * whole / 2
 
 
 def test_the_search_for_whole_logits_finds_them():
-  text = compiled(N_TOKENS)
-  assert max(size for line in text.splitlines() for size in sizes(line)) >= N_TOKENS * WIDE
+  assert compiled(N_TOKENS).largest_array()[0] >= 4 * N_TOKENS * WIDE
 
 
 @pytest.mark.parametrize('shape', [pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 2, 2), (1, 2, 4)])
 def test_the_losss_loop_gathers_no_whole_array(shape):
-  text = compiled(N_TOKENS // (shape[0] * shape[1]) // 8, shape)
-  found = [
-    line for line in in_loops(text) if re.search(r' (all-gather|all-reduce|all-to-all|collective-permute)\S*\(', line)
-  ]
-  assert any(' all-gather' in line for line in found)  # the layers' own: the search finds what there is
-  # The loss's loop: nothing where the vocabulary is whole, else one small gather a chunk.
-  in_loss = [line for line in found if 'shard_map/while' in line]
-  assert len(in_loss) <= (shape[2] > 1) * 2  # the scan and its first turn
   chunk = N_TOKENS // (shape[0] * shape[1]) // 8
-  assert all(max(sizes(line)) <= 16 * shape[2] * chunk for line in in_loss), in_loss
+  sizes = dict(zip(sharding.AXES, shape, strict=True))
+  found = [one for one in compiled(chunk, shape).collectives(sizes) if one.loop]
+  assert any(one.kind == 'all-gather' for one in found)  # the layers' own: the search finds what there is
+  # The loss's loop: nothing where the vocabulary is whole, else one small gather a chunk.
+  in_loss = [one for one in found if 'shard_map/while' in one.source]
+  assert len(in_loss) <= (shape[2] > 1) * 2  # the scan and its first turn
+  assert all(one.bytes <= 4 * 16 * shape[2] * chunk for one in in_loss), in_loss

@@ -1,15 +1,12 @@
 """The fused loss on eight virtual devices: the values of one device, sharded gradients, nothing large and one collective in the loop."""
 
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from kdjax import sharding
+from kdjax import hlo, sharding
 from kdjax.config import LossConfig, MeshConfig
 from kdjax.losses import LogitTargets, ModelTargets, Student, UnigramTargets, fused_loss, fused_losses, token_losses
 from tests.losses import reference
@@ -174,42 +171,6 @@ def test_padding_columns_of_a_sharded_vocabulary_change_nothing():
 
 # What the compiler makes of it.
 
-SHAPE = re.compile(r'\b(?:pred|[suf]\d+|bf16)\[([\d,]*)\]')
-COLLECTIVE = re.compile(r' (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(')
-
-
-def largest_array(hlo):
-  """Elements of the largest array that any instruction gives, arguments apart."""
-  lines = [line for line in hlo.splitlines() if ' = ' in line and ' parameter(' not in line]
-  results = [re.split(r' [a-z][a-z\-]*\(', line.split(' = ', 1)[1], maxsplit=1)[0] for line in lines]
-  return max(math.prod(int(n) for n in dims.split(',') if n) for r in results for dims in SHAPE.findall(r))
-
-
-def lines_inside_loops(hlo):
-  """Lines of the bodies of all while loops, with all that they call."""
-  computations, current = {}, None
-  for line in hlo.splitlines():
-    if line.rstrip().endswith('{') and not line.startswith(' '):
-      current = re.search(r'%?([\w.\-]+) \(', line.removeprefix('ENTRY ')).group(1)
-      computations[current] = []
-    elif current is not None:
-      computations[current].append(line)
-  calls = lambda line: re.findall(r'(?:body|calls|to_apply|condition)=%?([\w.\-]+)', line)
-  waiting = [
-    re.search(r'body=%?([\w.\-]+)', line).group(1)
-    for lines in computations.values()
-    for line in lines
-    if ' while(' in line
-  ]
-  assert waiting
-  inside = set()
-  while waiting:
-    computation = waiting.pop()
-    if computation not in inside:
-      inside.add(computation)
-      waiting += [c for line in computations[computation] for c in calls(line)]
-  return [line for c in inside for line in computations[c]]
-
 
 def compiled(b=8, t=64, d=16, v=256, chunk=32, mesh=None, loss=None):
   loss = loss or LossConfig(temperature=2.0)
@@ -226,25 +187,31 @@ def compiled(b=8, t=64, d=16, v=256, chunk=32, mesh=None, loss=None):
     return jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True)).lower(*arrays, weights, 0.4).compile()
 
 
+def largest_array(executable):
+  """Bytes of the largest array that any instruction gives, arguments apart."""
+  return hlo.Program(executable.as_text()).largest_array()[0]
+
+
 def test_whole_logits_exist_nowhere_in_the_compiled_loss():
   n, v = 8 * 64, 256
   for loss in (LossConfig(temperature=2.0), LossConfig(teacher_top_k=5, teacher_top_p=0.9, rest='other')):
-    assert largest_array(compiled(loss=loss).as_text()) < n * v // 4
+    assert largest_array(compiled(loss=loss)) < 4 * n * v // 4
   dense = jax.jit(jax.grad(lambda x, w: jnp.sum(jax.nn.log_softmax(x @ w)[..., 0])))
   x, w, *_ = problem(8, 64, 16, v=v)
-  assert largest_array(dense.lower(x, w).compile().as_text()) >= n * v  # the measure sees them where they are
+  assert largest_array(dense.lower(x, w).compile()) >= 4 * n * v  # the measure sees them where they are
 
 
 @pytest.mark.parametrize(('shape', 'collectives'), [((2, 2, 2), 1), ((1, 1, 8), 1), ((2, 4, 1), 0)], ids=str)
 def test_on_a_mesh_the_loop_holds_one_small_collective_and_no_whole_array(shape, collectives):
-  hlo = compiled(mesh=mesh_of(shape)).as_text()
+  executable = compiled(mesh=mesh_of(shape))
   replica, fsdp, tensor = shape
-  assert largest_array(hlo) < 8 * 64 * 256 // (replica * fsdp * tensor)
-  found = [line for line in lines_inside_loops(hlo) if COLLECTIVE.search(line)]
+  assert largest_array(executable) < 4 * 8 * 64 * 256 // (replica * fsdp * tensor)
+  sizes = dict(zip(('replica', 'fsdp', 'tensor'), shape, strict=True))
+  found = [one for one in hlo.Program(executable.as_text()).collectives(sizes) if one.loop]
   assert len(found) == collectives, found
-  for line in found:
-    assert ' all-gather' in line
-    assert largest_array(line) <= tensor * 16 * 32  # a handful of numbers a token of the chunk
+  for one in found:
+    assert (one.kind, one.axes) == ('all-gather', ('tensor',))
+    assert one.bytes <= 4 * tensor * 16 * 32  # a handful of numbers a token of the chunk
 
 
 def test_temporary_memory_grows_with_the_hidden_states_only():
