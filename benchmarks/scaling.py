@@ -64,14 +64,12 @@ def compile_one(name: str, arguments: list[str]) -> None:
     command = [sys.executable, '-m', 'kdjax.aot', f'--config={CONFIG}', '--config.student.arms=distilled', *arguments]
     command += [f'--config.student.microbatches={microbatches}', f'--json={file.with_suffix(".tmp")}']
     done = subprocess.run(command, capture_output=True, text=True)
-    print(
-      f'{name}, {microbatches} microbatches: {"fits" if done.returncode == 0 else done.stderr.strip()[-200:] or "does not fit"}',
-      flush=True,
-    )
+    reported = file.with_suffix('.tmp').exists()
+    if not reported and 'do not fit' not in done.stderr:
+      sys.exit(f'{" ".join(command)}\n{done.stderr}')
+    print(f'{name}, {microbatches} microbatches: {"fits" if done.returncode == 0 else "does not fit"}', flush=True)
     if done.returncode == 0:
       break
-    if done.returncode != 1 and 'do not fit' not in done.stderr:
-      sys.exit(f'{" ".join(command)}\n{done.stderr}')
   if file.with_suffix('.tmp').exists():
     known = json.loads(file.with_suffix('.tmp').read_text()) | {'environment': timing.environment()}
     known['collectives'] = _summed(known['collectives'])

@@ -79,6 +79,11 @@ def describe(report: Report) -> str:
     '',
     'roofline, no measurement: each resource alone at its documented peak',
     *(f'  {name:<28} {1e3 * value:9.1f} ms' for name, value in r.seconds().items()),
+    *(
+      f'  network ({axes}): no documented speed, not counted'
+      for axes in r.network()
+      if f'network ({axes})' not in r.seconds()
+    ),
     f'  a step takes at best {1e3 * r.best_seconds:.1f} ms (MFU {r.mfu(r.best_seconds):.0%}), all overlapped; {1e3 * r.worst_seconds:.1f} ms ({r.mfu(r.worst_seconds):.0%}), nothing overlapped',
   ]
   return '\n'.join(lines)

@@ -72,10 +72,11 @@ class Report:
     return found
 
   def seconds(self) -> dict[str, float]:
-    """Each resource's time by itself: 'compute', 'hbm', and 'network (axes)' for each set of axes."""
+    """Each resource's time by itself: 'compute', 'hbm', and 'network (axes)' for each set of axes whose bandwidth is documented."""
     compute = sum(self.flops.values()) / math.prod(self.mesh.values()) / self.peak_flops
     found = {'compute': compute, 'hbm': self.traffic / self.slice.chip.hbm_bandwidth}
-    return found | {f'network ({axes})': n / self._bandwidth(axes) for axes, n in self.network().items()}
+    rates = {axes: self._bandwidth(axes) for axes in self.network()}
+    return found | {f'network ({axes})': n / rates[axes] for axes, n in self.network().items() if rates[axes]}
 
   @property
   def best_seconds(self) -> float:

@@ -21,6 +21,7 @@ ENVIRONMENT = {
   'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
   'TPU_WORKER_HOSTNAMES': 'localhost',
   'TPU_WORKER_ID': '0',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # its lock is for devices, of which there are none
 }
 
 
@@ -34,19 +35,19 @@ class Chip:
   name: str  # the compiler's
   dimensions: int  # of the torus
   cores: int  # that an accelerator's name counts for each chip
-  devices: int  # jax.Devices a chip
   largest: int  # chips of a slice
   hbm_gib: float
   hbm_bandwidth: float
   link_bandwidth: float  # of one ICI link in one direction
   dcn_bandwidth: float  # of a chip's share of its host's network; 0: not published
+  config: str = ''  # the compiler's name of the way in which a chip's cores are one device, where it is not its default
 
 
 CHIPS = {
-  'v4': Chip('v4', 3, 2, 1, 4096, 30.75, 1228e9, 50e9, 0.0),
-  'v5e': Chip('v5e', 2, 1, 1, 256, 15.75, 819e9, 50e9, 3.125e9),
-  'v5p': Chip('v5p', 3, 2, 1, 6144, 95.74, 2765e9, 100e9, 6.25e9),
-  'v6e': Chip('v6e', 2, 1, 1, 256, 31.25, 1640e9, 100e9, 12.5e9),
+  'v4': Chip('v4', 3, 2, 4096, 30.75, 1228e9, 50e9, 0.0, 'megacore'),
+  'v5e': Chip('v5e', 2, 1, 256, 15.75, 819e9, 50e9, 3.125e9),
+  'v5p': Chip('v5p', 3, 2, 6144, 95.74, 2765e9, 100e9, 6.25e9),
+  'v6e': Chip('v6e', 2, 1, 256, 31.25, 1640e9, 100e9, 12.5e9),
 }
 ALIASES = {'v5litepod': 'v5e', 'v5lite': 'v5e', 'v6lite': 'v6e', 'trillium': 'v6e'}
 
@@ -99,6 +100,8 @@ def devices(slice_: Slice) -> list[jax.Device]:
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   kwargs: dict[str, Any] = {'num_slices': slice_.slices} if slice_.slices > 1 else {}
+  if slice_.chip.config:
+    kwargs['chip_config_name'] = slice_.chip.config
   try:
     found = topologies.get_topology_desc(platform='tpu', topology_name=slice_.name.split(' ')[0], **kwargs)
   except Exception as e:  # the plugin's own kinds of errors
