@@ -3,6 +3,7 @@
 The compiler's own cost analysis counts a loop's body once; here a loop counts as often as it runs.
 """
 
+import collections
 import itertools
 import math
 import re
@@ -84,12 +85,15 @@ class Program:
     """
     found = []
     for name, (times, depth) in self.runs().items():
-      for instruction in self.computations.get(name, ()):
+      body = self.computations.get(name, [])
+      for instruction in body:
         kind = instruction.opcode.removesuffix('-start')
         if kind in KINDS:
           if kind == 'all-reduce' and 'all-reduce-scatter' in name:
             kind = 'reduce-scatter'  # a TPU's: the fusion keeps only this device's part of the sum
-          found.append(_collective(kind, instruction, mesh, times, depth, 'all-reduce-scatter' in name))
+          one = _collective(kind, instruction, mesh, times, depth, 'all-reduce-scatter' in name)
+          # The compiler joins collectives and forgets who asked for them: those of a loop are of what else is in it.
+          found.append(one if one.source or not depth else one._replace(source=_usual_source(body)))
     return sorted((c for c in found if c.axes), key=lambda c: -c.total)
 
   def largest_array(self) -> tuple[int, str]:
@@ -126,6 +130,17 @@ def _called(instruction: Instruction) -> Iterator[str]:
     yield from (name.strip().lstrip('%') for name in names.split(',') if name.strip())
 
 
+def _usual_source(body: list[Instruction]) -> str:
+  sources = collections.Counter(_source(instruction) for instruction in body)
+  del sources['']
+  return max(sources, key=lambda source: sources[source], default='')
+
+
+def _source(instruction: Instruction) -> str:
+  named = re.search(r'op_name="([^"]*)"', instruction.rest)
+  return named[1] if named else ''
+
+
 def _collective(
   kind: str, instruction: Instruction, mesh: Mapping[str, int], times: int, depth: int, whole: bool
 ) -> Collective:
@@ -142,9 +157,8 @@ def _collective(
     'reduce-scatter': size * share if whole else size * (n - 1),
     'collective-permute': float(size),
   }.get(kind, size * share)
-  source = re.search(r'op_name="([^"]*)"', instruction.rest)
   text = ', '.join(map(_text, arrays[:3])) + (', ...' if len(arrays) > 3 else '')
-  return Collective(kind, _axes(group, mesh), text, sent, times, depth, source[1] if source else '')
+  return Collective(kind, _axes(group, mesh), text, sent, times, depth, _source(instruction))
 
 
 def _group(attributes: str, mesh: Mapping[str, int]) -> list[int]:

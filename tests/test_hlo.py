@@ -128,6 +128,23 @@ def test_a_tpus_fused_sum_and_slice_is_a_reduce_scatter():
   assert (one.kind, one.bytes) == ('reduce-scatter', 16 * 8 * 4 * 3 / 4)
 
 
+def test_a_joined_collective_of_a_loop_is_of_what_else_is_in_it():
+  text = """%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %x = f32[8] multiply(%a, %b), metadata={op_name="jit(run)/jvp(teacher)/while/body/dot_general"}
+  %y = f32[8] add(%a, %b), metadata={op_name="jit(run)/jvp(teacher)/while/body/dot_general"}
+  %z = f32[8] add(%a, %b), metadata={op_name="jit(run)/other"}
+  %r = (f32[8], f32[4]) all-reduce(%x, %y), replica_groups={{0,1}}, to_apply=%add
+  ROOT %t = (s32[], f32[8]) tuple(%i, %r)
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%init), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %s = f32[8] all-reduce(%q), replica_groups={{0,1}}, to_apply=%add
+}"""
+  inside, top = hlo.Program(text).collectives({'tensor': 2})
+  assert inside.source == 'jit(run)/jvp(teacher)/while/body/dot_general' and inside.times == 3
+  assert top.source == ''
+
+
 def test_a_loops_length_is_read_from_its_condition_where_the_compiler_does_not_say_it():
   text = """%add (a: f32[], b: f32[]) -> f32[] {
   ROOT %s = f32[] add(%a, %b)
