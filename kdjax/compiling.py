@@ -20,7 +20,7 @@ from kdjax import backend, flops, sharding, training
 from kdjax import config as config_lib
 from kdjax.config import Config, ModelConfig
 from kdjax.errors import UserError
-from kdjax.hlo import Collective, Program
+from kdjax.hlo import SLICES, Collective, Program
 from kdjax.losses import ModelTargets, Student, UnigramTargets, alpha_state, fused_losses
 from kdjax.losses.fused import HEAD
 from kdjax.models import Model, build
@@ -94,8 +94,7 @@ class Report:
 
   def _bandwidth(self, axes: str) -> float:
     """Of one device along an axis: a ring on one direction of the torus, both ways; between slices its share of the host's network."""
-    across = self.slice.slices > 1 and self.mesh['replica'] > 1 and 'replica' in axes
-    return self.slice.chip.dcn_bandwidth if across else 2 * self.slice.chip.link_bandwidth
+    return self.slice.chip.dcn_bandwidth if axes == SLICES else 2 * self.slice.chip.link_bandwidth
 
 
 def compile_step(config: Config, slice_: Slice, vocab_size: int = 0) -> Report:

@@ -16,6 +16,7 @@ BYTES = {
   'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 's32': 4, 'u32': 4, 's64': 8, 'u64': 8,
   'bf16': 2, 'f16': 2, 'f32': 4, 'f64': 8, 'f8e4m3fn': 1, 'f8e5m2': 1, 'token': 0,
 }  # fmt: skip
+SLICES = 'slices'  # in place of a mesh axis: what goes from one slice to others, by way of the hosts
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all', 'collective-permute')
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = ')
@@ -88,7 +89,14 @@ class Program:
       body = self.computations.get(name, [])
       for instruction in body:
         kind = instruction.opcode.removesuffix('-start')
-        if kind in KINDS:
+        if kind == 'send' and 'xla_megascale_runtime' in instruction.rest:
+          # Of a collective over slices the program holds what one device hands to its host, and what it gets back.
+          array = instruction.arrays[0]
+          one = Collective(
+            'transfer', (SLICES,), _text(array), float(_bytes(array)), times, depth, _source(instruction)
+          )
+          found.append(one)
+        elif kind in KINDS:
           if kind == 'all-reduce' and 'all-reduce-scatter' in name:
             kind = 'reduce-scatter'  # a TPU's: the fusion keeps only this device's part of the sum
           one = _collective(kind, instruction, mesh, times, depth, 'all-reduce-scatter' in name)

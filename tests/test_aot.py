@@ -8,7 +8,7 @@ import pytest
 from kdjax import aot, cli, compiling, topology
 from kdjax.compiling import GIB, Report
 from kdjax.errors import UserError
-from kdjax.hlo import Collective
+from kdjax.hlo import SLICES, Collective
 
 CONFIG = 'configs/weak2strong.py:scale=colab'
 VOCAB = 32_768
@@ -63,18 +63,18 @@ def test_the_roofline_is_each_resource_at_its_peak():
 
 
 def test_what_crosses_slices_goes_at_the_speed_of_the_network_between_them():
-  gather = report().collectives[0]._replace(axes=('replica', 'fsdp'))
-  r = report(slice=topology.parse('v6e-64', 2), mesh={'replica': 2, 'fsdp': 16, 'tensor': 4}, collectives=[gather])
-  assert r.seconds()['network (replica x fsdp)'] == pytest.approx(4e9 / 12.5e9)
-  one = report(mesh={'replica': 2, 'fsdp': 8, 'tensor': 4}, collectives=[gather])  # a replica axis within a slice
-  assert one.seconds()['network (replica x fsdp)'] == pytest.approx(4e9 / 200e9)
+  gather = report().collectives[0]
+  between = gather._replace(kind='transfer', axes=(SLICES,))
+  r = report(slice=topology.parse('v6e-64', 2), collectives=[between, gather._replace(axes=('replica', 'fsdp'))])
+  assert r.seconds()['network (slices)'] == pytest.approx(4e9 / 12.5e9)
+  assert r.seconds()['network (replica x fsdp)'] == pytest.approx(4e9 / 200e9)  # a replica axis within a slice
 
 
 def test_a_network_of_no_documented_speed_is_not_counted_and_says_so():
-  gather = report().collectives[0]._replace(axes=('replica',))
+  gather = report().collectives[0]._replace(axes=(SLICES,))
   r = report(slice=topology.parse('v4-128', 2), mesh={'replica': 2, 'fsdp': 16, 'tensor': 4}, collectives=[gather])
   assert set(r.seconds()) == {'compute', 'hbm'}
-  assert 'network (replica): no documented speed, not counted' in aot.describe(r)
+  assert 'network (slices): no documented speed, not counted' in aot.describe(r)
 
 
 def test_the_report_says_whether_it_fits_and_by_how_much():

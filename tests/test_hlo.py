@@ -121,6 +121,15 @@ def test_an_asynchronous_collective_is_counted_once_and_by_its_result():
   assert line('%d = bf16[16,128] all-gather-done(%s)') == []
 
 
+def test_what_goes_between_slices_is_a_transfer_by_way_of_the_host():
+  (one,) = line(
+    '%send = (f32[256,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%x, %t), channel_id=2, is_host_transfer=true, '
+    'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}'
+  )
+  assert (one.kind, one.axes, one.bytes) == ('transfer', (hlo.SLICES,), 4 * 256 * 8 * 128)
+  assert line('%send = (f32[8], u32[], token[]) send(%x, %t), is_host_transfer=true') == []  # a callback's
+
+
 def test_a_tpus_fused_sum_and_slice_is_a_reduce_scatter():
   (one,) = line(
     '%r = f32[16,8] all-reduce(%p), replica_groups=[4,4]<=[2,4,2]T(0,2,1), to_apply=%add', 'all-reduce-scatter.3'
