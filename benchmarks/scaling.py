@@ -36,9 +36,7 @@ def main() -> None:
   parser.add_argument('--only', choices=('cells', 'weak'))
   parser.add_argument('--table', action='store_true', help='write the page from what has been compiled')
   args = parser.parse_args()
-  jax.config.update(
-    'jax_platforms', 'cpu'
-  )  # for the versions that are recorded; what compiles are processes of their own
+  jax.config.update('jax_platforms', 'cpu')  # where versions are asked for; what compiles are processes of their own
   KEPT.mkdir(parents=True, exist_ok=True)
   if not args.table:
     for name, arguments in [*(cells() if args.only != 'weak' else []), *(weak() if args.only != 'cells' else [])]:
@@ -169,6 +167,8 @@ the slowest of them (all overlapped), the second their sum (nothing overlapped).
 
 The 1.7B student with the 0.5B teacher on v6e, {rows} rows of 8,192 tokens a chip; mesh is replica x fsdp x tensor. From 512 chips on several slices of 256, with
 a replica of the weights on each: what crosses them is the gradients, once a step, as one chip hands them to its host.
+What a chip sends within its slice differs by a third from size to size: by the size of a shard the compiler chooses between gathers, rings of permutes and
+all-reduces, which send twice as much. Memory is flat from 64 chips on; with fewer, each holds more of the weights and the optimizer.
 
 | chips | mesh | tokens a step | GiB a chip | sent within a slice, GiB | between slices, GiB | s a step | compiled in, s |
 |---|---|---|---|---|---|---|---|

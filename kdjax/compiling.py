@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import backend, flops, sharding, training
+from kdjax import backend, flops, sharding, teachers, training
 from kdjax import config as config_lib
 from kdjax.config import Config, ModelConfig
-from kdjax.errors import UserError
+from kdjax.errors import TrainingError, UserError
 from kdjax.hlo import SLICES, Collective, Program
 from kdjax.losses import ModelTargets, Student, UnigramTargets, alpha_state, fused_losses
 from kdjax.losses.fused import HEAD
@@ -179,7 +179,7 @@ def _states(config: Config, recipe: Recipe, mesh: Mesh):
 def _teacher(config: Config, recipe: Recipe, mesh: Mesh) -> Teacher:
   found = Teacher()
   if recipe.teacher is not None:
-    dtype = 'bfloat16' if config.teacher.dtype == 'auto' else config.teacher.dtype
+    dtype = teachers.dtype_of(config.teacher.dtype)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), recipe.teacher.abstract())
     found = found._replace(
       params=jax.tree.map(_abstract, shapes, sharding.param_shardings(shapes, mesh, recipe.teacher_layout))
@@ -215,7 +215,7 @@ def _compiled(lower: Callable[[], Any], mesh: Mesh):
     raise TooLarge(f"the step's temporaries do not fit into a device's memory ({how})") from None
 
 
-class TooLarge(UserError):
+class TooLarge(TrainingError):
   """The compiler itself found that a program does not fit; it gives no account of one."""
 
 

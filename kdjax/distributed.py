@@ -27,7 +27,7 @@ LOST = re.compile(
   r'gloo|connection (reset|closed|refused)|socket closed|heartbeat|coordination service|UNAVAILABLE|DEADLINE_EXCEEDED',
   re.I,
 )
-ALONE = 128  # an exit code above it, as in a shell: ended by signal `code - 128`
+SIGNALLED = 128  # an exit code above it, as in a shell: ended by signal `code - 128`
 TEMPORARY = 75  # EX_TEMPFAIL: nothing is wrong with the command; launch/supervise.sh starts it again
 
 
@@ -37,10 +37,10 @@ def watch() -> None:
   JAX's runtime ends a process from C++, with no Python exception, where the coordinator is gone: somebody else must say so in one line.
   Returns in the process that does the work. The child dies with its parent.
   """
-  if os.environ.get(WATCHED):
+  if parent := os.environ.pop(WATCHED, ''):  # no longer there for what this process may start
     with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
       ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(os.environ[WATCHED]):  # it died before
+    if os.getppid() != int(parent):  # it died before
       sys.exit(1)
     return
   if not any(word.partition('=')[0] in ('--distributed', '--coordinator') for word in sys.argv[1:]):
@@ -51,7 +51,7 @@ def watch() -> None:
   code = child.wait()
   if code < 0:
     print(f'error: {_ended_by(-code)}', file=sys.stderr, flush=True)
-    code = ALONE - code
+    code = SIGNALLED - code
   sys.exit(code)
 
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from kdjax import cli, distributed, sharding
 from kdjax.analysis import table
 from kdjax.checkpoint import steps_in
-from kdjax.config import MeshConfig
+from kdjax.config import Config, MeshConfig
 from kdjax.data.corpus import Corpus, prepare
 from kdjax.errors import TrainingError, UserError
 from kdjax.evals.job import Job, evaluate, find, score_missing
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if args.watch and args.step:
       raise UserError('--step names one checkpoint, --watch takes each new one: give one of the two')
-    distributed.initialize(args, 100)
+    distributed.initialize(args, Config().heartbeat_timeout)
     mesh = sharding.make_mesh(MeshConfig(args.replica, args.fsdp, args.tensor), flags='--replica, --fsdp, --tensor')
     with jax.set_mesh(mesh):
       if args.watch:

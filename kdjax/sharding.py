@@ -62,9 +62,8 @@ def _arranged(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray
   """The devices in the mesh's shape, neighbours in the machine as neighbours in the mesh; slices along one of the outer axes."""
   slices = len({getattr(device, 'slice_index', 0) for device in devices})
   if slices == 1:
-    return mesh_utils.create_device_mesh(
-      shape, devices, allow_split_physical_axes=True
-    )  # fsdp 16 x tensor 4 on an 8 x 8 torus
+    # Split: fsdp 16 x tensor 4 lies on an 8 x 8 torus too.
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   outer = next((i for i in (0, 1) if shape[i] % slices == 0), None)
   if outer is None:
     raise UserError(

@@ -108,12 +108,8 @@ def make_step(recipe: Recipe, shardings: Sequence[TrainState]):
   return jax.jit(run, donate_argnums=0, out_shardings=(tuple(shardings), None))
 
 
-PARTS = (
-  'teacher',
-  'student',
-  'loss',
-  'update',
-)  # the named scopes of a step, by which a profile or kdjax/aot.py tells its parts
+# The named scopes of a step, by which a profile or kdjax/aot.py tells its parts.
+PARTS = ('teacher', 'student', 'loss', 'update')
 
 
 def one_step(recipe: Recipe, states: tuple[TrainState, ...], teacher: Teacher, batch: Batch):

@@ -114,10 +114,14 @@ def load(
   return model, cast(params, dtype, shardings), step, known
 
 
+def dtype_of(dtype: str) -> str:
+  """The teacher's dtype; 'auto': bfloat16 on accelerators, float32 on CPU."""
+  return dtype if dtype != 'auto' else 'float32' if backend.name() == 'cpu' else 'bfloat16'
+
+
 def cast(params, dtype: str, shardings):
-  """The weights in the teacher's dtype ('auto': bfloat16 on accelerators, float32 on CPU)."""
-  if dtype == 'auto':
-    dtype = 'float32' if backend.name() == 'cpu' else 'bfloat16'
+  """The weights in the teacher's dtype."""
+  dtype = dtype_of(dtype)
   if all(leaf.dtype == jnp.dtype(dtype) for leaf in jax.tree.leaves(params)):
     return params
   return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p), out_shardings=shardings)(params)

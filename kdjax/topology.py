@@ -65,8 +65,13 @@ class Slice:
     return math.prod(self.shape) * self.slices
 
   @property
+  def topology(self) -> str:
+    """The compiler's name of one slice: 'v5p:2x4x4'."""
+    return f'{self.chip.name}:{"x".join(map(str, self.shape))}'
+
+  @property
   def name(self) -> str:
-    return f'{self.chip.name}:{"x".join(map(str, self.shape))}' + (f' x {self.slices}' if self.slices > 1 else '')
+    return self.topology + (f' x {self.slices}' if self.slices > 1 else '')
 
   @property
   def accelerator(self) -> str:
@@ -103,7 +108,7 @@ def devices(slice_: Slice) -> list[jax.Device]:
   if slice_.chip.config:
     kwargs['chip_config_name'] = slice_.chip.config
   try:
-    found = topologies.get_topology_desc(platform='tpu', topology_name=slice_.name.split(' ')[0], **kwargs)
+    found = topologies.get_topology_desc(platform='tpu', topology_name=slice_.topology, **kwargs)
   except Exception as e:  # the plugin's own kinds of errors
     reason = (str(e).splitlines() or [''])[0]
     if 'libtpu' in reason.lower() or 'not found' in reason.lower() or isinstance(e, ModuleNotFoundError):

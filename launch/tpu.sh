@@ -129,7 +129,7 @@ run() {
   local words
   words=$(printf '%q ' "${train[@]}")
   record "$words"
-  on_all_hosts "cd kdjax && . .venv/bin/activate && nohup launch/supervise.sh python -m kdjax.train --distributed $words> train.log 2>&1 &"
+  on_all_hosts "cd kdjax && . .venv/bin/activate && nohup launch/supervise.sh python -m kdjax.train --distributed $words> train.log 2>&1 < /dev/null &"
 }
 
 record() { # what is about to run, from what code
