@@ -7,7 +7,7 @@
 #   launch/tpu.sh logs | status | resume | stop | delete   ... with the same three settings
 #
 # `runs` must be a folder that all hosts see: a Filestore share, or a bucket mounted with gcsfuse.
-# Settings may stand in the environment too (NAME, PROJECT, ZONE, ACCELERATOR, RUNTIME, SLICES, PROVISIONING). --dry-run prints what would be done.
+# Settings may stand in the environment too (NAME, PROJECT, ZONE, ACCELERATOR, RUNTIME, SLICES, PROVISIONING=spot|reserved). --dry-run prints what would be done.
 #
 #   create   asks for the slice; --spot, --reserved, or on demand; --slices=N joins several (set --config.mesh.replica=N in run)
 #   setup    waits for the slice, copies the tracked files with their uncommitted changes to every host, and installs them
@@ -22,46 +22,21 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-dry_run=false command='' train=()
-settings=(NAME PROJECT ZONE)
-usage() { sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' "launch/tpu.sh"; }
-fail() {
-  printf 'error: %s\n' "$1" >&2
-  exit 2
-}
+# shellcheck source=launch/common.sh
+. launch/common.sh
 
-while (($#)); do
-  case $1 in
-  --dry-run) dry_run=true ;;
-  --spot) PROVISIONING=spot ;;
-  --reserved) PROVISIONING=reserved ;;
-  --name=* | --project=* | --zone=* | --accelerator=* | --runtime=* | --slices=*)
-    key=${1%%=*} key=${key#--}
-    printf -v "${key^^}" '%s' "${1#*=}"
-    ;;
-  --) shift && train=("$@") && break ;;
-  -h | --help) usage && exit 0 ;;
-  -*) fail "unknown option $1; see launch/tpu.sh --help" ;;
-  *)
-    [[ -z $command ]] || fail "one command at a time: $command or $1"
-    command=$1
-    ;;
-  esac
-  shift
-done
+commands=(create setup run logs status resume stop delete)
+options=(NAME PROJECT ZONE ACCELERATOR RUNTIME SLICES PROVISIONING)
+switches=(SPOT RESERVED)
+parse "$@"
 case $command in
-create | resume) settings+=(ACCELERATOR) ;;
-setup | run | logs | status | stop | delete) ;;
-'') usage >&2 && exit 2 ;;
-*) fail "unknown command $command; there are create, setup, run, logs, status, resume, stop, delete" ;;
+create | resume) requires NAME PROJECT ZONE ACCELERATOR ;;
+*) requires NAME PROJECT ZONE ;;
 esac
-missing=()
-for setting in "${settings[@]}"; do
-  [[ -n ${!setting:-} ]] || missing+=("--${setting,,}=...")
-done
-((${#missing[@]} == 0)) || fail "$command: missing ${missing[*]}"
-[[ $command != run || ${#train[@]} -gt 0 ]] || fail 'run: missing -- and what python -m kdjax.train is to be given, as in -- --config=configs/weak2strong.py:scale=paper'
+[[ $command != run ]] || requires_train
 
+[[ ${SPOT:-} != true ]] || PROVISIONING=spot
+[[ ${RESERVED:-} != true ]] || PROVISIONING=reserved
 SLICES=${SLICES:-1} PROVISIONING=${PROVISIONING:-on-demand}
 if [[ -z ${RUNTIME:-} ]]; then
   case ${ACCELERATOR:-} in # Cloud TPU's names of the machine's image for each generation
@@ -73,18 +48,6 @@ if [[ -z ${RUNTIME:-} ]]; then
 fi
 place=(--project="$PROJECT" --zone="$ZONE")
 
-does() { # runs a command, or shows it as one would type it
-  if ! $dry_run; then
-    "$@"
-    return
-  fi
-  local word line=''
-  for word; do
-    [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
-    line+=" $word"
-  done
-  printf '%s\n' "${line# }"
-}
 on_all_hosts() { # a command on every host of every slice
   local node
   for node in $(nodes); do
@@ -126,22 +89,8 @@ setup() {
 }
 
 run() {
-  local words
-  words=$(printf '%q ' "${train[@]}")
-  record "$words"
-  on_all_hosts "cd kdjax && . .venv/bin/activate && nohup launch/supervise.sh python -m kdjax.train --distributed $words> train.log 2>&1 < /dev/null &"
-}
-
-record() { # what is about to run, from what code
-  local folder=launched/$NAME
-  if $dry_run; then
-    printf 'record in %s: commit, uncommitted changes, command\n' "$folder"
-    return
-  fi
-  mkdir -p "$folder"
-  git rev-parse HEAD >"$folder/commit"
-  git diff HEAD >"$folder/uncommitted.diff"
-  printf '%s\n' "$1" >"$folder/command"
+  record
+  on_all_hosts "cd kdjax && . .venv/bin/activate && nohup launch/supervise.sh python -m kdjax.train --distributed $(train_words)> train.log 2>&1 < /dev/null &"
 }
 
 case $command in
@@ -151,10 +100,7 @@ status) does gcloud compute tpus queued-resources describe "$NAME" "${place[@]}"
 stop) on_all_hosts 'pkill -TERM -f kdjax.train' ;;
 delete) does gcloud compute tpus queued-resources delete "$NAME" "${place[@]}" --force --quiet ;;
 resume)
-  if ((${#train[@]} == 0)); then
-    [[ -f launched/$NAME/command ]] || fail "resume: launched/$NAME/command is not here; say again after -- what is to run"
-    eval "train=($(cat "launched/$NAME/command"))"
-  fi
+  recall
   if $dry_run || [[ $(state) != ACTIVE ]]; then
     does gcloud compute tpus queued-resources delete "$NAME" "${place[@]}" --force --quiet
     create

@@ -11,13 +11,19 @@ import time
 import pytest
 
 REPO = pathlib.Path(__file__).parents[1]
+RECORDED = REPO / 'tests' / 'launch'
 PLACE = ['--name=kd', '--project=my-project', '--zone=us-east5-b']
+GPUS = ['--name=kd', '--nodes=4', '--gpus-per-node=8']
+PODS = ['--name=kd', '--image=us-docker.pkg.dev/my-project/my/kdjax']
+XPK = [*PLACE, '--cluster=my-cluster']
+TRAIN = ['--', '--config=configs/weak2strong.py:scale=paper']
+KEPT = [*TRAIN, '--config.runs=gs://my-bucket/runs']
 
 
-def tpu(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def launch(script: str, *arguments: str, root: pathlib.Path = REPO, **environment: str) -> subprocess.CompletedProcess:
   clean = {name: value for name, value in os.environ.items() if name in ('PATH', 'HOME', 'LANG')}
   return subprocess.run(
-    [REPO / 'launch' / 'tpu.sh', *arguments],
+    [root / 'launch' / script, *arguments],
     capture_output=True,
     text=True,
     env=clean | environment,
@@ -27,69 +33,85 @@ def tpu(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 DRY = {
-  'create': ['create', '--accelerator=v6e-64', '--spot'],
-  'create_slices': ['create', '--accelerator=v5litepod-256', '--slices=4', '--reserved'],
-  'setup': ['setup'],
-  'run': ['run', '--', '--config=configs/weak2strong.py:scale=paper', '--config.name=two words'],
-  'run_slices': ['run', '--slices=2', '--', '--config=configs/weak2strong.py:scale=paper', '--config.mesh.replica=2'],
-  'resume': ['resume', '--accelerator=v6e-64', '--', '--config=configs/weak2strong.py:scale=paper'],
-  'stop': ['stop'],
-  'logs': ['logs'],
-  'delete': ['delete'],
-}
+  'create': ['tpu.sh', 'create', *PLACE, '--accelerator=v6e-64', '--spot'],
+  'create_slices': ['tpu.sh', 'create', *PLACE, '--accelerator=v5litepod-256', '--slices=4', '--reserved'],
+  'setup': ['tpu.sh', 'setup', *PLACE],
+  'run': ['tpu.sh', 'run', *PLACE, *TRAIN, '--config.name=two words'],
+  'run_slices': ['tpu.sh', 'run', *PLACE, '--slices=2', *TRAIN, '--config.mesh.replica=2'],
+  'resume': ['tpu.sh', 'resume', *PLACE, '--accelerator=v6e-64', *TRAIN],
+  'stop': ['tpu.sh', 'stop', *PLACE],
+  'logs': ['tpu.sh', 'logs', *PLACE],
+  'delete': ['tpu.sh', 'delete', *PLACE],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('name', list(DRY))
 def test_a_dry_run_prints_what_would_be_done_and_does_nothing(name):
-  command, *rest = DRY[name]
-  done = tpu(command, '--dry-run', *PLACE, *rest)
+  script, command, *rest = DRY[name]
+  done = launch(script, command, '--dry-run', *rest)
   assert done.returncode == 0, done.stderr
-  assert done.stdout == (REPO / 'tests' / 'launch' / f'{name}.txt').read_text()
+  assert done.stdout == (RECORDED / f'{name}.txt').read_text()
+
+
+def test_every_recorded_dry_run_is_compared():
+  assert {path.stem for path in RECORDED.iterdir()} == set(DRY)
 
 
 @pytest.mark.parametrize(
   ('arguments', 'says'),
   [
-    (['create'], 'create: missing --name=... --project=... --zone=... --accelerator=...'),
-    (['setup', '--zone=z'], 'setup: missing --name=... --project=...'),
-    (['run', *PLACE], 'run: missing -- and what python -m kdjax.train is to be given'),
-    (['create', *PLACE, '--acelerator=v6e-64'], 'unknown option --acelerator=v6e-64'),
-    (['destroy', *PLACE], 'unknown command destroy; there are create, setup'),
-    (['create', 'delete', *PLACE], 'one command at a time: create or delete'),
+    (['tpu.sh', 'create'], 'create: missing --name=... --project=... --zone=... --accelerator=...'),
+    (['tpu.sh', 'setup', '--zone=z'], 'setup: missing --name=... --project=...'),
+    (['tpu.sh', 'run', *PLACE], 'run: missing -- and what python -m kdjax.train is to be given'),
+    (['tpu.sh', 'create', *PLACE, '--acelerator=v6e-64'], 'unknown option --acelerator=v6e-64; see launch/tpu.sh'),
+    (['tpu.sh', 'create', *PLACE, '--spot=yes'], 'unknown option --spot=yes'),
+    (['tpu.sh', 'create', '--name', 'kd'], '--name needs a value, as in --name=...'),
+    (['tpu.sh', 'destroy', *PLACE], 'unknown command destroy; there are create, setup'),
+    (['tpu.sh', 'create', 'delete', *PLACE], 'one command at a time: create or delete'),
   ],
 )
 def test_a_mistake_is_one_line_and_code_2(arguments, says):
-  done = tpu(*arguments)
+  done = launch(*arguments)
   assert done.returncode == 2 and not done.stdout
   assert done.stderr.startswith('error: ') and says in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_settings_may_stand_in_the_environment():
-  done = tpu(
-    'create', '--dry-run', NAME='kd', PROJECT='my-project', ZONE='us-east5-b', ACCELERATOR='v6e-64', PROVISIONING='spot'
-  )
-  assert done.stdout == (REPO / 'tests' / 'launch' / 'create.txt').read_text()
+  place = {'NAME': 'kd', 'PROJECT': 'my-project', 'ZONE': 'us-east5-b', 'ACCELERATOR': 'v6e-64'}
+  for spot in ({'PROVISIONING': 'spot'}, {'SPOT': 'true'}):
+    done = launch('tpu.sh', 'create', '--dry-run', **place, **spot)
+    assert done.stdout == (RECORDED / 'create.txt').read_text()
 
 
-def test_help_is_the_scripts_own_words():
-  assert 'follows host 0' in tpu('--help').stdout
+@pytest.mark.parametrize('script', ['tpu.sh'])
+def test_help_is_the_scripts_own_words(script):
+  done = launch(script, '--help')
+  assert done.returncode == 0 and f'launch/{script} run ' in done.stdout and 'It has been checked' in done.stdout
+  assert launch(script).stderr == done.stdout and launch(script).returncode == 2
 
 
 @pytest.mark.skipif(shutil.which('shellcheck') is None, reason='shellcheck is not installed')
-@pytest.mark.parametrize('script', sorted((REPO / 'launch').glob('*.sh')), ids=lambda path: path.name)
-def test_shellcheck_has_nothing_to_say(script):
-  done = subprocess.run(['shellcheck', script], capture_output=True, text=True)
+def test_shellcheck_has_nothing_to_say():
+  scripts = sorted(path.relative_to(REPO) for path in (REPO / 'launch').glob('*.sh'))
+  done = subprocess.run(['shellcheck', '-x', *scripts], capture_output=True, text=True, cwd=REPO)
   assert done.returncode == 0, done.stdout
 
 
 # What runs on a host.
 
 
-def supervised(code: str, *arguments: str, restarts: int = 100) -> subprocess.Popen:
+def supervised(code: str, *arguments: str, restarts: int = 100, **environment: str) -> subprocess.Popen:
   return subprocess.Popen(
     [REPO / 'launch' / 'supervise.sh', sys.executable, '-c', code, *arguments],
-    env=os.environ | {'PAUSE': '0', 'RESTARTS': str(restarts)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    env=os.environ | environment | {'PAUSE': '0', 'RESTARTS': str(restarts)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip
+
+
+def wait_for(file: pathlib.Path, text: str, times: int = 1) -> None:
+  deadline = time.time() + 30
+  while not (file.exists() and file.read_text().count(text) >= times):
+    assert time.time() < deadline, f'{file} never said {text}'
+    time.sleep(0.05)
 
 
 COUNT = """
@@ -122,6 +144,29 @@ def test_it_gives_up_in_the_end(tmp_path):
   assert (tmp_path / 'count').read_text() == 'xxx'
 
 
+def test_a_cluster_that_does_the_starting_again_is_told_that_work_is_left(tmp_path):
+  code = f"""{COUNT}
+import time
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+file.write_text('ready')
+time.sleep(60)
+"""
+  run = supervised(code, str(tmp_path / 'count'), restarts=0, STOPPED='75')
+  wait_for(tmp_path / 'count', 'ready')
+  run.send_signal(signal.SIGTERM)
+  _, error = run.communicate(timeout=60)
+  assert run.returncode == 75 and not error
+
+
+@pytest.mark.parametrize(('code', 'reason'), [(0, None), (1, '1'), (2, '2'), (75, None)])
+def test_a_reason_to_end_is_written_down_where_the_code_alone_would_be_lost(tmp_path, code, reason):
+  file = tmp_path / 'reason'
+  run = supervised(f'import os; os._exit({code})', restarts=0, STOPPED='75', REASON=str(file))
+  _, error = run.communicate(timeout=60)
+  assert run.returncode == code and not error
+  assert (file.read_text().strip() if file.exists() else None) == reason
+
+
 def test_a_stop_reaches_the_command_and_is_not_followed_by_a_restart(tmp_path):
   code = f"""{COUNT}
 import time
@@ -130,9 +175,7 @@ file.write_text('ready')
 time.sleep(60)
 """
   run = supervised(code, str(tmp_path / 'count'))
-  deadline = time.time() + 30
-  while not ((tmp_path / 'count').exists() and (tmp_path / 'count').read_text() == 'ready') and time.time() < deadline:
-    time.sleep(0.05)
+  wait_for(tmp_path / 'count', 'ready')
   run.send_signal(signal.SIGTERM)
   _, error = run.communicate(timeout=60)
   assert (tmp_path / 'count').read_text() == 'saved'
