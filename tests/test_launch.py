@@ -42,6 +42,14 @@ DRY = {
   'stop': ['tpu.sh', 'stop', *PLACE],
   'logs': ['tpu.sh', 'logs', *PLACE],
   'delete': ['tpu.sh', 'delete', *PLACE],
+  'slurm_run': ['slurm.sh', 'run', *GPUS, *TRAIN, '--config.name=two words'],
+  'slurm_run_all': [
+    'slurm.sh', 'run', *GPUS, '--cpus-per-task=12', '--partition=gpu', '--account=kd', '--time=12:00:00', *TRAIN,
+  ],
+  'slurm_resume': ['slurm.sh', 'resume', *GPUS, *TRAIN],
+  'slurm_logs': ['slurm.sh', 'logs', '--name=kd'],
+  'slurm_status': ['slurm.sh', 'status', '--name=kd'],
+  'slurm_stop': ['slurm.sh', 'stop', '--name=kd'],
 }  # fmt: skip
 
 
@@ -68,6 +76,12 @@ def test_every_recorded_dry_run_is_compared():
     (['tpu.sh', 'create', '--name', 'kd'], '--name needs a value, as in --name=...'),
     (['tpu.sh', 'destroy', *PLACE], 'unknown command destroy; there are create, setup'),
     (['tpu.sh', 'create', 'delete', *PLACE], 'one command at a time: create or delete'),
+    (['slurm.sh', 'run'], 'run: missing --name=... --nodes=... --gpus-per-node=...'),
+    (['slurm.sh', 'stop'], 'stop: missing --name=...'),
+    (['slurm.sh', 'run', *GPUS], 'run: missing -- and what'),
+    (['slurm.sh', 'resume', '--name=never', *GPUS[1:]], 'resume: launched/never/command is not here'),
+    (['slurm.sh', 'stop', '--name=never'], 'stop: launched/never is not here'),
+    (['slurm.sh', 'delete', *GPUS], 'unknown command delete; there are run, logs, status, stop, resume'),
   ],
 )
 def test_a_mistake_is_one_line_and_code_2(arguments, says):
@@ -81,9 +95,13 @@ def test_settings_may_stand_in_the_environment():
   for spot in ({'PROVISIONING': 'spot'}, {'SPOT': 'true'}):
     done = launch('tpu.sh', 'create', '--dry-run', **place, **spot)
     assert done.stdout == (RECORDED / 'create.txt').read_text()
+  done = launch(
+    'slurm.sh', 'run', '--dry-run', *TRAIN, '--config.name=two words', NAME='kd', NODES='4', GPUS_PER_NODE='8'
+  )
+  assert done.stdout == (RECORDED / 'slurm_run.txt').read_text()
 
 
-@pytest.mark.parametrize('script', ['tpu.sh'])
+@pytest.mark.parametrize('script', ['tpu.sh', 'slurm.sh'])
 def test_help_is_the_scripts_own_words(script):
   done = launch(script, '--help')
   assert done.returncode == 0 and f'launch/{script} run ' in done.stdout and 'It has been checked' in done.stdout
