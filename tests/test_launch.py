@@ -50,6 +50,18 @@ DRY = {
   'slurm_logs': ['slurm.sh', 'logs', '--name=kd'],
   'slurm_status': ['slurm.sh', 'status', '--name=kd'],
   'slurm_stop': ['slurm.sh', 'stop', '--name=kd'],
+  'gke_run': ['gke.sh', 'run', *PODS, '--accelerator=v6e-64', '--context=my-cluster', '--namespace=kd', *KEPT],
+  'gke_logs': ['gke.sh', 'logs', '--name=kd'],
+  'gke_status': ['gke.sh', 'status', '--name=kd'],
+  'gke_stop': ['gke.sh', 'stop', '--name=kd'],
+  'gke_delete': ['gke.sh', 'delete', '--name=kd'],
+  'gke_print': ['gke.sh', 'print', *PODS, '--accelerator=v6e-64', '--spot', *KEPT],
+  'gke_print_slices': [
+    'gke.sh', 'print', *PODS, '--accelerator=v5p-64', '--slices=2', *KEPT, '--config.mesh.replica=2', "--config.name=it's $(HOME)",
+  ],
+  'gke_print_bucket': [
+    'gke.sh', 'print', *PODS, '--accelerator=v4-128', '--bucket=b', '--service-account=kd', *TRAIN, '--config.runs=/mnt/bucket/runs',
+  ],
 }  # fmt: skip
 
 
@@ -82,6 +94,13 @@ def test_every_recorded_dry_run_is_compared():
     (['slurm.sh', 'resume', '--name=never', *GPUS[1:]], 'resume: launched/never/command is not here'),
     (['slurm.sh', 'stop', '--name=never'], 'stop: launched/never is not here'),
     (['slurm.sh', 'delete', *GPUS], 'unknown command delete; there are run, logs, status, stop, resume'),
+    (['gke.sh', 'run'], 'run: missing --name=... --image=... --accelerator=...'),
+    (['gke.sh', 'run', *PODS, '--accelerator=v6e-64'], 'run: missing -- and what'),
+    (['gke.sh', 'run', *PODS, '--accelerator=v6e-64', *TRAIN], 'add --config.runs=gs://BUCKET/runs'),
+    (['gke.sh', 'print', *PODS, '--accelerator=v9-64', *KEPT], '--accelerator=v9-64: no such slice; as in v4-128,'),
+    (['gke.sh', 'print', *PODS, '--accelerator=v6e-48', *KEPT], '--accelerator=v6e-48: counts chips; there are slices'),
+    (['gke.sh', 'run', *PODS, '--accelerator=v5p-7', *KEPT], '--accelerator=v5p-7: counts TensorCores, two a chip'),
+    (['gke.sh', 'resume', '--name=never'], 'resume: launched/never/jobset.yaml is not here'),
   ],
 )
 def test_a_mistake_is_one_line_and_code_2(arguments, says):
@@ -101,7 +120,7 @@ def test_settings_may_stand_in_the_environment():
   assert done.stdout == (RECORDED / 'slurm_run.txt').read_text()
 
 
-@pytest.mark.parametrize('script', ['tpu.sh', 'slurm.sh'])
+@pytest.mark.parametrize('script', ['tpu.sh', 'slurm.sh', 'gke.sh'])
 def test_help_is_the_scripts_own_words(script):
   done = launch(script, '--help')
   assert done.returncode == 0 and f'launch/{script} run ' in done.stdout and 'It has been checked' in done.stdout
