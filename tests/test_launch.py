@@ -62,6 +62,11 @@ DRY = {
   'gke_print_bucket': [
     'gke.sh', 'print', *PODS, '--accelerator=v4-128', '--bucket=b', '--service-account=kd', *TRAIN, '--config.runs=/mnt/bucket/runs',
   ],
+  'xpk_run': ['xpk.sh', 'run', *XPK, '--accelerator=v6e-64', '--image=my/kdjax', '--spot', *KEPT, "--config.name=it's two"],
+  'xpk_run_slices': ['xpk.sh', 'run', *XPK, '--accelerator=v5p-64', '--slices=2', '--base-image=my/kdjax', *KEPT],
+  'xpk_logs': ['xpk.sh', 'logs', '--name=kd'],
+  'xpk_status': ['xpk.sh', 'status', *XPK],
+  'xpk_delete': ['xpk.sh', 'delete', *XPK],
 }  # fmt: skip
 
 
@@ -101,6 +106,12 @@ def test_every_recorded_dry_run_is_compared():
     (['gke.sh', 'print', *PODS, '--accelerator=v6e-48', *KEPT], '--accelerator=v6e-48: counts chips; there are slices'),
     (['gke.sh', 'run', *PODS, '--accelerator=v5p-7', *KEPT], '--accelerator=v5p-7: counts TensorCores, two a chip'),
     (['gke.sh', 'resume', '--name=never'], 'resume: launched/never/jobset.yaml is not here'),
+    (
+      ['xpk.sh', 'run', '--zone=z'],
+      'run: missing --name=... --cluster=... --project=... --accelerator=... --image=...',
+    ),
+    (['xpk.sh', 'run', '--image=a', '--base-image=b'], 'run: --image or --base-image, not both'),
+    (['xpk.sh', 'delete'], 'delete: missing --name=... --cluster=... --project=... --zone=...'),
   ],
 )
 def test_a_mistake_is_one_line_and_code_2(arguments, says):
@@ -120,7 +131,7 @@ def test_settings_may_stand_in_the_environment():
   assert done.stdout == (RECORDED / 'slurm_run.txt').read_text()
 
 
-@pytest.mark.parametrize('script', ['tpu.sh', 'slurm.sh', 'gke.sh'])
+@pytest.mark.parametrize('script', ['tpu.sh', 'slurm.sh', 'gke.sh', 'xpk.sh'])
 def test_help_is_the_scripts_own_words(script):
   done = launch(script, '--help')
   assert done.returncode == 0 and f'launch/{script} run ' in done.stdout and 'It has been checked' in done.stdout
