@@ -20,11 +20,10 @@ trap 'stopping=true; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null' TERM IN
 for ((restarts = 0; ; restarts++)); do
   "$@" &
   child=$!
-  while :; do
-    wait "$child"
-    code=$?
-    kill -0 "$child" 2>/dev/null || break # a signal of ours ends the waiting, not the command
-  done
+  ! $stopping || kill -TERM "$child" 2>/dev/null # it came before there was a child to tell
+  while kill -0 "$child" 2>/dev/null; do wait "$child"; done # a signal of ours ends the waiting, not the command
+  wait "$child"
+  code=$?
   if $stopping && ((code == 0)); then exit "${STOPPED:-0}"; fi
   if [[ -n ${REASON:-} ]] && ((code == 1 || code == 2)); then echo "$code" >"$REASON"; fi
   if $stopping || ((code <= 2)); then exit "$code"; fi
