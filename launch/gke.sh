@@ -8,8 +8,8 @@
 #
 # The image is built as launch/Dockerfile says. The cluster needs node pools of the accelerator, one for each slice, and JobSet 0.8 or later.
 # `runs` must outlive the pods: gs://..., or with --bucket=BUCKET, which is mounted with gcsfuse (the cluster's GcsFuseCsiDriver), a folder in /mnt/bucket.
-# Several slices speak over their hosts' own network, unless a bucket is mounted; then the bucket is reached as the nodes' service account, and
-# otherwise as the pods' (--service-account).
+# Several slices speak over their hosts' own network, and reach gs:// as the nodes' service account; a single slice, and pods with a mounted bucket, have the
+# pods' network, which is slower between slices, and their service account (--service-account).
 # Settings may stand in the environment too (NAME, IMAGE, ACCELERATOR, SLICES, SPOT, BUCKET, SERVICE_ACCOUNT, CONTEXT, NAMESPACE).
 # --dry-run prints what would be done.
 #
