@@ -7,6 +7,7 @@ newest step that verifies, saying what it passed over and why.
 A checkpoint has the items `params`, `optimizer` (moments and counts), `counters` (step, alpha, skipped updates) and `meta`.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
-from kdjax import distributed
+from kdjax import distributed, paths
 from kdjax.errors import TrainingError, UserError
 from kdjax.sharding import path_name
 from kdjax.step import TrainState
@@ -65,7 +66,7 @@ class Checkpoints:
   ):
     policies = [preservation.LatestN(keep), preservation.CustomSteps(keep_steps)]
     policies += [preservation.EveryNSteps(keep_period)] if keep_period else []
-    self.folder = epath.Path(os.path.abspath(folder) if '://' not in str(folder) else folder)
+    self.folder = paths.absolute(folder)
     self._manager = ocp.CheckpointManager(
       self.folder,
       options=ocp.CheckpointManagerOptions(
@@ -217,11 +218,15 @@ class Checkpoints:
 def steps_in(folder: str | os.PathLike) -> list[int]:
   """Steps on disk, oldest first, the same on all processes; [] where there is no folder yet.
 
-  From the folder's names: Orbax's own listing fails while another thread deletes an old step.
+  From the folder's names: Orbax's own listing fails while another thread deletes an old step. In an object store, where nothing is renamed,
+  a step's folder is there while it is being written: Orbax's mark tells that it is whole.
   """
-  path = epath.Path(folder)
-  found = path.iterdir() if path.exists() else ()
-  return distributed.of_first_process(sorted(int(step.name) for step in found if step.name.isdigit()))
+  path, found = epath.Path(folder), []
+  with contextlib.suppress(FileNotFoundError):  # an object store's folder is gone with its last file
+    found = [step for step in path.iterdir() if step.name.isdigit()]
+  if paths.is_remote(path):
+    found = [step for step in found if ocp.utils.is_checkpoint_finalized(step)]
+  return distributed.of_first_process(sorted(int(step.name) for step in found))
 
 
 def checksums(tree) -> dict[str, int]:

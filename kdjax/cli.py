@@ -103,6 +103,7 @@ def user_errors() -> Iterator[None]:
   for name in (
     'absl',
     'asyncio',
+    'gcsfs',
   ):  # Orbax's and its event loops' logs of a failed save, with tracebacks, before it is raised
     logging.getLogger(name).setLevel(logging.CRITICAL)
   sys.unraisablehook = _unraisable

@@ -11,7 +11,6 @@ set). Documents longer than the window are scored in strided windows (kdjax/eval
 
 import argparse
 import logging
-import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
-from kdjax import cli, distributed, sharding
+from kdjax import cli, distributed, paths, sharding
 from kdjax.analysis import table
 from kdjax.checkpoint import steps_in
 from kdjax.config import Config, MeshConfig
@@ -54,23 +53,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     mesh = sharding.make_mesh(MeshConfig(args.replica, args.fsdp, args.tensor), flags='--replica, --fsdp, --tensor')
     with jax.set_mesh(mesh):
       if args.watch:
-        watch(pathlib.Path(args.workdir), mesh)
+        watch(paths.Path(args.workdir), mesh)
       else:
-        job = find(pathlib.Path(args.workdir))
+        job = find(paths.Path(args.workdir))
         corpus = distributed.first_process_first(lambda: prepare(job.config.data, job.config.eval, job.config.runs))
         evaluate(job, corpus, mesh, step=args.step)
     if jax.process_index() == 0:
-      print(table.write(pathlib.Path(args.workdir), args.step))
+      print(table.write(paths.Path(args.workdir), args.step))
 
 
-def watch(workdir: pathlib.Path, mesh: Mesh) -> None:
+def watch(workdir: paths.Path, mesh: Mesh) -> None:
   """Scores each new checkpoint of a run until its status says that it is over, then makes the table.
 
   Raises TrainingError where the run's heartbeat stops, or does not begin.
   """
   job = find(workdir)
   corpus = distributed.first_process_first(lambda: prepare(job.config.data, job.config.eval, job.config.runs))
-  seen: set[tuple[pathlib.Path, int]] = set()
+  seen: set[tuple[paths.Path, int]] = set()
   start = time.time()
   while True:
     # Both are asked before the scoring, which may take long: what the run does meanwhile is seen the next time.

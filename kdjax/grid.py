@@ -4,6 +4,8 @@
     python -m kdjax.grid run --config=configs/grid.py                    does what is missing; may be killed and started again at any point
     python -m kdjax.grid run --config=configs/grid.py --shard=2/8        one of eight array jobs
     python -m kdjax.grid run --config=configs/grid.py --cell=ID          one cell, with what it needs
+    python -m kdjax.grid run --config=configs/grid.py --executor=ray     runners on every node of a Ray cluster; or slurm: an array of jobs;
+                                                                         or print: the command, to be pasted on N machines
     python -m kdjax.grid status --config=configs/grid.py                 done, running, failed, missing; what is left
 
 Then: python -m kdjax.report --grid=FOLDER
@@ -12,25 +14,26 @@ Then: python -m kdjax.report --grid=FOLDER
 import argparse
 import dataclasses
 import logging
-import pathlib
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
 
 import jax
 
-from kdjax import cli, distributed, loop, sharding
+from kdjax import cli, distributed, loop, paths, sharding
 from kdjax.analysis.table import align
 from kdjax.data.corpus import prepare
 from kdjax.errors import TrainingError, UserError
 from kdjax.evals import choices
 from kdjax.grids import cells as cells_lib
 from kdjax.grids import config as grid_config
-from kdjax.grids import plan, runner
+from kdjax.grids import executors, plan, runner
 from kdjax.grids.config import GridConfig
 from kdjax.grids.plan import Job
-from kdjax.run import RunFolder, read_json
+from kdjax.paths import read_json
+from kdjax.run import RunFolder
 
 log = logging.getLogger('kdjax')
 
@@ -44,18 +47,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--workdir', help="the grid's folder; default: <runs>/<name>-<hash>")
     parser.add_argument('--cell', help='run: one cell by its id, or the part of it that no other has')
     parser.add_argument('--shard', help='run: i/n, the i-th of n runners')
+    group = parser.add_argument_group('run: on many machines, which see the same folder')
+    group.add_argument('--executor', choices=executors.EXECUTORS, default='local')
+    group.add_argument(
+      '--runners', type=int, default=0, help='how many; ray: as many as there is room for; slurm, print: 1'
+    )
+    group.add_argument('--resources', default='', help='ray: what a runner takes of a node, as in CPU=2,GPU=1')
+    group.add_argument('--address', default='', help="ray: the cluster's; default: RAY_ADDRESS, or one of this machine")
+    group.add_argument('--sbatch', default='', help="slurm: options of sbatch, as in '--partition=gpu --gres=gpu:1'")
     distributed.add_arguments(parser)
     load = lambda spec, overrides: cli.load_as(GridConfig, grid_config.problems, spec, overrides)
-    grid, args = cli.parse(parser, sys.argv[1:] if argv is None else argv, load)
+    argv = sys.argv[1:] if argv is None else argv
+    grid, args = cli.parse(parser, argv, load)
     cells_lib.check(grid)
-    folder = runner.folder_of(grid, pathlib.Path(args.workdir) if args.workdir else None)
+    folder = runner.folder_of(grid, paths.Path(args.workdir) if args.workdir else None)
     if args.command == 'plan':
       print(plan_text(grid, folder))
     elif args.command == 'status':
       print(status_text(grid, folder))
+    elif args.executor != 'local':
+      elsewhere(grid, folder, args, argv)
     else:
       if grid.base.deterministic:
         cli.set_deterministic()
+      paths.check(args.workdir or grid.runs)
       distributed.initialize(args, grid.base.heartbeat_timeout)
       try:
         run(grid, folder, args.cell, args.shard)
@@ -65,12 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(
-  grid: GridConfig, folder: pathlib.Path, cell: str | None = None, shard: str | None = None, progress: bool = True
+  grid: GridConfig, folder: paths.Path, cell: str | None = None, shard: str | None = None, progress: bool = True
 ) -> None:
   """Does what is missing. Raises TrainingError at the end where jobs failed."""
   runner.claim(folder, grid)
   # Hundreds of runs of a few shapes: each shape is compiled once.
-  jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(grid.runs).absolute() / 'compiled'))
+  jax.config.update('jax_compilation_cache_dir', str(paths.absolute(grid.runs) / 'compiled'))
   mesh = sharding.make_mesh(grid.base.mesh)
   base = grid.base
   with jax.set_mesh(mesh):
@@ -85,7 +100,30 @@ def run(
   print(status_text(grid, folder))
 
 
-def _wanted(grid: GridConfig, folder: pathlib.Path, cell: str | None, shard: str | None) -> runner.Wanted:
+def elsewhere(grid: GridConfig, folder: paths.Path, args: argparse.Namespace, argv: Sequence[str]) -> None:
+  """Starts runners on other machines. Raises UserError for what cannot be started, TrainingError where runners failed."""
+  if args.cell or args.shard:
+    raise UserError(
+      f'--executor={args.executor}: its runners share out all that is missing; leave --cell and --shard out'
+    )
+  asked = executors.resources(args.resources)
+  spec, overrides, _ = cli.split_args(argv)
+  arguments = [f'--config={spec}', *(f'--config.{name}={value}' for name, value in overrides.items())]
+  work = executors.Work(
+    grid.name, folder, (*arguments, f'--workdir={paths.absolute(folder)}'), lambda: status_text(grid, folder)
+  )
+  if args.executor == 'print':
+    print(executors.printed(work, args.runners))
+    return
+  runner.claim(folder, grid)
+  if args.executor == 'slurm':
+    print(executors.submit_to_slurm(work, args.runners, shlex.split(args.sbatch)))
+    return
+  executors.run_on_ray(work, args.runners, asked, args.address)
+  print(status_text(grid, folder))
+
+
+def _wanted(grid: GridConfig, folder: paths.Path, cell: str | None, shard: str | None) -> runner.Wanted:
   if cell and shard:
     raise UserError('--cell names one cell, --shard a part of all: give one of the two')
   if shard:
@@ -102,7 +140,7 @@ def _wanted(grid: GridConfig, folder: pathlib.Path, cell: str | None, shard: str
   return runner.everything
 
 
-def plan_text(grid: GridConfig, folder: pathlib.Path) -> str:
+def plan_text(grid: GridConfig, folder: paths.Path) -> str:
   """Every job as a table: relationship, tokens, FLOPs, time, bytes, what is shared; then the sums."""
   jobs = runner.jobs_of(grid, folder)
   if not any(job.phase == 'validated' for job in jobs) and not grid.pilot.skip:
@@ -147,7 +185,7 @@ def _after_pilot(grid: GridConfig, known: list[Job]) -> list[Job]:
   return [dataclasses.replace(job, id=re.sub(r'_a[\d.]+', '_a?', job.id.rpartition('-')[0])) for job in jobs]
 
 
-def status_text(grid: GridConfig, folder: pathlib.Path) -> str:
+def status_text(grid: GridConfig, folder: paths.Path) -> str:
   """How many jobs stand how, which run and which failed, and the time that the rest will take at the pace so far."""
   timeout = grid.base.heartbeat_timeout
   states = [(job, runner.state(folder, job, timeout)) for job in runner.jobs_of(grid, folder)]
@@ -175,7 +213,7 @@ def status_text(grid: GridConfig, folder: pathlib.Path) -> str:
   return '\n'.join(lines)
 
 
-def _step(folder: pathlib.Path, job: Job) -> str:
+def _step(folder: paths.Path, job: Job) -> str:
   if not job.cells:
     return ''
   status = runner.cell_folder(folder, job.cells[0]).status() or {}

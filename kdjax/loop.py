@@ -10,6 +10,7 @@ import itertools
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,8 +25,10 @@ from kdjax import distributed, sharding
 from kdjax.checkpoint import Checkpoints, Restored, params_fingerprint
 from kdjax.data.batches import BatchStream, Windows, local_rows, to_global
 from kdjax.errors import TrainingError
+from kdjax.goodput import Session, goodput
 from kdjax.losses import AlphaState, fused_loss
 from kdjax.metrics import MetricWriter, Progress, Speed, memory_gib
+from kdjax.profiling import Profiler, Window
 from kdjax.run import Heartbeat, RunFolder, claim_all
 from kdjax.step import Recipe, Teacher, TrainState, init_state, make_step, state_shardings
 
@@ -69,6 +72,7 @@ class Cohort:
   threads: int = 2
   prefetch: int = 4
   progress: bool = True
+  profile: Window | None = None
 
 
 class Preempted(Exception):
@@ -85,6 +89,7 @@ def fit(cohort: Cohort, mesh: Mesh) -> None:
     UserError: a folder of another config or owned by a live trainer, damaged checkpoints.
     Preempted: stopped by a signal, saved.
   """
+  begin = time.time()
   for member in cohort.members:
     member.folder.check_config(member.config)
     member.folder.check_fingerprints(cohort.fingerprints)
@@ -98,9 +103,13 @@ def fit(cohort: Cohort, mesh: Mesh) -> None:
   keep = max(cohort.keep, 2) if len(folders) > 1 else cohort.keep
   with heart.beating(), _stop_signal() as asked_to_stop, contextlib.ExitStack() as stack:
     saves = [_closing(stack, Checkpoints(f.checkpoints, keep, cohort.keep_period, cohort.keep_steps)) for f in folders]
+    session = Session([f.path for f in folders if f.writes], begin)
     states, shardings, start = _start(cohort, saves, mesh)
-    stopped = _train(cohort, mesh, states, shardings, start, saves, heart, asked_to_stop)
+    session.starts_at(start)
+    stopped = _train(cohort, mesh, states, shardings, start, saves, heart, asked_to_stop, session)
     heart.finish('preempted' if stopped is not None and stopped < cohort.total_steps else 'done')
+    if cohort.progress and folders[0].writes:
+      log.info('%s: %s', cohort.title, goodput(folders[0].path))
     if stopped is not None:
       preempted = Preempted(
         f'{cohort.title}: stopped at step {stopped} of {cohort.total_steps}, saved; the same command goes on from there'
@@ -177,7 +186,15 @@ def _restore(
 
 
 def _train(
-  cohort: Cohort, mesh, states, shardings, start: int, saves: list[Checkpoints], heart: Heartbeat, asked_to_stop
+  cohort: Cohort,
+  mesh: Mesh,
+  states,
+  shardings,
+  start: int,
+  saves: list[Checkpoints],
+  heart: Heartbeat,
+  asked_to_stop,
+  session: Session,
 ) -> int | None:
   """Trains to the last step, or until asked to stop: then returns the step that it stopped at. Everything is saved."""
   recipe, stream, total = cohort.recipe, cohort.stream, cohort.total_steps
@@ -186,29 +203,45 @@ def _train(
   report = _Report(cohort, start)
   stacked = NamedSharding(mesh, P(None, sharding.BATCH_AXES))
   rows = local_rows(NamedSharding(mesh, P(sharding.BATCH_AXES)), stream.batch_size)
-  plan = calls(start, total, recipe.size, cohort.checkpoint_every, cohort.eval_every, at=cohort.keep_steps)
+  profiler = Profiler(cohort.members[0].folder.path, cohort.profile, start, recipe.size)
+  at = (*cohort.keep_steps, *profiler.edges)
+  plan = calls(start, total, recipe.size, cohort.checkpoint_every, cohort.eval_every, at=at)
   stopped = None
-  with contextlib.closing(report):
+  with contextlib.closing(report), contextlib.closing(profiler):
+    session.turn_to('data')
     for (first, n), local in zip(
       plan, stream.iterate(plan, recipe.size, rows, cohort.threads, cohort.prefetch), strict=True
     ):
+      session.turn_to('compile' if first == start else 'steps')
       batches = to_global(local, rows, stacked, stream.batch_size)
+      profiler.before(first, states)
       states, metrics = step_fn(states, cohort.teacher, batches, n)
+      session.turn_to('steps')
       step = first + n
-      at_eval = (cohort.eval_every and step % cohort.eval_every == 0) or step == total
-      report.next(first, n, metrics, [validate(s.params) for s in states] if at_eval else None)
+      profiler.after(step, metrics)
+      if (cohort.eval_every and step % cohort.eval_every == 0) or step == total:
+        jax.block_until_ready(metrics)  # nothing is lost: the validation's result is waited for too
+        with session.doing('validation'):
+          report.next(first, n, metrics, [validate(s.params) for s in states])
+      else:
+        report.next(first, n, metrics, None)
       heart.step(step)
       stop = asked_to_stop(first, n)
       at_save = (cohort.checkpoint_every and step % cohort.checkpoint_every == 0) or step in cohort.keep_steps
       if stop or step == total or at_save:
         report.flush()
-        _save(cohort, saves, step, states)
+        with session.doing('checkpoints'):
+          _save(cohort, saves, step, states)
+          session.keep(step)
       if stop:
         stopped = step
         break
+      session.turn_to('data')
     report.flush()
+    session.turn_to('checkpoints')
     for save in saves:
       save.wait()
+    session.keep(stopped or total)
   return stopped
 
 

@@ -2,8 +2,8 @@
 
 import contextlib
 import json
+import logging
 import os
-import pathlib
 import resource
 import sys
 import time
@@ -16,27 +16,29 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from kdjax import flops
+from kdjax import flops, logs, paths
 from kdjax.errors import TrainingError
 from kdjax.models import Model
+
+log = logging.getLogger('kdjax')
 
 
 class MetricWriter:
   """A run's metrics.jsonl and TensorBoard events from `step` on; lines of later steps, left by a killed run, are dropped."""
 
-  def __init__(self, folder: pathlib.Path, step: int):
-    self.path = folder / 'metrics.jsonl'
+  def __init__(self, folder: str | os.PathLike, step: int):
+    self.path = paths.Path(folder) / 'metrics.jsonl'
     with self._disk():
       # Not SummaryWriter: the thread that writes for it dies of a full disk, and then its queue blocks this one for ever.
-      (folder / 'tensorboard').mkdir(parents=True, exist_ok=True)
-      self._board = EventsWriter(str(folder / 'tensorboard' / 'events'), f'.{os.getpid()}')
+      self._mirror = paths.Mirror(folder)
+      local = self._mirror.local
+      (local / 'tensorboard').mkdir(parents=True, exist_ok=True)
+      self._board = EventsWriter(str(local / 'tensorboard' / 'events'), f'.{os.getpid()}')
       if step:  # TensorBoard then leaves out what a killed run wrote of later steps
         self._board.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
       kept = [line for line, record in _lines(self.path) if record['step'] <= step]
-      temporary = self.path.with_suffix('.tmp')
-      temporary.write_text(''.join(kept))
-      os.replace(temporary, self.path)
-      self._file = open(self.path, 'a')  # noqa: SIM115 - closed by close()
+      paths.write_text(local / self.path.name, ''.join(kept))
+      self._file = open(local / self.path.name, 'a')  # noqa: SIM115 - closed by close()
 
   def write(self, step: int, values: dict[str, float]) -> None:
     scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
@@ -48,6 +50,7 @@ class MetricWriter:
     with self._disk():
       self._file.flush()
       self._board.flush()
+      self._mirror.push()
 
   def close(self) -> None:
     for file in (self._file, self._board):
@@ -60,19 +63,19 @@ class MetricWriter:
       yield
     except OSError as e:
       raise TrainingError(
-        f'{self.path} cannot be written ({e.strerror}); free some disk space and run the same command again: '
+        f'{self.path} cannot be written ({e.strerror or e}); free some disk space and run the same command again: '
         'it goes on from the last good checkpoint'
       ) from None
 
 
-def read_metrics(folder: pathlib.Path) -> list[dict[str, float]]:
+def read_metrics(folder: str | os.PathLike) -> list[dict[str, float]]:
   """The records of metrics.jsonl, in order; a last line cut by a kill is left out."""
-  return [record for _, record in _lines(folder / 'metrics.jsonl')]
+  return [record for _, record in _lines(paths.Path(folder) / 'metrics.jsonl')]
 
 
-def _lines(path: pathlib.Path):
+def _lines(path: paths.Path):
   if path.exists():
-    for line in path.read_text(errors='replace').splitlines(keepends=True):
+    for line in paths.read_bytes(path).decode(errors='replace').splitlines(keepends=True):
       if not line.endswith('\n'):
         return
       with contextlib.suppress(ValueError):  # a damaged line loses itself, not those after it
@@ -135,8 +138,13 @@ class Progress:
       mininterval=0.5 if sys.stderr.isatty() else 10.0,
       dynamic_ncols=True,
     )
+    self._title, self._done, self._total, self._told = title, initial, total, time.monotonic()
 
   def update(self, n: int, **postfix: Any) -> None:
+    self._done += n
+    if time.monotonic() - self._told > logs.EVERY:
+      self._told = time.monotonic()
+      log.debug('%s: %d of %d %s', self._title, self._done, self._total, postfix)
     self._bar.set_postfix(postfix, refresh=False)
     self._bar.update(n)
 

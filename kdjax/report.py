@@ -9,7 +9,6 @@ declared, with Holm's correction), summary.md (both in short), figures/*.png and
 
 import argparse
 import logging
-import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 import ml_collections
 import pandas as pd
 
-from kdjax import cli
+from kdjax import cli, paths
 from kdjax import config as config_lib
 from kdjax.analysis import advisor, effects, gridfigures, page, summary
 from kdjax.analysis.effects import Tables
@@ -27,7 +26,8 @@ from kdjax.errors import UserError
 from kdjax.grids import config as grid_config
 from kdjax.grids import runner
 from kdjax.grids.config import GridConfig
-from kdjax.run import read_json, versions, write_text
+from kdjax.paths import read_json, write_text
+from kdjax.run import versions
 
 log = logging.getLogger('kdjax')
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--budget-flops', help='for the student and its teacher: 1e21')
     parser.add_argument('--set', default='in-domain', choices=('in-domain', OOD_MEAN), help='what is to be gained')
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    folder = pathlib.Path(args.grid)
+    folder = paths.Path(args.grid)
     grid = load(folder)
     tables = effects.build(grid, folder)
     if args.advise:
@@ -55,23 +55,24 @@ def main(argv: Sequence[str] | None = None) -> None:
       print(write(grid, folder, tables))
 
 
-def load(folder: pathlib.Path) -> GridConfig:
+def load(folder: paths.Path) -> GridConfig:
   """The config that a grid's folder keeps. Raises UserError where it is no grid's."""
   known = read_json(folder / 'grid.json')
   if known is None:
     raise UserError(f'{folder} is no grid: it has no grid.json; python -m kdjax.grid run prints the folder of a grid')
-  runs = str((folder / known['resolved']['runs']).resolve())
+  runs = str(paths.under(folder, known['resolved']['runs']))
   values = ml_collections.ConfigDict(known['resolved'] | {'runs': runs})
   return config_lib.resolve_as(GridConfig, grid_config.problems, values)
 
 
-def write(grid: GridConfig, folder: pathlib.Path, tables: Tables) -> str:
+def write(grid: GridConfig, folder: paths.Path, tables: Tables) -> str:
   """Writes the report; returns what the terminal shows."""
   out = folder / 'report'
   out.mkdir(exist_ok=True)
   for name, table in (('effects', tables.effects), ('contrasts', tables.contrasts), ('teachers', tables.teachers)):
-    table.to_csv(out / f'{name}.csv', index=False)
-    table.to_parquet(out / f'{name}.parquet', index=False)
+    paths.write_text(out / f'{name}.csv', table.to_csv(index=False))
+    with paths.replacing(out / f'{name}.parquet') as temporary:
+      table.to_parquet(temporary, index=False)
   write_text(out / 'summary.md', summary.markdown(tables.effects, tables.contrasts, tables.warnings))
   note = '; '.join(tables.warnings)
   gridfigures.write_all(tables.effects, tables.contrasts, out / 'figures', note)
@@ -88,7 +89,7 @@ def write(grid: GridConfig, folder: pathlib.Path, tables: Tables) -> str:
   )
 
 
-def facts(grid: GridConfig, folder: pathlib.Path, tables: Tables) -> dict[str, object]:
+def facts(grid: GridConfig, folder: paths.Path, tables: Tables) -> dict[str, object]:
   """What the page says of the grid itself."""
   known, pilot = read_json(folder / 'grid.json') or {}, runner.read_pilot(folder)
   jobs = runner.jobs_of(grid, folder)

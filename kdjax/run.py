@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 
+from kdjax import paths
 from kdjax.errors import OwnedError, TrainingError, UserError
 
 STATES = ('running', 'done', 'failed', 'preempted')
@@ -35,12 +36,12 @@ class RunFolder:
   """One run's folder. Only process 0 of a multi-process job writes to it."""
 
   def __init__(self, path: str | os.PathLike):
-    self.path = pathlib.Path(path)
+    self.path = paths.Path(path)
     self.checkpoints = self.path / 'checkpoints'
     self.metrics = self.path / 'metrics.jsonl'
     self.results = self.path / 'results'
     self._token: str | None = None
-    self._claim: pathlib.Path
+    self._claim: paths.Path
 
   @property
   def writes(self) -> bool:
@@ -52,10 +53,10 @@ class RunFolder:
 
   def identity(self) -> dict[str, Any] | None:
     """run.json, or None for a new folder."""
-    return read_json(self.path / 'run.json')
+    return paths.read_json(self.path / 'run.json')
 
   def status(self) -> dict[str, Any] | None:
-    return read_json(self.path / 'status.json')
+    return paths.read_json(self.path / 'status.json')
 
   def is_done(self) -> bool:
     return (self.status() or {}).get('state') == 'done'
@@ -90,7 +91,7 @@ class RunFolder:
     known['fingerprints'] = fingerprints | known['fingerprints']
     if self.writes:
       known['commands'].append({'argv': sys.argv, 'time': time.time(), 'versions': versions(), 'git': git_commit()})
-      write_json(self.path / 'run.json', known)
+      paths.write_json(self.path / 'run.json', known)
 
   def check_fingerprints(self, fingerprints: dict[str, Any]) -> None:
     """Raises UserError, naming it, where one of these is known and is not the one that the run began with."""
@@ -120,8 +121,7 @@ class RunFolder:
       )
     self._claim = self.path / f'owner-{number + 1}.json'
     try:
-      with open(self._claim, 'x') as file:
-        file.write(json.dumps({'token': self._token, 'time': time.time(), **_this_process()}, indent=1))
+      paths.create(self._claim, json.dumps({'token': self._token, 'time': time.time(), **_this_process()}, indent=1))
     except FileExistsError:
       raise OwnedError(
         f'{self.path}: another trainer has claimed it at the same moment; this one leaves it alone'
@@ -140,7 +140,7 @@ class RunFolder:
   def release(self) -> None:
     if self.writes and self.owns():
       with contextlib.suppress(OSError):  # a full disk: the next trainer finds this process gone
-        write_json(self._claim, {'token': self._token, **_this_process(), 'released': time.time()})
+        paths.write_json(self._claim, {'token': self._token, **_this_process(), 'released': time.time()})
 
   def _owner(self) -> tuple[int, dict[str, Any]]:
     """The number and the content of the newest claim; (0, {}) where there is none, {} for one that was cut by a kill."""
@@ -150,7 +150,7 @@ class RunFolder:
       50
     ):  # a rival may stand between creating its claim and writing it; a second later it was killed there
       with contextlib.suppress(UserError):
-        return number, read_json(self.path / f'owner-{number}.json') or {}
+        return number, paths.read_json(self.path / f'owner-{number}.json') or {}
       time.sleep(0.02)
     return number, {}
 
@@ -226,42 +226,7 @@ class Heartbeat:
           OSError
         ):  # a full disk or a moment without it must not stop the heart; the checkpoint will tell
           if folder.writes and folder.owns():
-            write_json(folder.path / 'status.json', {**self._status, 'heartbeat': time.time()})
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Atomically: readers see the old file or the new one."""
-  write_text(path, json.dumps(value, indent=1))
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Atomically too; a file that says so already is left alone, so that a finished run may be read-only."""
-  with contextlib.suppress(OSError, ValueError):
-    if path.read_text() == text:
-      return
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(text)
-    os.replace(temporary, path)
-  except OSError as e:
-    with contextlib.suppress(OSError):
-      temporary.unlink(missing_ok=True)
-    e.filename = str(path)  # a full disk's error names no file
-    raise
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any] | None:
-  """The file's value; None where it is missing. Raises UserError where it is damaged."""
-  try:
-    value = json.loads(path.read_text())
-    if not isinstance(value, dict):
-      raise ValueError('not what was written')
-    return value
-  except FileNotFoundError:
-    return None
-  except ValueError as e:
-    raise UserError(f'{path} is damaged ({e}); delete it if the run is not needed, or restore it') from None
+            paths.write_json(folder.path / 'status.json', {**self._status, 'heartbeat': time.time()})
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,6 @@
 """The teacher's treatment: trained once, found again by fingerprint, loaded read-only in a dtype of its own."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kdjax import backend, flops, sharding
+from kdjax import backend, flops, paths, sharding
 from kdjax.checkpoint import Checkpoints, params_fingerprint
 from kdjax.config import Config, ModelConfig, RopeScaling, TeacherConfig, n_steps
 from kdjax.data.batches import Windows
@@ -140,4 +139,4 @@ def unigram_log_probs(windows: Windows, padded_vocab_size: int, max_tokens: int 
 def folder_of(runs: str, model: Model, identity: str) -> RunFolder:
   """Where a teacher trained by its config lives: shared by all configs that ask for the same one. Named by non-embedding parameters."""
   millions = flops.count_params(model.config).non_embedding / 1e6
-  return RunFolder(pathlib.Path(runs) / 'teachers' / f'{millions:.3g}M-{identity}')
+  return RunFolder(paths.Path(runs) / 'teachers' / f'{millions:.3g}M-{identity}')

@@ -8,14 +8,12 @@ Started again, it goes on from the newest good checkpoints; where all is done it
 
 import argparse
 import logging
-import os
-import pathlib
 import sys
 from collections.abc import Sequence
 
 import jax
 
-from kdjax import cli, distributed, loop, sharding, training
+from kdjax import cli, distributed, logs, loop, paths, profiling, sharding, training
 from kdjax import config as config_lib
 from kdjax.analysis import figures, table
 from kdjax.config import Config
@@ -23,7 +21,8 @@ from kdjax.data.corpus import prepare
 from kdjax.errors import UserError
 from kdjax.evals import choices
 from kdjax.evals import job as jobs
-from kdjax.run import RunFolder, read_json, write_json
+from kdjax.paths import read_json, write_json
+from kdjax.run import RunFolder
 
 log = logging.getLogger('kdjax')
 
@@ -33,25 +32,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
       prog='python -m kdjax.train', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument('--profile', metavar='STEPS', help='trace these steps of the students: FIRST-LAST, or how many')
     parser.add_argument('--workdir', help="the run's folder; default: <runs>/<config>-<hash>")
     distributed.add_arguments(parser)
     config, args = cli.parse(parser, sys.argv[1:] if argv is None else argv, cli.load_config)
+    window = profiling.parse(args.profile) if args.profile else None
     if config.deterministic:
       cli.set_deterministic()
+    paths.check(args.workdir or config.runs)
     distributed.initialize(args, config.heartbeat_timeout)
     try:
-      run(config, pathlib.Path(args.workdir) if args.workdir else None)
+      run(config, paths.Path(args.workdir) if args.workdir else None, profile=window)
     except loop.Preempted as e:
       log.info('%s', e)
       sys.exit(e.code)
 
 
-def run(config: Config, workdir: pathlib.Path | None = None, progress: bool = True) -> pathlib.Path:
+def run(
+  config: Config,
+  workdir: paths.Path | None = None,
+  progress: bool = True,
+  profile: profiling.Window | None = None,
+) -> paths.Path:
   """Trains, evaluates and prints; returns the experiment's folder."""
-  folder = workdir or pathlib.Path(config.runs) / f'{config.name}-{config_lib.fingerprint(training.experiment(config))}'
+  folder = workdir or paths.Path(config.runs) / f'{config.name}-{config_lib.fingerprint(training.experiment(config))}'
   _claim_experiment(folder, config)
   mesh = sharding.make_mesh(config.mesh)
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), logs.kept_in(folder):
     corpus = distributed.first_process_first(lambda: prepare(config.data, config.eval, config.runs, progress))
     # A task that cannot be read is told now, not after the training.
     choices.read_all(config.eval.tasks, config.eval.max_items)
@@ -59,7 +66,7 @@ def run(config: Config, workdir: pathlib.Path | None = None, progress: bool = Tr
     teacher = training.teacher_folder(config, corpus)
     write_experiment(folder, config, teacher)  # before training, for an eval job that watches
     training.train_teacher(config, corpus, teacher, mesh, progress)
-    training.train_students(students(config, folder), corpus, teacher, mesh, progress)
+    training.train_students(students(config, folder), corpus, teacher, mesh, progress, profile)
     jobs.evaluate(jobs.find(folder), corpus, mesh, progress=progress)
   if jax.process_index() == 0:
     print(table.write(folder))
@@ -67,23 +74,23 @@ def run(config: Config, workdir: pathlib.Path | None = None, progress: bool = Tr
   return folder
 
 
-def students(config: Config, folder: pathlib.Path) -> list[training.Arm]:
+def students(config: Config, folder: paths.Path) -> list[training.Arm]:
   return [training.Arm(config, arm, RunFolder(folder / 'students' / arm), arm) for arm in config.student.arms]
 
 
-def write_experiment(folder: pathlib.Path, config: Config, teacher: RunFolder | None) -> None:
+def write_experiment(folder: paths.Path, config: Config, teacher: RunFolder | None) -> None:
   """experiment.json: what the eval job and the report find their way by. Paths are relative to the folder."""
   if jax.process_index() == 0:
     known = {
       'config': training.experiment(config),
       'resolved': training.resolved(config, folder),
-      'teacher': os.path.relpath(teacher.path, folder) if teacher else None,
-      'students': [os.path.relpath(student.folder.path, folder) for student in students(config, folder)],
+      'teacher': paths.relative(teacher.path, folder) if teacher else None,
+      'students': [paths.relative(student.folder.path, folder) for student in students(config, folder)],
     }
     write_json(folder / 'experiment.json', known)
 
 
-def _claim_experiment(folder: pathlib.Path, config: Config) -> None:
+def _claim_experiment(folder: paths.Path, config: Config) -> None:
   """Refuses, before any work, a folder that holds another experiment."""
   if (folder / 'run.json').exists():
     raise UserError(f'{folder} is the folder of one run, not of an experiment; use another --workdir')

@@ -7,8 +7,6 @@ alpha alone are one cohort on the same batches.
 import dataclasses
 import logging
 import math
-import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdjax import config as config_lib
-from kdjax import flops, loop, sharding, teachers
+from kdjax import flops, loop, paths, sharding, teachers
 from kdjax.config import AlphaSchedule, Config, LossConfig, ModelConfig, StudentConfig, TeacherConfig
 from kdjax.data.batches import BatchStream, Windows
 from kdjax.data.corpus import Corpus
@@ -26,6 +24,7 @@ from kdjax.losses import alpha_state
 from kdjax.models import Model, build
 from kdjax.models.attention import check_backend
 from kdjax.optimizer import adamw, learning_rate
+from kdjax.profiling import Window
 from kdjax.run import RunFolder, git_commit, versions
 from kdjax.step import Recipe, Teacher
 
@@ -171,7 +170,12 @@ def train_teacher(config: Config, corpus: Corpus, folder: RunFolder | None, mesh
 
 
 def train_students(
-  arms: Sequence[Arm], corpus: Corpus, teacher_folder: RunFolder | None, mesh: Mesh, progress: bool = True
+  arms: Sequence[Arm],
+  corpus: Corpus,
+  teacher_folder: RunFolder | None,
+  mesh: Mesh,
+  progress: bool = True,
+  profile: Window | None = None,
 ) -> None:
   """Trains a cohort of students side by side on the same batches. Their configs may differ in `student.alpha` and its schedule alone."""
   config = arms[0].config
@@ -200,14 +204,13 @@ def train_students(
     )
     for arm in arms
   ]
-  loop.fit(
-    _cohort(config, section, 'student', corpus, model, members, teacher_model, teacher, fingerprints, progress), mesh
-  )
+  cohort = _cohort(config, section, 'student', corpus, model, members, teacher_model, teacher, fingerprints, progress)
+  loop.fit(dataclasses.replace(cohort, profile=profile), mesh)
 
 
-def resolved(config: Config, folder: pathlib.Path) -> dict[str, Any]:
+def resolved(config: Config, folder: paths.Path) -> dict[str, Any]:
   """The config as a folder keeps it: its paths are relative to the folder."""
-  return config_lib.as_dict(config) | {'runs': os.path.relpath(config.runs, folder)}
+  return config_lib.as_dict(config) | {'runs': paths.relative(config.runs, folder)}
 
 
 def _member(

@@ -13,7 +13,8 @@ from kdjax.cli import load_config
 from kdjax.data.batches import BatchStream, Windows
 from kdjax.data.corpus import prepare
 from kdjax.evals import results
-from kdjax.run import RunFolder, read_json
+from kdjax.paths import read_json
+from kdjax.run import RunFolder
 from tests import runs, tiny
 
 ARMS = ('baseline', 'distilled', 'unigram')

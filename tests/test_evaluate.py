@@ -13,7 +13,8 @@ from kdjax import evaluate
 from kdjax.errors import UserError
 from kdjax.evals import job as jobs
 from kdjax.evals import results
-from kdjax.run import RunFolder, read_json, write_json
+from kdjax.paths import read_json, write_json
+from kdjax.run import RunFolder
 from tests import tiny
 
 MODELS = 4  # the teacher and three students
@@ -57,7 +58,7 @@ def refused(argv, capsys, code=2) -> str:
 
 def flip_a_bit_of_the_weights(run: RunFolder, step: int) -> None:
   """One in the middle of each array file: Orbax leaves copies that nothing reads any more."""
-  for path in (run.checkpoints / str(step) / 'params').rglob('d/*'):
+  for path in pathlib.Path(run.checkpoints / str(step) / 'params').rglob('d/*'):
     data = bytearray(path.read_bytes())
     if len(data) > 1000:  # smaller ones hold no array
       data[len(data) // 2] ^= 1

@@ -19,7 +19,8 @@ from kdjax.data.corpus import prepare
 from kdjax.errors import TrainingError, UserError
 from kdjax.loop import calls
 from kdjax.metrics import MetricWriter, read_metrics
-from kdjax.run import RunFolder, write_json
+from kdjax.paths import write_json
+from kdjax.run import RunFolder
 from tests import runs, tiny
 
 ARMS = ('baseline', 'unigram')  # a cohort that needs no teacher

@@ -9,7 +9,8 @@ import pytest
 
 from kdjax import run as run_lib
 from kdjax.errors import TrainingError, UserError
-from kdjax.run import Heartbeat, RunFolder, read_json, write_json
+from kdjax.paths import read_json, write_json
+from kdjax.run import Heartbeat, RunFolder
 from tests import runs
 
 CLAIM = """

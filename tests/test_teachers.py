@@ -18,7 +18,8 @@ from kdjax.errors import UserError
 from kdjax.losses import alpha_state
 from kdjax.models import build, named
 from kdjax.optimizer import adamw, learning_rate
-from kdjax.run import RunFolder, write_json
+from kdjax.paths import write_json
+from kdjax.run import RunFolder
 from kdjax.step import Recipe, init_state
 from tests.data.helpers import make_store
 

@@ -18,7 +18,8 @@ from kdjax.checkpoint import Checkpoints
 from kdjax.errors import UserError
 from kdjax.evals import job as jobs
 from kdjax.metrics import read_metrics
-from kdjax.run import RunFolder, write_text
+from kdjax.paths import write_text
+from kdjax.run import RunFolder
 from tests import tiny
 
 ARMS = ('baseline', 'distilled', 'unigram')
@@ -67,7 +68,9 @@ def students(folder) -> dict[str, RunFolder]:
 
 def written(root: pathlib.Path) -> dict[pathlib.Path, int]:
   """When each checkpoint's files were written."""
-  return {path: path.stat().st_mtime_ns for path in sorted(root.rglob('checkpoints/**/*')) if path.is_file()}
+  return {
+    path: path.stat().st_mtime_ns for path in sorted(pathlib.Path(root).rglob('checkpoints/**/*')) if path.is_file()
+  }
 
 
 def results(root: pathlib.Path) -> dict[pathlib.Path, int]:

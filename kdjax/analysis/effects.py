@@ -5,7 +5,6 @@ seeds x documents (kdjax/analysis/crossed.py); where there is one seed they say 
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from kdjax import flops
+from kdjax import flops, paths
 from kdjax.analysis import contrasts, crossed
 from kdjax.analysis.crossed import Effect
 from kdjax.analysis.scores import MEASURES, OOD_MEAN, TUNED, Measure, Scores
@@ -23,7 +22,7 @@ from kdjax.grids import cells as cells_lib
 from kdjax.grids import runner
 from kdjax.grids.cells import Cell, Group
 from kdjax.grids.config import GridConfig
-from kdjax.run import read_json
+from kdjax.paths import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Tables:
   warnings: list[str]
 
 
-def build(grid: GridConfig, folder: pathlib.Path) -> Tables:
+def build(grid: GridConfig, folder: paths.Path) -> Tables:
   """Raises UserError where runs must not be compared, or nothing has been scored."""
   scores = Scores(grid, folder)
   groups = [group for phase, found in runner.phases(grid, folder) if phase != 'pilot' for group in found]

@@ -1,11 +1,9 @@
 """The figure of a run: training loss, validation loss against the baseline's, and the paired differences on every set."""
 
-import os
-import pathlib
-
 import matplotlib.figure
 import numpy as np
 
+from kdjax import paths
 from kdjax.analysis import table
 from kdjax.evals import job as jobs
 from kdjax.metrics import read_metrics
@@ -14,11 +12,12 @@ COLOURS = {'baseline': '#4c4c4c', 'distilled': '#0072b2', 'unigram': '#d55e00', 
 SMOOTHING = 40  # points of a loss curve after averaging
 
 
-def write(folder: pathlib.Path) -> pathlib.Path:
+def write(folder: paths.Path) -> paths.Path:
   """run.png in the experiment's folder, from its metrics and results alone; one that is newer than they are is left alone."""
+  folder = paths.Path(folder)
   job, path = jobs.find(folder), folder / 'run.png'
   shown = [folder / 'evaluation.json', *(run.metrics for run in job.students)]
-  if path.exists() and all(path.stat().st_mtime >= f.stat().st_mtime for f in shown if f.exists()):
+  if path.exists() and all(path.stat().mtime >= f.stat().mtime for f in shown if f.exists()):
     return path
   curves = {run.name: read_metrics(run.path) for run in job.students}
   figure = matplotlib.figure.Figure(figsize=(14, 4.4), layout='constrained')
@@ -27,9 +26,8 @@ def write(folder: pathlib.Path) -> pathlib.Path:
   _validation(validation, curves)
   _forest(forest, table.load(job))
   figure.suptitle(f'{job.config.name}, scale={job.config.scale}: students on the same batches, one seed', fontsize=11)
-  temporary = path.with_suffix('.tmp.png')
-  figure.savefig(temporary, dpi=130)
-  os.replace(temporary, path)
+  with paths.replacing(path) as temporary:
+    figure.savefig(temporary, dpi=130)
   return path
 
 

@@ -7,13 +7,13 @@ colour and one marker in all of them, by size.
 
 import dataclasses
 import logging
-import pathlib
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
 import matplotlib.figure
 import pandas as pd
 
+from kdjax import paths
 from kdjax.analysis import flopplots, gridplots, gridrows, ink
 
 log = logging.getLogger('kdjax')
@@ -35,7 +35,7 @@ class Figure:
   one_alpha: bool = False  # shows each teacher at the alpha of `chosen`
 
 
-def write_all(effects: pd.DataFrame, contrasts: pd.DataFrame, folder: pathlib.Path, note: str) -> list[pathlib.Path]:
+def write_all(effects: pd.DataFrame, contrasts: pd.DataFrame, folder: paths.Path, note: str) -> list[paths.Path]:
   """Each figure as .png and .svg; with several student settings one pair of files each, its name in the file's.
 
   Args:

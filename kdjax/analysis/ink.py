@@ -1,7 +1,5 @@
 """Ink of a grid's figures: panels, forests, points with intervals, legends, colours; saved as the same bytes for the same numbers."""
 
-import os
-import pathlib
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize
 
+from kdjax import paths
 from kdjax.analysis import gridrows
 
 
@@ -134,10 +133,8 @@ def empty(text: str) -> matplotlib.figure.Figure:
   return figure
 
 
-def save(figure: matplotlib.figure.Figure, path: pathlib.Path) -> pathlib.Path:
+def save(figure: matplotlib.figure.Figure, path: paths.Path) -> paths.Path:
   """The same bytes for the same numbers: no date, no random ids."""
-  temporary = path.with_suffix(f'.tmp{path.suffix}')
-  with matplotlib.rc_context({'svg.hashsalt': 'kdjax'}):
+  with paths.replacing(path) as temporary, matplotlib.rc_context({'svg.hashsalt': 'kdjax'}):
     figure.savefig(temporary, dpi=130, metadata={'Date': None} if path.suffix == '.svg' else {'Software': None})
-  os.replace(temporary, path)
   return path

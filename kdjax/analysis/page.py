@@ -8,7 +8,6 @@ hash, so a view can be sent as a link: report.html#teacher=tiny-0.1m&set=code.
 import html
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pandas as pd
 from plotly import offline
 
+from kdjax import paths
 from kdjax.analysis import flopplots, gridfigures, gridplots, gridrows
 from kdjax.grids.cells import count
 
@@ -83,7 +83,7 @@ def write(
   contrasts: pd.DataFrame,
   figures_note: Mapping[str, str] | str,
   facts: Mapping[str, Any],
-  path: pathlib.Path,
+  path: paths.Path,
 ) -> None:
   """The page.
 
@@ -113,9 +113,7 @@ def write(
     f'<script type="application/json" id="data">{data}</script>',
     f'<script>{offline.get_plotlyjs()}</script><script>{_own("page.js")}</script></body></html>',
   ]
-  temporary = path.with_suffix('.tmp.html')
-  temporary.write_text('\n'.join(page), encoding='utf-8')
-  os.replace(temporary, path)
+  paths.write_text(path, '\n'.join(page))
 
 
 def payload(

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from kdjax import paths
 from kdjax.analysis.crossed import Paired
 from kdjax.analysis.table import CONTROLLED
 from kdjax.errors import UserError
@@ -68,7 +68,7 @@ MEASURES = {
 class Scores:
   """The result files of a grid, read once each."""
 
-  def __init__(self, grid: GridConfig, folder: pathlib.Path):
+  def __init__(self, grid: GridConfig, folder: paths.Path):
     self.grid, self.folder = grid, folder
     self._files = runner.read_scores(grid, folder)
 
@@ -94,7 +94,7 @@ class Scores:
   def steps(self, run: str) -> dict[int, dict[str, pd.DataFrame]]:
     """step -> set -> per-document sums of a run, teachers' jobs included; {} where it has not been scored."""
     return {
-      int(step): {name: results.read(self.folder / file)[0] for name, file in sets.items()}
+      int(step): {name: results.read(paths.under(self.folder, file))[0] for name, file in sets.items()}
       for step, sets in self._files.get(run, {}).items()
     }
 
@@ -164,7 +164,7 @@ class Scores:
   @functools.cache  # noqa: B019 - a report makes one of these
   def _read(self, run: str, name: str, back: int) -> tuple[pd.DataFrame, dict[str, Any]]:
     steps = sorted(self._files[run], key=int)
-    return results.read(self.folder / self._files[run][steps[-1 - back]][name])
+    return results.read(paths.under(self.folder, self._files[run][steps[-1 - back]][name]))
 
   @functools.cache  # noqa: B019
   def _identity(self, run: str) -> dict[str, Any]:

@@ -2,18 +2,19 @@
 
 import dataclasses
 import math
-import pathlib
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from kdjax import paths
 from kdjax.analysis.crossed import Effect, Paired, crossed_effect
 from kdjax.errors import UserError
 from kdjax.evals import job as jobs
 from kdjax.evals import results
 from kdjax.evals.score import TEMPERATURES
-from kdjax.run import RunFolder, read_json, write_text
+from kdjax.paths import read_json, write_text
+from kdjax.run import RunFolder
 
 LN2 = math.log(2)
 BASELINE = 'baseline'
@@ -47,7 +48,7 @@ class Cell:
 Cells = dict[str, dict[str, Cell]]  # arm -> set -> cell
 
 
-def write(folder: pathlib.Path, step: int = 0) -> str:
+def write(folder: paths.Path, step: int = 0) -> str:
   """The table as text; also kept as table.txt and, for machines, results.csv in the folder; a named step's beside them."""
   job = jobs.find(folder)
   cells = _load(job, step)
@@ -68,7 +69,8 @@ def _load(job: jobs.Job, step: int = 0) -> Cells:
     raise UserError(f'{job.folder} has no results yet; run python -m kdjax.evaluate --workdir={job.folder}')
   check_comparable(job.students)
   return {
-    arm: {name: Cell(*results.read(job.folder / file)) for name, file in sets.items()} for arm, sets in files.items()
+    arm: {name: Cell(*results.read(paths.under(job.folder, file))) for name, file in sets.items()}
+    for arm, sets in files.items()
   }
 
 
@@ -178,7 +180,7 @@ def _task_values(cell: Cell) -> dict[str, Any]:
   }
 
 
-def format_all(folder: pathlib.Path, job: jobs.Job, cells: Cells) -> str:
+def format_all(folder: paths.Path, job: jobs.Job, cells: Cells) -> str:
   cells, tasks = _apart(cells)
   sets = _ordered_sets(cells)
   parts = [

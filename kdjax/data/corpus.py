@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import tqdm
 
+from kdjax import paths
 from kdjax.config import DataConfig, EvalConfig
 from kdjax.data import files
 from kdjax.data.files import StoreDamaged
@@ -94,13 +95,14 @@ def prepare(data: DataConfig, evals: EvalConfig, runs: str, progress: bool = Tru
   use what it built.
 
   Args:
-    runs: the corpus lives in `data.cache`, or in `<runs>/stores`. A local or shared file system, no object store.
+    runs: the corpus lives in `data.cache`, or in `<runs>/stores`; where `runs` is in an object store, in ~/.cache/kdjax/stores.
     progress: show a bar while building.
 
   Raises:
     UserError: the source cannot be read, a split or set is empty, the disk is full.
   """
-  folder = pathlib.Path(data.cache or pathlib.Path(runs) / 'stores').expanduser() / _key(data, evals)
+  local = pathlib.Path('~/.cache/kdjax') if paths.is_remote(runs) else pathlib.Path(runs)
+  folder = pathlib.Path(data.cache or local / 'stores').expanduser() / _key(data, evals)
   if folder.exists():
     try:
       return _open(folder)

@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import os
-import pathlib
 from collections.abc import Collection
 from typing import Any
 
@@ -15,7 +13,7 @@ import pandas as pd
 from jax.sharding import Mesh
 
 from kdjax import config as config_lib
-from kdjax import distributed, teachers
+from kdjax import distributed, paths, teachers
 from kdjax.checkpoint import Checkpoints, steps_in
 from kdjax.config import Config
 from kdjax.data.corpus import Corpus, EvalSet
@@ -25,7 +23,8 @@ from kdjax.evals.choices import ChoiceSet
 from kdjax.evals.score import TEMPERATURES, Scored, difficulties, expected_calibration_error, fit_temperature, score
 from kdjax.metrics import Progress
 from kdjax.models.decoder import compute_dtype
-from kdjax.run import RunFolder, read_json, write_json
+from kdjax.paths import read_json, write_json
+from kdjax.run import RunFolder
 
 log = logging.getLogger('kdjax')
 
@@ -38,7 +37,7 @@ VALIDATION = 'validation'  # the in-domain validation split as a set of its own:
 class Job:
   """The models to score: run folders, the teacher first, and the config and teacher they share; `folder` is where they were found."""
 
-  folder: pathlib.Path
+  folder: paths.Path
   config: Config
   runs: list[RunFolder]
   teacher: RunFolder | None
@@ -59,7 +58,7 @@ class Job:
     return teachers.step_of(self.config)
 
 
-def find(workdir: pathlib.Path) -> Job:
+def find(workdir: paths.Path) -> Job:
   """What a folder holds: an experiment, or one run. Raises UserError where it is neither."""
   experiment = read_json(workdir / 'experiment.json')
   if experiment is not None:
@@ -98,7 +97,7 @@ def evaluate(job: Job, corpus: Corpus, mesh: Mesh, step: int = 0, progress: bool
   if jax.process_index() == 0:
     files: dict[str, dict[str, str]] = {}
     for task in tasks:
-      files.setdefault(job.arm(task.run), {})[task.name] = os.path.relpath(task.file, job.folder)
+      files.setdefault(job.arm(task.run), {})[task.name] = paths.relative(task.file, job.folder)
     write_json(job.folder / file_name(step), files)
 
 
@@ -173,7 +172,7 @@ class Task:
   key: dict[str, Any]
 
   @property
-  def file(self) -> pathlib.Path:
+  def file(self) -> paths.Path:
     return results.path(self.run.results, self.step, self.name, config_lib.fingerprint(self.key))
 
 
@@ -308,10 +307,10 @@ def _n_tokens(eval_set: EvalSet | ChoiceSet) -> int:
   return eval_set.validation.n_tokens + eval_set.test.n_tokens
 
 
-def _config(values: dict[str, Any], folder: pathlib.Path) -> Config:
+def _config(values: dict[str, Any], folder: paths.Path) -> Config:
   """The config that a folder keeps; its `runs` is relative to the folder."""
-  return config_lib.resolve(ml_collections.ConfigDict(values | {'runs': os.path.normpath(folder / values['runs'])}))
+  return config_lib.resolve(ml_collections.ConfigDict(values | {'runs': str(paths.under(folder, values['runs']))}))
 
 
-def _relative(folder: pathlib.Path, name: str) -> RunFolder:
-  return RunFolder(os.path.normpath(folder / name))
+def _relative(folder: paths.Path, name: str) -> RunFolder:
+  return RunFolder(paths.under(folder, name))

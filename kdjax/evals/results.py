@@ -1,10 +1,9 @@
 """The results: one immutable Parquet file for each (run, step, set, evaluation). The folder is the table; evaluating again replaces."""
 
 import hashlib
+import io
 import json
 import math
-import os
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -12,24 +11,22 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kdjax import paths
 from kdjax.errors import UserError
 
 
-def path(folder: pathlib.Path, step: int, set_name: str, evaluation: str) -> pathlib.Path:
+def path(folder: paths.Path, step: int, set_name: str, evaluation: str) -> paths.Path:
   return folder / f'{set_name}-step{step}-{evaluation}.parquet'
 
 
-def write(file: pathlib.Path, table: pd.DataFrame, meta: dict[str, Any]) -> None:
-  """Under a temporary name, then renamed: a reader sees all of it or nothing. With a digest of what it says."""
-  file.parent.mkdir(parents=True, exist_ok=True)
+def write(file: paths.Path, table: pd.DataFrame, meta: dict[str, Any]) -> None:
+  """A reader sees all of it or nothing. With a digest of what it says."""
   arrow = pa.Table.from_pandas(table, preserve_index=False)
   arrow = arrow.replace_schema_metadata({'kdjax': json.dumps({'meta': meta, 'digest': _digest(table, meta)})})
-  temporary = file.with_name(f'.{file.name}.{os.getpid()}')
   try:
-    pq.write_table(arrow, temporary)
-    os.replace(temporary, file)
+    with paths.replacing(file) as temporary:
+      pq.write_table(arrow, temporary)
   except OSError as e:
-    temporary.unlink(missing_ok=True)
     raise UserError(
       f'{file}: results could not be written ({e}); free some disk space and run the eval job again'
     ) from None
@@ -40,10 +37,10 @@ def bits_per_byte(table: pd.DataFrame, column: str = 'nll') -> float:
   return float(table[column].sum() / table['bytes'].sum() / math.log(2))
 
 
-def read(file: pathlib.Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+def read(file: paths.Path) -> tuple[pd.DataFrame, dict[str, Any]]:
   """(per-document table, metadata). Raises UserError where the file is damaged."""
   try:
-    arrow = pq.read_table(file)
+    arrow = pq.read_table(io.BytesIO(paths.read_bytes(file)))
     table, known = arrow.to_pandas(), json.loads(arrow.schema.metadata[b'kdjax'])
     if known['digest'] != _digest(table, known['meta']):
       raise ValueError('its content is not what was written')

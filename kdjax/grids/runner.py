@@ -14,9 +14,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import pathlib
-import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +23,7 @@ import jax
 from jax.sharding import Mesh
 
 from kdjax import config as config_lib
-from kdjax import loop, training
+from kdjax import loop, paths, training
 from kdjax.checkpoint import steps_in
 from kdjax.config import Config
 from kdjax.data.corpus import Corpus
@@ -38,7 +35,8 @@ from kdjax.grids import plan
 from kdjax.grids.cells import Cell, Group
 from kdjax.grids.config import GridConfig
 from kdjax.grids.plan import Job
-from kdjax.run import Heartbeat, RunFolder, git_commit, read_json, versions, write_json
+from kdjax.paths import read_json, write_json
+from kdjax.run import Heartbeat, RunFolder, git_commit, versions
 
 log = logging.getLogger('kdjax')
 
@@ -49,8 +47,8 @@ CORPUS = 'corpus.json'
 NOT_IDENTITY = ('runs', 'hardware', 'cohort', 'last')  # fields that change no result
 
 
-def folder_of(grid: GridConfig, workdir: pathlib.Path | None = None) -> pathlib.Path:
-  return workdir or pathlib.Path(grid.runs) / f'{grid.name}-{config_lib.fingerprint(identity(grid))}'
+def folder_of(grid: GridConfig, workdir: paths.Path | None = None) -> paths.Path:
+  return workdir or paths.Path(grid.runs) / f'{grid.name}-{config_lib.fingerprint(identity(grid))}'
 
 
 def identity(grid: GridConfig) -> dict[str, Any]:
@@ -59,13 +57,13 @@ def identity(grid: GridConfig) -> dict[str, Any]:
   return json.loads(json.dumps(values | {'base': training.experiment(grid.base) | {'eval': values['base']['eval']}}))
 
 
-def claim(folder: pathlib.Path, grid: GridConfig) -> None:
+def claim(folder: paths.Path, grid: GridConfig) -> None:
   """Writes grid.json, or refuses a folder that holds another grid."""
   known = read_json(folder / 'grid.json')
   if known is not None:
     RunFolder(folder).compare(known['identity'], identity(grid))
   elif jax.process_index() == 0:
-    resolved = config_lib.as_dict(grid) | {'runs': os.path.relpath(grid.runs, folder)}
+    resolved = config_lib.as_dict(grid) | {'runs': paths.relative(grid.runs, folder)}
     write_json(
       folder / 'grid.json',
       {
@@ -78,24 +76,24 @@ def claim(folder: pathlib.Path, grid: GridConfig) -> None:
     )
 
 
-def record_corpus(folder: pathlib.Path, corpus: Corpus) -> None:
+def record_corpus(folder: paths.Path, corpus: Corpus) -> None:
   """Keeps what was found when the text was read, for the report: documents of a test set that are in the training text too, above all."""
   if jax.process_index() == 0:
     write_json(folder / CORPUS, {'fingerprint': corpus.fingerprint, 'counts': corpus.meta['counts']})
 
 
-def cell_folder(folder: pathlib.Path, cell: Cell) -> RunFolder:
+def cell_folder(folder: paths.Path, cell: Cell) -> RunFolder:
   return RunFolder(folder / 'cells' / cell.id)
 
 
-def phases(grid: GridConfig, folder: pathlib.Path) -> list[tuple[str, list[Group]]]:
+def phases(grid: GridConfig, folder: paths.Path) -> list[tuple[str, list[Group]]]:
   """(phase, its groups), as far as they are known: the validated cells only once the pilot's outcome is."""
   pilot = read_pilot(folder)
   known = [('pilot', cells_lib.pilot_groups(grid)), ('main', cells_lib.main_groups(grid))]
   return known + ([('validated', cells_lib.validated_groups(grid, pilot['chosen']))] if pilot else [])
 
 
-def jobs_of(grid: GridConfig, folder: pathlib.Path) -> list[Job]:
+def jobs_of(grid: GridConfig, folder: paths.Path) -> list[Job]:
   """Every job that is known by now, in the order in which they are done."""
   found: list[Job] = []
   for phase, groups in phases(grid, folder):
@@ -103,7 +101,7 @@ def jobs_of(grid: GridConfig, folder: pathlib.Path) -> list[Job]:
   return found
 
 
-def state(folder: pathlib.Path, job: Job, timeout: float) -> str:
+def state(folder: paths.Path, job: Job, timeout: float) -> str:
   """One of STATES."""
   status = RunFolder(folder / 'jobs' / job.id).status()
   if status is None:
@@ -125,7 +123,7 @@ class Runner:
   """One runner's view of a grid."""
 
   grid: GridConfig
-  folder: pathlib.Path
+  folder: paths.Path
   corpus: Corpus
   mesh: Mesh
   progress: bool = True
@@ -224,16 +222,15 @@ class Runner:
     scores: dict[str, dict[str, str]] = {}
     for task in evaluation.score_missing(found, at, self.corpus, self.mesh, self.progress, sets=sets):
       file = task.file if task.file.is_relative_to(self.folder) else self._copy(task.file)
-      scores.setdefault(str(task.step), {})[task.name] = os.path.relpath(file, self.folder)
+      scores.setdefault(str(task.step), {})[task.name] = paths.relative(file, self.folder)
     return scores
 
-  def _copy(self, file: pathlib.Path) -> pathlib.Path:
+  def _copy(self, file: paths.Path) -> paths.Path:
     """A teacher's results, which live in its own folder: copied, so that the grid's folder is all that a report needs."""
     copy = self.folder / 'teachers' / file.parent.parent.name / file.name
-    copy.parent.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-      shutil.copyfile(file, copy.with_suffix('.tmp'))
-      os.replace(copy.with_suffix('.tmp'), copy)
+      with paths.replacing(copy) as temporary:
+        temporary.write_bytes(file.read_bytes())
     return copy
 
   def _noise_is_asked(self, job: Job) -> bool:
@@ -246,7 +243,7 @@ class Runner:
     curves: dict[str, dict[str, float]] = {}
     for group in cells_lib.pilot_groups(self.grid):
       (cell,) = group.cells
-      table, _ = results.read(self.folder / newest(scores[cell.id])[evaluation.VALIDATION])
+      table, _ = results.read(paths.under(self.folder, newest(scores[cell.id])[evaluation.VALIDATION]))
       value = results.bits_per_byte(table)
       if group.kind == 'baseline':
         for source in cells_lib.sources(self.grid, group.setting):
@@ -288,7 +285,7 @@ def choose(curves: dict[str, dict[str, float]]) -> dict[str, Any]:
   return content | {'time': time.time(), 'hash': digest}
 
 
-def read_pilot(folder: pathlib.Path) -> dict[str, Any] | None:
+def read_pilot(folder: paths.Path) -> dict[str, Any] | None:
   """The pilot's outcome. Raises UserError where it is not what was written down before the main cells started."""
   pilot = read_json(folder / PILOT)
   if pilot is None:
@@ -301,7 +298,7 @@ def read_pilot(folder: pathlib.Path) -> dict[str, Any] | None:
   return pilot
 
 
-def read_scores(grid: GridConfig, folder: pathlib.Path) -> dict[str, dict[str, dict[str, str]]]:
+def read_scores(grid: GridConfig, folder: paths.Path) -> dict[str, dict[str, dict[str, str]]]:
   """Run (a cell's or a teacher job's id) -> step -> set -> result file, of all jobs that are done."""
   found: dict[str, dict[str, dict[str, str]]] = {}
   for job in jobs_of(grid, folder):
@@ -324,7 +321,7 @@ def shard(jobs: Sequence[Job], text: str) -> set[str]:
   return {job.id for k, job in enumerate(job for job in jobs if job.cells) if k % int(whole) == int(part) - 1}
 
 
-def failed_lines(folder: pathlib.Path, jobs: Iterable[Job]) -> list[str]:
+def failed_lines(folder: paths.Path, jobs: Iterable[Job]) -> list[str]:
   return [
     f'{job.id}: {(RunFolder(folder / "jobs" / job.id).status() or {}).get("error", "its teacher failed")}'
     for job in jobs

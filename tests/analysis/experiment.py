@@ -7,7 +7,8 @@ import pandas as pd
 
 from kdjax import config as config_lib
 from kdjax.evals import results
-from kdjax.run import RunFolder, write_json
+from kdjax.paths import write_json
+from kdjax.run import RunFolder
 from tests import tiny
 
 SETS = ('in-domain', 'far', 'further')

@@ -26,7 +26,8 @@ from kdjax.evals import choices, results
 from kdjax.evals import job as jobs
 from kdjax.evals.score import Scored
 from kdjax.models import build
-from kdjax.run import RunFolder, read_json, write_json
+from kdjax.paths import read_json, write_json
+from kdjax.run import RunFolder
 from tests import tiny
 from tests.analysis.textbook import ratio_interval
 from tests.evals.test_score import log_softmax, mesh

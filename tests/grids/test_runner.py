@@ -12,7 +12,8 @@ from kdjax.errors import TrainingError, UserError
 from kdjax.evals import job as evaluation
 from kdjax.evals import results
 from kdjax.grids import cells, runner
-from kdjax.run import RunFolder, read_json
+from kdjax.paths import read_json
+from kdjax.run import RunFolder
 
 
 @pytest.fixture(scope='module')

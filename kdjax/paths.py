@@ -1,0 +1,172 @@
+"""Folders on a disk or in an object store (gs://, s3://): one way to write whole files, to create one once, and to name one from another.
+
+Everything that a run keeps goes through `etils.epath` and these few functions. An object store has no rename, no append and no lock, but an
+object appears there whole; a disk has a rename. What others must be able to see is written by `write_text` or `replacing`; who owns a folder is
+settled by `create`; what grows line by line is written beside (`Mirror`) and copied.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import posixpath
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+import fsspec.config
+from etils.epath import Path
+
+from kdjax.errors import UserError
+
+EXTRAS = {'gs': 'gcs', 's3': 's3'}  # scheme -> the extra of kdjax that brings its client
+PATIENCE = 60.0  # seconds for an object store to answer the first time
+
+# Others write there too: a listing that is kept is a listing that is wrong.
+for _protocol in ('gs', 'gcs', 's3'):
+  fsspec.config.conf.setdefault(_protocol, {})['use_listings_cache'] = False
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+  return '://' in os.fspath(path)
+
+
+def absolute(path: str | os.PathLike) -> Path:
+  return Path(path if is_remote(path) else os.path.abspath(path))
+
+
+def relative(path: str | os.PathLike, folder: str | os.PathLike) -> str:
+  """`path` as seen from `folder`, as os.path.relpath has it. A path of another store is kept whole: `under` understands both."""
+  one, other = os.fspath(path), os.fspath(folder)
+  if _store(one) != _store(other):
+    return one if is_remote(one) else os.path.abspath(one)
+  return os.path.relpath(one, other)
+
+
+def under(folder: str | os.PathLike, name: str) -> Path:
+  """The inverse of `relative`. An object store knows no '..': it is resolved here."""
+  if is_remote(name):
+    return Path(name)
+  scheme, separator, rest = os.fspath(folder).rpartition('://')
+  return Path(scheme + separator + posixpath.normpath(posixpath.join(rest, name)))
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Readers see the old file or the new one. A file that says so already is left alone, so that a finished run may be read-only."""
+  file = Path(path)
+  with contextlib.suppress(OSError, ValueError):
+    if read_bytes(file) == text.encode():
+      return
+  with replacing(file) as temporary:
+    temporary.write_text(text, encoding='utf-8')
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """A local file to be written in the block, which then takes the place of `path`, whole. Left as it was where the block fails."""
+  file = Path(path)
+  folder = pathlib.Path(tempfile.gettempdir() if is_remote(file) else file.parent)
+  temporary = folder / f'.{uuid.uuid4().hex[:8]}.{file.name}'  # some writers go by the suffix
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    yield temporary
+    if is_remote(file):
+      file.write_bytes(temporary.read_bytes())
+    else:
+      os.replace(temporary, file)
+  except OSError as e:
+    e.filename = str(path)  # a full disk's error names no file
+    raise
+  finally:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+  """A file that may be replaced at this moment: the old one or the new one. An open object would be read in pieces of both."""
+  if is_remote(path):
+    store, name = fsspec.core.url_to_fs(os.fspath(path))
+    return store.cat_file(name)
+  return pathlib.Path(path).read_bytes()
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  write_text(path, json.dumps(value, indent=1))
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
+  """The file's value; None where it is missing. Raises UserError where it is damaged."""
+  try:
+    value = json.loads(read_bytes(path))
+    if not isinstance(value, dict):
+      raise ValueError('not what was written')
+    return value
+  except FileNotFoundError:
+    return None
+  except ValueError as e:
+    raise UserError(f'{path} is damaged ({e}); delete it if the run is not needed, or restore it') from None
+
+
+def create(path: str | os.PathLike, text: str) -> None:
+  """Writes a file that must not exist: of several that try at one moment one succeeds, and the others get a FileExistsError."""
+  opened = fsspec.open(os.fspath(path), 'xb') if is_remote(path) else open(path, 'xb')  # noqa: SIM115 - closed below
+  with opened as file:
+    file.write(text.encode())
+
+
+def check(folder: str | os.PathLike) -> None:
+  """Raises UserError, in one line, where an object store cannot be written. To be asked before any device is. A disk tells by itself."""
+  if not is_remote(folder):
+    return
+  scheme = os.fspath(folder).partition('://')[0]
+  if scheme not in EXTRAS:
+    raise UserError(f'{folder}: unknown kind of store {scheme}://; known: {", ".join(f"{s}://" for s in EXTRAS)}')
+  told: list[str | None] = ['no answer']
+  # In a thread: its client tries again and again where nobody answers.
+  thread = threading.Thread(target=lambda: told.__setitem__(0, _trouble(Path(folder), EXTRAS[scheme])), daemon=True)
+  thread.start()
+  thread.join(PATIENCE)
+  if told[0] is not None:
+    raise UserError(
+      f'{folder} cannot be written ({told[0]}); mend the name of the bucket, or the rights of this machine'
+    )
+
+
+class Mirror:
+  """A folder to append files in: the folder itself, or for one in an object store a local one, copied there by `push`."""
+
+  def __init__(self, folder: str | os.PathLike):
+    self.folder = Path(folder)
+    self.local = pathlib.Path(tempfile.mkdtemp(prefix='kdjax-') if is_remote(folder) else os.fspath(folder))
+    self._pushed: dict[pathlib.Path, int] = {}
+
+  def push(self) -> None:
+    """Copies what has grown since the last time."""
+    if not is_remote(self.folder):
+      return
+    for file in (path for path in self.local.rglob('*') if path.is_file()):
+      size = file.stat().st_size
+      if self._pushed.get(file) != size:
+        (self.folder / file.relative_to(self.local).as_posix()).write_bytes(file.read_bytes())
+        self._pushed[file] = size
+
+
+def _trouble(folder: Path, extra: str) -> str | None:
+  probe = folder / f'.probe-{uuid.uuid4().hex[:8]}'
+  try:
+    probe.write_text('may this be written?')
+    probe.unlink()
+    return None
+  except ImportError:
+    return f"its client is not installed: pip install 'kdjax[{extra}]'"
+  except Exception as e:  # whatever the store's client raises
+    return f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]}'
+
+
+def _store(path: str) -> str:
+  """'gs://bucket', or '' for the disk."""
+  scheme, separator, rest = path.partition('://')
+  return f'{scheme}://{rest.partition("/")[0]}' if separator else ''

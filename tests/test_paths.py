@@ -1,0 +1,178 @@
+"""Folders on a disk and in an object store: whole files, files that are created once, paths from one to another, and whole runs."""
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from kdjax import paths
+from kdjax.errors import UserError
+from kdjax.run import RunFolder
+from tests import bucket, runs, tiny
+
+STORE = f'gs://{bucket.BUCKET}'
+
+
+@pytest.fixture(scope='module')
+def store():
+  """The environment of a process that uses the emulator; this one too."""
+  pytest.importorskip('gcp_storage_emulator', reason='the emulator of an object store is in the [dev] extra')
+  pytest.importorskip('gcsfs', reason='the client of gs:// is in the [gcs] extra')
+  with bucket.serving() as port, pytest.MonkeyPatch.context() as patch:
+    for name, value in bucket.environment(port).items():
+      patch.setenv(name, value)
+    yield bucket.environment(port)
+
+
+@pytest.fixture(params=['disk', 'store'])
+def folder(request, tmp_path):
+  if request.param == 'disk':
+    return paths.Path(tmp_path)
+  request.getfixturevalue('store')
+  return paths.Path(f'{STORE}/{tmp_path.name}')
+
+
+def test_a_file_is_replaced_whole_or_left_as_it_was(folder):
+  file = folder / 'deep' / 'a.txt'
+  paths.write_text(file, 'one')
+  with contextlib.suppress(RuntimeError), paths.replacing(file) as temporary:
+    temporary.write_text('half')
+    raise RuntimeError
+  assert file.read_text() == 'one'
+  with paths.replacing(file) as temporary:
+    temporary.write_bytes(b'two')
+  assert file.read_text() == 'two'
+  assert [path.name for path in file.parent.iterdir()] == ['a.txt']
+  assert paths.read_json(folder / 'nothing.json') is None
+
+
+def test_of_several_that_create_a_file_one_succeeds(folder):
+  folder.mkdir(parents=True, exist_ok=True)
+  made: list[int] = []
+
+  def create(k: int) -> None:
+    try:
+      paths.create(folder / 'owner.json', str(k))
+      made.append(k)
+    except FileExistsError:
+      pass
+
+  threads = [threading.Thread(target=create, args=(k,)) for k in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(made) == 1 and (folder / 'owner.json').read_text() == str(made[0])
+
+
+def test_what_another_has_written_meanwhile_is_seen(folder):
+  assert not (folder / 'late').exists() and not list(folder.glob('late*'))
+  (folder / 'late').write_text('1')
+  assert [path.name for path in folder.glob('late*')] == ['late']
+
+
+def test_a_mirror_shows_what_was_appended_once_it_is_pushed(folder):
+  mirror = paths.Mirror(folder)
+  (mirror.local / 'sub').mkdir()
+  for k in range(3):
+    with open(mirror.local / 'sub' / 'lines', 'a') as file:
+      file.write(f'{k}\n')
+    mirror.push()
+    assert (folder / 'sub' / 'lines').read_text() == ''.join(f'{n}\n' for n in range(k + 1))
+
+
+@pytest.mark.parametrize(
+  ('path', 'start', 'relative'),
+  [
+    ('runs/teachers/a', 'runs/b', '../teachers/a'),
+    ('/data/teachers/a', '/data/runs/b', '../../teachers/a'),
+    ('gs://x/runs/teachers/a', 'gs://x/runs/b', '../teachers/a'),
+    ('gs://y/a', 'gs://x/runs/b', 'gs://y/a'),
+    ('/local/a', 'gs://x/runs/b', '/local/a'),
+    ('gs://x/a', '/local/b', 'gs://x/a'),
+  ],
+)
+def test_a_path_is_found_again_from_a_folder_by_its_relative_name(path, start, relative):
+  assert paths.relative(path, start) == relative
+  if not (paths.is_remote(start) and relative.startswith('/')):
+    assert str(paths.under(start, relative)) == path
+
+
+@pytest.mark.parametrize(
+  ('folder', 'says'), [('hdfs://x/runs', 'unknown kind of store'), ('gs://nowhere/runs', 'mend the name of the bucket')]
+)
+def test_a_store_that_cannot_be_written_is_told_in_one_line(store, folder, says):
+  with pytest.raises(UserError, match=says) as e:
+    paths.check(folder)
+  assert len(str(e.value).splitlines()) == 1
+  paths.check(f'{STORE}/anything')
+
+
+def test_a_client_that_is_not_installed_is_named(monkeypatch):
+  monkeypatch.setitem(sys.modules, 's3fs', None)
+  with pytest.raises(UserError, match=r"pip install 'kdjax\[s3\]'"):
+    paths.check('s3://bucket/runs')
+
+
+def test_nobody_answers_in_time(monkeypatch):
+  monkeypatch.setattr(paths, 'PATIENCE', 0.2)
+  monkeypatch.setattr(paths, '_trouble', lambda *_: threading.Event().wait(2))
+  with pytest.raises(UserError, match='no answer'):
+    paths.check('gs://bucket/runs')
+
+
+def train(config, environment, *arguments) -> subprocess.CompletedProcess:
+  command = [sys.executable, '-m', 'kdjax.train', f'--config={config}', *arguments]
+  return subprocess.run(
+    command, env=runs.environment() | environment, cwd=runs.REPO, capture_output=True, text=True, timeout=300
+  )
+
+
+def test_a_bucket_that_is_not_there_ends_the_command_before_it_begins(store, tmp_path):
+  done = train(tiny.write_config(tmp_path, runs='gs://nowhere/runs'), store)
+  assert done.returncode == 2
+  told = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+  assert len(told) == 1 and 'gs://nowhere/runs cannot be written' in told[0]
+  assert 'reading' not in done.stderr and 'Traceback' not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_in_an_object_store_killed_and_started_again_is_the_run_on_a_disk(store, tmp_path):
+  fields = {'student.tokens': 40 * 8 * 16, 'checkpoint.every': 10, 'data.cache': str(tmp_path / 'stores')}
+  config = tiny.write_config(tmp_path, **fields, runs=f'{STORE}/{tmp_path.name}')
+  folder = paths.Path(f'{STORE}/{tmp_path.name}/mine')
+  arguments = (f'--workdir={folder}',)
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'kdjax.train', f'--config={config}', *arguments],
+    env=runs.environment() | store,
+    cwd=runs.REPO,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+    start_new_session=True,
+  )
+  student = RunFolder(folder / 'students' / 'distilled')
+  runs.wait_for(lambda: ((student.status() or {}).get('step') or 0) >= 20, process)
+  runs.kill(process)
+  done = train(config, store, *arguments)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert 'bits/byte' in done.stdout
+  assert student.is_done()
+  again = train(config, store, *arguments)
+  assert again.returncode == 0 and 'step/s' not in again.stderr
+
+  disk = tiny.write_config(tmp_path, **fields, runs=str(tmp_path / 'disk'))
+  assert train(disk, {}, f'--workdir={tmp_path / "disk" / "mine"}').returncode == 0
+  like = RunFolder(tmp_path / 'disk' / 'mine' / 'students' / 'distilled')
+  assert runs.metrics(student.path) == runs.metrics(like.path)
+  tables = [paths.Path(where / 'table.txt').read_text() for where in (folder, tmp_path / 'disk' / 'mine')]
+  assert len({table.partition('\n')[2] for table in tables}) == 1  # the first line names the folder
+  assert (folder / 'run.png').exists() and list((student.path / 'tensorboard').iterdir())
+
+
+def test_a_disk_needs_no_check(tmp_path):
+  paths.check(tmp_path / 'not there yet')
+  assert os.listdir(tmp_path) == [] and isinstance(paths.Path('a') / 'b', pathlib.PurePath)
