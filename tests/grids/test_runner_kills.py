@@ -5,11 +5,13 @@ import random
 import time
 
 import pandas as pd
+import psutil
 import pytest
 
 from kdjax import report
 from kdjax.analysis import effects
 from kdjax.grids import runner
+from kdjax.run import RunFolder
 from tests import runs, tiny
 
 pytestmark = pytest.mark.slow
@@ -74,3 +76,46 @@ def test_a_dead_runners_job_is_taken_over(tiny_grid, fresh):
   runs.kill(process)
   assert runs.finish(go(config, folder, 'run'), timeout=600) == [0]
   assert runner.state(folder, job, 60) == 'done'
+
+
+@pytest.fixture(scope='module')
+def cluster():
+  """A Ray cluster of two nodes on this machine, one core each."""
+  pytest.importorskip('ray', reason='Ray is in the [ray] extra')
+  from ray.cluster_utils import Cluster
+
+  cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 1})
+  cluster.add_node(num_cpus=1)
+  yield cluster
+  cluster.shutdown()
+
+
+def ray_runners() -> list[psutil.Process]:
+  """The processes that train for Ray, each under a worker of Ray's, youngest last."""
+  found = [
+    p for p in psutil.process_iter(['cmdline', 'create_time']) if 'grid.main(' in ' '.join(p.info['cmdline'] or ())
+  ]
+  return sorted(found, key=lambda p: p.info['create_time'])
+
+
+def test_on_a_ray_cluster_a_worker_killed_in_mid_cell_changes_nothing(cluster, undisturbed, fresh):
+  config, folder = fresh
+  process = go(config, folder, 'run', '--executor=ray', f'--address={cluster.address}')
+
+  def in_mid_cell() -> bool:
+    cells = [RunFolder(path) for path in (folder / 'cells').glob('*')]
+    return any((s := cell.status()) and s['state'] == 'running' and s['step'] >= 4 for cell in cells)
+
+  runs.wait_for(in_mid_cell, process, timeout=300)
+  before = ray_runners()
+  assert len(before) == 2
+  for victim in before:  # whichever of them has the cell
+    victim.parent().kill()
+  runs.wait_for(lambda: len(set(ray_runners()) - set(before)) == 2, process, timeout=120)
+  assert not [
+    p for p in before if p.is_running() and p.status() != psutil.STATUS_ZOMBIE
+  ]  # they died with Ray's workers
+  assert runs.finish(process, timeout=600) == [0]
+  assert 'all done' in runs.output(process)[0]
+  assert '2 runners on Ray, 2 at a time' in runs.errors(process)
+  pd.testing.assert_frame_equal(tables(folder), tables(undisturbed), check_exact=True)
