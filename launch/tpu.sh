@@ -3,10 +3,10 @@
 #
 #   launch/tpu.sh create --name=kd --project=my-project --zone=us-east5-b --accelerator=v6e-64 --spot
 #   launch/tpu.sh setup  --name=kd --project=my-project --zone=us-east5-b
-#   launch/tpu.sh run    --name=kd --project=my-project --zone=us-east5-b -- --config=configs/weak2strong.py:scale=paper --config.runs=/mnt/shared/runs
+#   launch/tpu.sh run    --name=kd --project=my-project --zone=us-east5-b -- --config=configs/weak2strong.py:scale=paper --config.runs=gs://my-bucket/runs
 #   launch/tpu.sh logs | status | resume | stop | delete   ... with the same three settings
 #
-# `runs` must be a folder that all hosts see: a Filestore share, or a bucket mounted with gcsfuse.
+# `runs` must be a folder that all hosts see: a bucket (gs://my-bucket/runs), or a Filestore share.
 # Settings may stand in the environment too (NAME, PROJECT, ZONE, ACCELERATOR, RUNTIME, SLICES, PROVISIONING=spot|reserved). --dry-run prints what would be done.
 #
 #   create   asks for the slice; --spot, --reserved, or on demand; --slices=N joins several (set --config.mesh.replica=N in run)
@@ -85,7 +85,7 @@ setup() {
     does gcloud compute tpus tpu-vm scp "$archive" "$node:kdjax.tar.gz" "${place[@]}" --worker=all
   done
   # The image's Python may be older than 3.11: uv brings one.
-  on_all_hosts "mkdir -p kdjax && tar -xzf kdjax.tar.gz -C kdjax && cd kdjax && pip install -q uv && python3 -m uv venv -q --python 3.12 .venv && python3 -m uv pip install -q -p .venv -e '.[tpu]'"
+  on_all_hosts "mkdir -p kdjax && tar -xzf kdjax.tar.gz -C kdjax && cd kdjax && pip install -q uv && python3 -m uv venv -q --python 3.12 .venv && python3 -m uv pip install -q -p .venv -e '.[tpu,gcs]'"
 }
 
 run() {

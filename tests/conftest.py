@@ -30,3 +30,15 @@ def tiny_grid(tmp_path_factory):
   grid = tiny.grid(home)
   command.run(grid, home / 'finished', progress=False)
   return home, grid, home / 'finished'
+
+
+@pytest.fixture(scope='session')
+def home(tmp_path_factory) -> pathlib.Path:
+  """Text and token stores for the experiments of several processes."""
+  from kdjax.data.corpus import prepare
+  from tests import tiny
+
+  folder = tmp_path_factory.mktemp('home')
+  config = tiny.config(folder)
+  prepare(config.data, config.eval, config.runs, progress=False)
+  return folder

@@ -3,9 +3,11 @@
 import importlib.util
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from kdjax import aot, cli, compiling, topology
+from kdjax import aot, cli, compiling, step, topology
 from kdjax.compiling import GIB, Report
 from kdjax.errors import UserError
 from kdjax.hlo import SLICES, Collective
@@ -147,6 +149,31 @@ def test_the_teachers_weights_are_gathered_once_a_microbatch(compiled):
   gathered = sum(one.total for one in gathers)
   weights = 2 * compiled.parameters['teacher'] / 2  # a chip's part of the tensor axis, in bfloat16
   assert layers > 1 and gathered < 1.5 * weights
+
+
+def on_whole_logits(students, labels, weights, targets, *, loss, vocab_size):
+  """The mixed loss as anybody would write it first, with nothing that training does not need."""
+  ((student, head, alpha, _),) = students
+  (teacher,) = targets
+  log_p = jax.nn.log_softmax((student @ head.astype(student.dtype)).astype(jnp.float32))
+  log_q = jax.nn.log_softmax((teacher.hidden_BxTxD @ teacher.head_DxV).astype(jnp.float32))
+  ce = -jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+  kl = jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
+  total = jnp.sum(weights * ((1 - alpha) * ce + alpha * kl))
+  return [(total, {'ce': jnp.sum(weights * ce), 'kd': jnp.sum(weights * kl)})]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_whole_steps_peak_is_at_most_three_quarters_of_that_with_whole_logits(monkeypatch):
+  changes = {'student.arms': 'distilled', 'student.batch_size': '64', 'data.seq_len': '2048', 'mesh.tensor': '4'}
+  models = {'student.model': 'llama3-1.7b', 'teacher.model': 'llama3-8b', 'student.model.remat': 'full'}
+  paper = cli.load_config('configs/strong2weak.py:scale=paper', changes | models)
+  fused = compiling.compile_step(paper, topology.parse('v6e:4x4'))
+  monkeypatch.setattr(step, 'fused_losses', on_whole_logits)
+  dense = compiling.compile_step(paper, topology.parse('v6e:4x4'))
+  print(f'fused {fused.bytes / GIB:.2f} GiB, whole logits {dense.bytes / GIB:.2f} GiB')
+  assert fused.bytes <= 0.75 * dense.bytes
 
 
 @needs_compiler

@@ -1,7 +1,6 @@
 """Several devices and several processes: the same data, the same losses to float tolerance, and no hang when one of them fails."""
 
 import json
-import signal
 import subprocess
 import sys
 
@@ -12,77 +11,16 @@ from kdjax import distributed, train
 from kdjax.cli import load_config
 from kdjax.data.batches import BatchStream, Windows
 from kdjax.data.corpus import prepare
-from kdjax.evals import results
-from kdjax.paths import read_json
-from kdjax.run import RunFolder
-from tests import runs, tiny
+from tests import runs, several
 
 ARMS = ('baseline', 'distilled', 'unigram')
-LONG = {
-  'student.arms': ('baseline', 'unigram'),
-  'student.tokens': 200 * 8 * 16,
-  'checkpoint.every': 50,
-  'eval.every': 10,
-}
-
-
-def start_two(config, workdir, *arguments, devices=1):
-  """Two processes over loopback."""
-  port = runs.free_port()
-  flags = (f'--coordinator=127.0.0.1:{port}', '--processes=2')
-  return [runs.start(config, workdir, *flags, f'--process={i}', *arguments, devices=devices) for i in range(2)]
-
-
-def done(*processes, timeout=240):
-  codes = runs.finish(*processes, timeout=timeout)
-  assert codes == [0] * len(codes), '\n'.join(runs.errors(p)[-3000:] for p in processes)
-
-
-def trained(workdir, arms=ARMS):
-  teacher = read_json(workdir / 'experiment.json')['teacher']
-  return [workdir / 'students' / arm for arm in arms] + ([workdir / teacher] if teacher else [])
-
-
-def assert_close(workdir, expected, arms=ARMS, rtol=1e-4, only_scored=False):
-  """Bit-identical data, losses and scores equal to float tolerance."""
-  for one, other in zip(trained(workdir, arms), trained(expected, arms), strict=True):
-    known, like = (RunFolder(folder).identity()['fingerprints'] for folder in (one, other))
-    assert {k: known[k] for k in ('data', 'tokenizer')} == {k: like[k] for k in ('data', 'tokenizer')}
-    assert known.get('init') == like.get('init')
-    got, wanted = runs.metrics(one), runs.metrics(other)
-    assert [r['step'] for r in got] == [r['step'] for r in wanted]
-    assert [r['tokens'] for r in got] == [r['tokens'] for r in wanted]
-    for name in ('loss', 'ce', 'grad_norm'):
-      np.testing.assert_allclose([r[name] for r in got], [r[name] for r in wanted], rtol=rtol, err_msg=f'{one} {name}')
-    files = [sorted((folder / 'results').glob('*.parquet')) for folder in (one, other)]
-    assert [f.name.partition('-step')[0] for f in files[0]] == [f.name.partition('-step')[0] for f in files[1]]
-    for file, like in zip(*files, strict=True):
-      table, wanted_table = results.read(file)[0], results.read(like)[0]
-      assert list(table['doc']) == list(wanted_table['doc'])
-      np.testing.assert_allclose(table['nll'], wanted_table['nll'], rtol=rtol)
-
-
-@pytest.fixture(scope='module')
-def home(tmp_path_factory):
-  """Text and token stores that all the experiments share."""
-  folder = tmp_path_factory.mktemp('home')
-  config = tiny.config(folder)
-  prepare(config.data, config.eval, config.runs, progress=False)
-  return folder
-
-
-def experiment(home, folder, **fields):
-  """(config file, workdir) of an experiment with teachers of its own."""
-  folder.mkdir(exist_ok=True)
-  config = tiny.write_config(folder, **{'data.cache': str(home / 'runs' / 'stores'), **tiny.write_text(home), **fields})
-  return config, folder / 'run'
 
 
 @pytest.fixture(scope='module')
 def alone(home, tmp_path_factory):
   """The experiment in one process on one device."""
-  config, workdir = experiment(home, tmp_path_factory.mktemp('alone') / 'e')
-  done(runs.start(config, workdir))
+  config, workdir = several.experiment(home, tmp_path_factory.mktemp('alone') / 'e')
+  several.done(runs.start(config, workdir))
   return workdir
 
 
@@ -113,7 +51,7 @@ for shape in ((1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)):
 
 
 def test_every_process_reads_the_rows_that_one_process_would(home, tmp_path):
-  config, _ = experiment(home, tmp_path / 'e')
+  config, _ = several.experiment(home, tmp_path / 'e')
   port = runs.free_port()
   both = [
     subprocess.Popen(
@@ -149,10 +87,10 @@ def test_every_process_reads_the_rows_that_one_process_would(home, tmp_path):
   ids=['fsdp', 'fsdp of 4', 'tensor', 'replica and tensor'],
 )  # fmt: skip
 def test_two_processes_train_and_score_as_one_does(home, alone, tmp_path, arguments, devices):
-  config, workdir = experiment(home, tmp_path / 'e')
-  both = start_two(config, workdir, *arguments, devices=devices)
-  done(*both)
-  assert_close(workdir, alone)
+  config, workdir = several.experiment(home, tmp_path / 'e')
+  both = several.start(2, config, workdir, *arguments, devices=devices)
+  several.done(*both)
+  several.assert_close(workdir, alone)
   printed = [runs.output(p)[0] for p in both]
   assert 'bits/byte' in printed[0]
   assert not [line for line in printed[1].splitlines() if not line.startswith('[Gloo]')]  # one process speaks
@@ -161,70 +99,9 @@ def test_two_processes_train_and_score_as_one_does(home, alone, tmp_path, argume
 @pytest.mark.slow
 def test_eight_devices_train_and_score_as_one_does(home, alone, tmp_path):
   for name, arguments in (('a', ()), ('b', ('--config.mesh.replica=2', '--config.mesh.tensor=2'))):
-    config, workdir = experiment(home, tmp_path / name)
-    done(runs.start(config, workdir, *arguments, devices=8))
-    assert_close(workdir, alone)
-
-
-@pytest.fixture(scope='module')
-def long_alone(home, tmp_path_factory):
-  config, workdir = experiment(home, tmp_path_factory.mktemp('long') / 'e', **LONG)
-  done(runs.start(config, workdir))
-  return workdir
-
-
-def lines(workdir) -> int:
-  path = workdir / 'students' / 'baseline' / 'metrics.jsonl'
-  return path.read_bytes().count(b'\n') if path.exists() else 0
-
-
-def stopped_at(workdir) -> int:
-  status = RunFolder(workdir / 'students' / 'baseline').status()
-  assert status['state'] == 'preempted'
-  return runs.leaves(workdir / 'students' / 'baseline')['step']
-
-
-@pytest.mark.slow
-def test_two_processes_told_to_stop_save_at_one_step_and_one_goes_on(home, long_alone, tmp_path):
-  config, workdir = experiment(home, tmp_path / 'e', **LONG)
-  both = start_two(config, workdir)
-  runs.wait_for(lambda: lines(workdir) >= 40, both[0])
-  for process in both:
-    process.send_signal(signal.SIGTERM)
-  done(*both)
-  assert 'saved; the same command goes on from there' in runs.errors(both[0])
-  step = stopped_at(workdir)
-  assert 40 <= step < 200
-  assert {runs.leaves(folder)['step'] for folder in trained(workdir, LONG['student.arms'])} == {step}
-  done(runs.start(config, workdir))
-  assert_close(workdir, long_alone, LONG['student.arms'], rtol=0.02)
-  assert lines(workdir) == 200
-
-
-@pytest.mark.slow
-def test_one_process_killed_goes_on_with_two(home, long_alone, tmp_path):
-  config, workdir = experiment(home, tmp_path / 'e', **LONG)
-  process = runs.start(config, workdir)
-  runs.wait_for(lambda: lines(workdir) >= 100, process)
-  runs.kill(process)
-  done(*start_two(config, workdir))
-  assert_close(workdir, long_alone, LONG['student.arms'], rtol=0.02)
-
-
-@pytest.mark.slow
-def test_two_processes_killed_go_on_bit_identically_with_two(home, tmp_path):
-  fields = LONG | {'student.tokens': 100 * 8 * 16, 'checkpoint.every': 20}
-  ends = []
-  for name in ('undisturbed', 'killed'):
-    config, workdir = experiment(home, tmp_path / name, **fields)
-    if name == 'killed':
-      both = start_two(config, workdir)
-      runs.wait_for(lambda workdir=workdir: lines(workdir) >= 50, both[0])
-      for process in both:
-        runs.kill(process)
-    done(*start_two(config, workdir))
-    ends.append([(runs.leaves(f), runs.metrics(f)) for f in trained(workdir, LONG['student.arms'])])
-  assert ends[0] == ends[1]
+    config, workdir = several.experiment(home, tmp_path / name)
+    several.done(runs.start(config, workdir, *arguments, devices=8))
+    several.assert_close(workdir, alone)
 
 
 SAVE_AND_READ = """
@@ -297,8 +174,8 @@ def assert_one_line(process, text, code=2):
 
 @pytest.mark.slow
 def test_a_config_that_is_wrong_ends_both_processes_with_its_line(home, tmp_path):
-  config, workdir = experiment(home, tmp_path / 'e')
-  both = start_two(config, workdir, '--config.student.alpha=2')
+  config, workdir = several.experiment(home, tmp_path / 'e')
+  both = several.start(2, config, workdir, '--config.student.alpha=2')
   runs.finish(*both, timeout=60)
   for process in both:
     assert_one_line(process, 'student.alpha: must be in [0, 1], got 2')
@@ -314,8 +191,8 @@ def test_a_config_that_is_wrong_ends_both_processes_with_its_line(home, tmp_path
   ],
 )
 def test_an_error_of_the_data_or_the_mesh_ends_both_processes_and_one_tells(home, tmp_path, argument, text):
-  config, workdir = experiment(home, tmp_path / 'e')
-  both = start_two(config, workdir, argument)
+  config, workdir = several.experiment(home, tmp_path / 'e')
+  both = several.start(2, config, workdir, argument)
   codes = runs.finish(*both, timeout=90)
   assert 0 not in codes
   assert_one_line(both[0], text)
@@ -323,27 +200,12 @@ def test_an_error_of_the_data_or_the_mesh_ends_both_processes_and_one_tells(home
 
 @pytest.mark.slow
 def test_a_folder_lost_in_mid_run_ends_both_processes_and_one_tells(home, tmp_path):
-  config, workdir = experiment(home, tmp_path / 'e', **LONG)
-  both = start_two(config, workdir)
-  runs.wait_for(lambda: lines(workdir) >= 40, both[0])
+  config, workdir = several.experiment(home, tmp_path / 'e', **several.LONG)
+  both = several.start(2, config, workdir)
+  runs.wait_for(lambda: several.lines(workdir) >= 40, both[0])
   (workdir / 'students' / 'baseline' / 'owner-99.json').write_text('{"token": "another"}')
   assert 0 not in runs.finish(*both, timeout=90)
   assert_one_line(both[0], 'another trainer has taken this folder over', code=1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('victim', [0, 1])
-def test_a_process_that_dies_takes_the_other_with_it(home, tmp_path, victim):
-  config, workdir = experiment(home, tmp_path / 'e', **LONG | {'heartbeat_timeout': 10})
-  both = start_two(config, workdir)
-  runs.wait_for(lambda: lines(workdir) >= 40, both[0])
-  runs.kill(both[victim])
-  runs.finish(*both, timeout=60)
-  left = both[1 - victim]
-  assert left.returncode in (128 + signal.SIGABRT, distributed.TEMPORARY)
-  told = [line for line in runs.errors(left).splitlines() if line.startswith('error: ')]
-  assert len(told) == 1 and 'gone' in told[0] and distributed.AGAIN in told[0]
-  assert 'Traceback' not in runs.errors(left)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +219,7 @@ def test_a_process_that_dies_takes_the_other_with_it(home, tmp_path, victim):
   ],
 )
 def test_incomplete_addresses_are_refused(home, tmp_path, capsys, arguments, message):
-  config, workdir = experiment(home, tmp_path / 'e')
+  config, workdir = several.experiment(home, tmp_path / 'e')
   with pytest.raises(SystemExit) as e:
     train.main([f'--config={config}', f'--workdir={workdir}', *arguments])
   assert e.value.code == 2

@@ -1,0 +1,88 @@
+"""Several real processes, some of which are lost: the others end with a line, and all go on where they were."""
+
+import signal
+
+import pytest
+
+from kdjax import distributed
+from kdjax.run import RunFolder
+from tests import runs, several
+
+ARMS = several.LONG['student.arms']
+FIELDS = several.LONG | {'student.tokens': 60 * 8 * 16, 'checkpoint.every': 10, 'heartbeat_timeout': 10}
+
+
+@pytest.fixture(scope='module')
+def undisturbed(home, tmp_path_factory):
+  """number of processes -> the folder of the experiment that so many did without any trouble."""
+  known = {}
+
+  def of(n):
+    if n not in known:
+      config, workdir = several.experiment(home, tmp_path_factory.mktemp(f'undisturbed{n}') / 'e', **FIELDS)
+      several.done(*several.start(n, config, workdir))
+      known[n] = workdir
+    return known[n]
+
+  return of
+
+
+def left(workdir):
+  """All that the runs of an experiment leave."""
+  return [(runs.leaves(folder), runs.metrics(folder)) for folder in several.trained(workdir, ARMS)]
+
+
+def begun(home, folder, n):
+  """(config, workdir, processes) of an experiment past its second checkpoint."""
+  config, workdir = several.experiment(home, folder, **FIELDS)
+  processes = several.start(n, config, workdir)
+  runs.wait_for(lambda: several.lines(workdir) >= 25, processes[0])
+  return config, workdir, processes
+
+
+def assert_all_ended_with_a_line(processes, victim):
+  """Within a minute, none in the dark."""
+  runs.finish(*processes, timeout=60)
+  for process in (p for k, p in enumerate(processes) if k != victim):
+    assert process.returncode in (128 + signal.SIGABRT, distributed.TEMPORARY)
+    told = [line for line in runs.errors(process).splitlines() if line.startswith('error: ')]
+    assert len(told) == 1 and 'gone' in told[0] and distributed.AGAIN in told[0]
+    assert 'Traceback' not in runs.errors(process)
+
+
+@pytest.mark.parametrize(
+  ('n', 'victim'),
+  [(2, 1), pytest.param(2, 0, marks=pytest.mark.slow), pytest.param(4, 0, marks=pytest.mark.slow), pytest.param(4, 3, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_one_killed_ends_the_others_and_all_started_again_go_on_bit_identically(home, undisturbed, tmp_path, n, victim):
+  config, workdir, processes = begun(home, tmp_path / 'e', n)
+  runs.kill(processes[victim])
+  assert_all_ended_with_a_line(processes, victim)
+  several.done(*several.start(n, config, workdir))
+  assert left(workdir) == left(undisturbed(n))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('n', 'then'), [(1, 2), (2, 1), (2, 4), (4, 2)])
+def test_what_some_began_another_number_finishes(home, undisturbed, tmp_path, n, then):
+  config, workdir, processes = begun(home, tmp_path / 'e', n)
+  for process in processes:
+    runs.kill(process)
+  several.done(*several.start(then, config, workdir))
+  several.assert_close(workdir, undisturbed(2), ARMS, rtol=0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('n', [2, 4])
+def test_told_to_stop_all_save_at_one_step_and_one_process_goes_on(home, undisturbed, tmp_path, n):
+  config, workdir, processes = begun(home, tmp_path / 'e', n)
+  processes[-1].send_signal(signal.SIGTERM)  # one of them alone: the others are told
+  several.done(*processes)
+  assert 'saved; the same command goes on from there' in runs.errors(processes[0])
+  folders = several.trained(workdir, ARMS)
+  (step,) = {runs.leaves(folder)['step'] for folder in folders}
+  assert 25 <= step < 60
+  assert {RunFolder(folder).status()['state'] for folder in folders} == {'preempted'}
+  several.done(runs.start(config, workdir))
+  several.assert_close(workdir, undisturbed(2), ARMS, rtol=0.005)
+  assert several.lines(workdir) == 60
