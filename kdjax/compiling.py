@@ -179,8 +179,7 @@ def _states(config: Config, recipe: Recipe, mesh: Mesh):
 def _teacher(config: Config, recipe: Recipe, mesh: Mesh) -> Teacher:
   found = Teacher()
   if recipe.teacher is not None:
-    dtype = teachers.dtype_of(config.teacher.dtype)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), recipe.teacher.abstract())
+    shapes = jax.eval_shape(lambda p: teachers.in_dtype(p, config.teacher.dtype), recipe.teacher.abstract())
     found = found._replace(
       params=jax.tree.map(_abstract, shapes, sharding.param_shardings(shapes, mesh, recipe.teacher_layout))
     )

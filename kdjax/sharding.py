@@ -23,14 +23,14 @@ AXES = ('replica', 'fsdp', 'tensor')
 BATCH_AXES = ('replica', 'fsdp')
 BATCH = P(BATCH_AXES)  # rows of a batch, [B, ...]
 
-# A parameter's path -> its spec; the first match counts. Stacked blocks have the layer axis first, never sharded.
+# A parameter's path -> its spec; the first match counts. Stacked blocks have the layer axis first, never sharded. `values`: in int8.
 RULES = (
   (r'embed/embedding', P('tensor', 'fsdp')),  # [V, D]
   (r'head/kernel', P('fsdp', 'tensor')),  # [D, V]
-  (r'blocks/attn/[qkv]/kernel', P(None, 'fsdp', 'tensor')),  # [L, D, H*K]
-  (r'blocks/attn/o/kernel', P(None, 'tensor', 'fsdp')),  # [L, H*K, D]
-  (r'blocks/mlp/(gate|up)/kernel', P(None, 'fsdp', 'tensor')),  # [L, D, F]
-  (r'blocks/mlp/down/kernel', P(None, 'tensor', 'fsdp')),  # [L, F, D]
+  (r'blocks/attn/[qkv]/kernel(/values)?', P(None, 'fsdp', 'tensor')),  # [L, D, H*K]
+  (r'blocks/attn/o/kernel(/values)?', P(None, 'tensor', 'fsdp')),  # [L, H*K, D]
+  (r'blocks/mlp/(gate|up)/kernel(/values)?', P(None, 'fsdp', 'tensor')),  # [L, D, F]
+  (r'blocks/mlp/down/kernel(/values)?', P(None, 'tensor', 'fsdp')),  # [L, F, D]
   (r'.*/scale', P()),
 )
 
@@ -127,6 +127,15 @@ def rows_over(axes: tuple[str, ...]) -> Iterator[None]:
     yield
   finally:
     _ROWS.reset(token)
+
+
+def gathered(matrix, name: str):
+  """A block's matrix (one layer's) gathered over `fsdp` here, and not wherever the compiler would."""
+  if mesh_in_use() is None:
+    return matrix
+  spec = next(spec for pattern, spec in RULES if re.match(pattern, name))[1:]
+  kept = [axis if axis == 'tensor' and rows_in_use() == BATCH_AXES else None for axis in spec]
+  return jax.lax.with_sharding_constraint(matrix, P(*kept))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,10 +1,10 @@
 """The teacher's treatment: trained once, found again by fingerprint, loaded read-only in a dtype of its own."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -16,6 +16,7 @@ from kdjax.data.store import COUNTED_TOKENS
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
 from kdjax.models import Model, build
+from kdjax.models.quantized import quantize
 from kdjax.run import RunFolder
 
 # Fields of a model that change its speed and memory but not what it computes: no run's folder keeps them.
@@ -110,20 +111,22 @@ def load(
   finally:
     saves.close()
   known = params_fingerprint(params)
-  return model, cast(params, dtype, shardings), step, known
+  return model, cast(params, dtype, mesh, layout), step, known
 
 
-def dtype_of(dtype: str) -> str:
-  """The teacher's dtype; 'auto': bfloat16 on accelerators, float32 on CPU."""
-  return dtype if dtype != 'auto' else 'float32' if backend.name() == 'cpu' else 'bfloat16'
+def in_dtype(params, dtype: str):
+  """Weights as the teacher's `dtype` says: 'auto' is bfloat16 on accelerators and float32 on CPU; 'int8' that, with the matrices rounded."""
+  wide = 'float32' if backend.name() == 'cpu' else 'bfloat16'
+  if dtype == 'int8':
+    return quantize(params, wide)
+  return jax.tree.map(lambda x: x.astype(wide if dtype == 'auto' else dtype), params)
 
 
-def cast(params, dtype: str, shardings):
-  """The weights in the teacher's dtype."""
-  dtype = dtype_of(dtype)
-  if all(leaf.dtype == jnp.dtype(dtype) for leaf in jax.tree.leaves(params)):
-    return params
-  return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p), out_shardings=shardings)(params)
+def cast(params, dtype: str, mesh: Mesh, layout: str):
+  """The same, on the mesh by `layout`."""
+  convert = functools.partial(in_dtype, dtype=dtype)
+  shardings = sharding.param_shardings(jax.eval_shape(convert, params), mesh, layout)
+  return jax.jit(convert, out_shardings=shardings)(params)
 
 
 def unigram_log_probs(windows: Windows, padded_vocab_size: int, max_tokens: int = COUNTED_TOKENS) -> np.ndarray:

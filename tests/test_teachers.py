@@ -15,11 +15,14 @@ from kdjax.config import AlphaSchedule, MeshConfig, ModelConfig, OptimizerConfig
 from kdjax.data.batches import Windows
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
+from kdjax.hlo import Program
 from kdjax.losses import alpha_state
 from kdjax.models import build, named
+from kdjax.models.quantized import Int8
 from kdjax.optimizer import adamw, learning_rate
 from kdjax.paths import write_json
 from kdjax.run import RunFolder
+from kdjax.sharding import path_name
 from kdjax.step import Recipe, init_state
 from tests.data.helpers import make_store
 
@@ -214,3 +217,43 @@ def test_unigram_counts_stop_at_max_tokens_and_at_the_distinct_tokens(tmp_path):
   np.testing.assert_array_equal(first, teachers.unigram_log_probs(Windows(store, 16, distinct_tokens=100), 257))
   counts = 1 + np.bincount(store.read(0, 100), minlength=257)
   np.testing.assert_allclose(first, np.log(counts / 357), rtol=1e-6)
+
+
+def wide(params):
+  return jax.tree.map(
+    lambda leaf: np.asarray(leaf.values, np.float32) * np.asarray(leaf.scale) if isinstance(leaf, Int8) else leaf,
+    params,
+    is_leaf=lambda leaf: isinstance(leaf, Int8),
+  )
+
+
+def test_int8_rounds_the_blocks_matrices_to_half_a_step_and_nothing_else():
+  model = build(teachers.with_vocabulary(MODEL, BYTES, 'teacher'))
+  params = model.init(jax.random.key(0))
+  params['blocks']['mlp']['up']['kernel'] = params['blocks']['mlp']['up']['kernel'].at[..., 3].set(0)
+  rounded = teachers.in_dtype(params, 'int8')
+  assert {path_name(path) for path, leaf in jax.tree_util.tree_flatten_with_path(rounded)[0] if leaf.dtype == jnp.int8} == {
+    f'blocks/{name}/kernel/values' for name in ('attn/q', 'attn/k', 'attn/v', 'attn/o', 'mlp/gate', 'mlp/up', 'mlp/down')
+  }  # fmt: skip
+  up, was = rounded['blocks']['mlp']['up']['kernel'], params['blocks']['mlp']['up']['kernel']
+  assert int(jnp.abs(up.values).max()) == 127
+  error = np.abs(wide(rounded)['blocks']['mlp']['up']['kernel'] - np.asarray(was))
+  assert (error <= np.asarray(up.scale) * 0.5001).all() and not error[..., 3].any()
+  np.testing.assert_array_equal(rounded['embed']['embedding'], params['embed']['embedding'])
+
+
+@pytest.mark.parametrize('layout', sharding.LAYOUTS)
+def test_int8_is_what_is_gathered_and_the_hidden_states_are_those_of_the_rounded_weights(layout):
+  on = sharding.make_mesh(MeshConfig(1, 4, 2))
+  model = build(dataclasses.replace(teachers.with_vocabulary(MODEL, BYTES, 'teacher'), d_model=32, d_ff=32, n_layers=2))
+  params = model.init(jax.random.key(0))
+  tokens = jax.random.randint(jax.random.key(1), (8, 16), 0, 256)
+  expected = model.hidden(wide(teachers.in_dtype(params, 'int8')), tokens)
+  with jax.set_mesh(on), sharding.rows_over(sharding.row_axes(layout)):
+    placed = teachers.cast(params, 'int8', on, layout)
+    rows = jax.device_put(tokens, jax.NamedSharding(on, jax.P(sharding.BATCH_AXES)))
+    compiled = jax.jit(model.hidden).lower(placed, rows).compile()
+    np.testing.assert_allclose(compiled(placed, rows), expected, atol=2e-5)
+  in_loop = [one for one in Program(compiled.as_text()).collectives(on.shape) if one.loop and one.kind == 'all-gather']
+  assert len(in_loop) == (0 if layout == 'replicated' else 7)
+  assert all(one.array.startswith('s8[') for one in in_loop)

@@ -22,7 +22,7 @@ CHOICES = {
   'loss.kd': ('forward_kl', 'hard_label'),
   'loss.mixing': MIXINGS,
   'loss.rest': ('renormalise', 'other'),
-  'teacher.dtype': ('auto', 'float32', 'bfloat16'),
+  'teacher.dtype': ('auto', 'float32', 'bfloat16', 'int8'),
   'teacher.layout': ('student', 'fsdp', 'replicated'),
 }
 

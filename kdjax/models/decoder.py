@@ -20,6 +20,7 @@ from kdjax import backend
 from kdjax.config import ModelConfig, RopeScaling
 from kdjax.errors import UserError
 from kdjax.models.attention import attention, check_implementation
+from kdjax.models.quantized import widened
 from kdjax.sharding import constrain
 
 DTYPES = ('auto', 'float32', 'bfloat16', 'float16')
@@ -133,6 +134,7 @@ class Decoder(nnx.Module):
     graph, layers = nnx.split(self.blocks)
 
     def block(x_BxTxD, layer):
+      layer = widened(layer, compute_dtype(config))
       return constrain(nnx.merge(graph, layer)(x_BxTxD, rope_TxK, segment_ids_BxT)), None
 
     if config.remat != 'none':
@@ -161,7 +163,7 @@ class Model:
     return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
   def hidden(self, params, tokens_BxT, segment_ids_BxT=None):
-    """Final-normed hidden states [B, T, D] in the compute dtype; `params` may be in any float dtype.
+    """Final-normed hidden states [B, T, D] in the compute dtype; `params` may be in any float dtype, its blocks' matrices in int8.
 
     Positions are positions in the window: rotary attention sees only their differences, so documents need no reset.
     """
