@@ -220,9 +220,7 @@ class TooLarge(TrainingError):
 
 def _memory(analysis, states, teacher: Teacher, microbatches: int) -> tuple[dict[str, float], float]:
   """(bytes of one device by part, the least that it reads and writes in a step)."""
-  local = lambda tree: sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-  )
+  local = lambda tree: sharding.local_bytes(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
   student, optimizer, theirs = (
     float(local([s.params for s in states])),
     float(local([s.opt_state for s in states])),

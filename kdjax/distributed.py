@@ -6,10 +6,11 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -27,6 +28,7 @@ LOST = re.compile(
   r'gloo|connection (reset|closed|refused)|socket closed|heartbeat|coordination service|UNAVAILABLE|DEADLINE_EXCEEDED',
   re.I,
 )
+LEFT_BEHIND = 'unset the TPU_* and MEGASCALE_* variables, where they are left behind by an earlier slice, or mend them'
 SIGNALLED = 128  # an exit code above it, as in a shell: ended by signal `code - 128`
 TEMPORARY = 75  # EX_TEMPFAIL: nothing is wrong with the command; launch/supervise.sh starts it again
 
@@ -71,8 +73,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   group.add_argument('--process', type=int, help='which one this is, from 0')
 
 
+def check_environment(joins: bool, environment: Mapping[str, str], addresses: Sequence[str]) -> None:
+  """Raises UserError where the environment describes a slice that this machine cannot be of: the TPU runtime would wait for it for ever.
+
+  Args:
+    joins: whether this process joins others (--distributed, --coordinator).
+    environment: os.environ.
+    addresses: of this machine.
+  """
+  if environment.get('JAX_PLATFORMS', '').startswith(('cpu', 'cuda')):
+    return
+  hosts = [host for host in environment.get('TPU_WORKER_HOSTNAMES', '').split(',') if host]
+  if len(hosts) > 1 and not joins:
+    raise UserError(
+      f'TPU_WORKER_HOSTNAMES says that this machine is one of {len(hosts)} hosts of a slice: start the same command on all of them, with '
+      '--distributed; or unset it, where it is left behind by an earlier slice'
+    )
+  number = environment.get('TPU_WORKER_ID', '')
+  if hosts and number and not (number.isdigit() and int(number) < len(hosts)):
+    raise UserError(f'TPU_WORKER_ID={number}: TPU_WORKER_HOSTNAMES has {len(hosts)} hosts; {LEFT_BEHIND}')
+  if len(hosts) > 1 and all(map(_is_ipv4, hosts)) and addresses and not set(addresses) & set(hosts):
+    raise UserError(f'TPU_WORKER_HOSTNAMES names {hosts[0]}, ... and not this machine ({addresses[0]}); {LEFT_BEHIND}')
+  slices = {
+    name: environment.get(f'MEGASCALE_{name}', '') for name in ('COORDINATOR_ADDRESS', 'NUM_SLICES', 'SLICE_ID')
+  }
+  missing = [f'MEGASCALE_{name}' for name, value in slices.items() if not value]
+  if 0 < len(missing) < len(slices):
+    raise UserError(f'of the variables of several slices {", ".join(missing)} is not set and others are; {LEFT_BEHIND}')
+  count, which = slices['NUM_SLICES'], slices['SLICE_ID']
+  if not missing and not (count.isdigit() and which.isdigit() and int(which) < int(count)):
+    raise UserError(f'MEGASCALE_SLICE_ID={which}: there are MEGASCALE_NUM_SLICES={count} slices; {LEFT_BEHIND}')
+
+
+def _is_ipv4(host: str) -> bool:
+  return re.fullmatch(r'(\d{1,3}\.){3}\d{1,3}', host) is not None
+
+
+def _addresses() -> list[str]:
+  """This machine's own, as far as its name tells them."""
+  with contextlib.suppress(OSError):
+    found = {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
+    return sorted(address for address in found if not address.startswith('127.'))
+  return []
+
+
 def initialize(args: argparse.Namespace, heartbeat_timeout: int) -> None:
   """Joins the processes, where there are several. To be called before JAX touches a device."""
+  check_environment(args.distributed or args.coordinator is not None, os.environ, _addresses())
   named = (args.coordinator, args.processes, args.process)
   if any(value is not None for value in named):
     if any(value is None for value in named):

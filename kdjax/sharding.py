@@ -75,6 +75,12 @@ def _arranged(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray
   return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
+def local_bytes(shapes, shardings) -> int:
+  """What one device holds of a tree of (possibly abstract) arrays."""
+  sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, shapes, shardings)
+  return sum(jax.tree.leaves(sizes))
+
+
 def path_name(path) -> str:
   """A key path of a nested dict as 'a/b/c'."""
   return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path)

@@ -104,9 +104,9 @@ def check(config: Config, corpus: Corpus, mesh: Mesh) -> None:
   """Raises UserError for a model that cannot be made, or does not fit the mesh: before the first one is trained, not after."""
   make = lambda model, name: build(teachers.with_vocabulary(model, corpus.tokenizer, name))
   distils = 'distilled' in config.student.arms
-  check_models(
-    config, mesh, make(config.student.model, 'student'), make(config.teacher.model, 'teacher') if distils else None
-  )
+  student, teacher = make(config.student.model, 'student'), make(config.teacher.model, 'teacher') if distils else None
+  check_models(config, mesh, student, teacher)
+  check_memory(config, mesh, student, teacher)
 
 
 def check_models(config: Config, mesh: Mesh, student: Model, teacher: Model | None) -> None:
@@ -141,6 +141,33 @@ def check_models(config: Config, mesh: Mesh, student: Model, teacher: Model | No
     raise UserError(
       f"the teacher's vocabulary ({sizes['teacher']} tokens) is not the student's ({sizes['student']}); "
       'distillation needs the same one'
+    )
+
+
+def check_memory(config: Config, mesh: Mesh, student: Model, teacher: Model | None, limit: int = 0) -> None:
+  """Raises UserError where what stays in memory all the time is more than a device has (`limit` bytes; 0: as the device says, if it does).
+
+  Activations come on top: `python -m kdjax.aot` knows them.
+  """
+  limit = limit or (mesh.devices.flat[0].memory_stats() or {}).get('bytes_limit', 0)
+  if not limit:
+    return
+  state = jax.eval_shape(student.init, jax.random.key(0))
+  # The weights and AdamW's two moments.
+  needs = {
+    f'{len(config.student.arms)} students and their optimizers': 3
+    * len(config.student.arms)
+    * sharding.local_bytes(state, sharding.param_shardings(state, mesh))
+  }
+  if teacher is not None:
+    shapes = jax.eval_shape(lambda p: teachers.in_dtype(p, config.teacher.dtype), teacher.abstract())
+    placed = sharding.param_shardings(shapes, mesh, config.teacher.layout)
+    needs[f'the teacher in {config.teacher.dtype}'] = sharding.local_bytes(shapes, placed)
+  if sum(needs.values()) > limit:
+    told = ' and '.join(f'{n / 2**30:.1f} GiB for {what}' for what, n in needs.items())
+    raise UserError(
+      f'the models do not fit: {told} on each device, which has {limit / 2**30:.1f} GiB; use more devices (--config.mesh.fsdp), smaller models, '
+      'fewer arms, or --config.teacher.dtype=int8'
     )
 
 

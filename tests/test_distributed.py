@@ -11,6 +11,7 @@ from kdjax import distributed, train
 from kdjax.cli import load_config
 from kdjax.data.batches import BatchStream, Windows
 from kdjax.data.corpus import prepare
+from kdjax.errors import UserError
 from tests import runs, several
 
 ARMS = ('baseline', 'distilled', 'unigram')
@@ -231,3 +232,45 @@ def test_one_process_does_its_own_work():
   assert distributed.of_first_process([1, 2]) == [1, 2]
   assert distributed.from_first_process([True, False]) == [True, False]
   assert distributed.on_any_process(True) and not distributed.on_any_process(False)
+
+
+SLICE = {'TPU_WORKER_HOSTNAMES': '10.0.0.1,10.0.0.2', 'TPU_WORKER_ID': '1'}
+SLICES = {'MEGASCALE_COORDINATOR_ADDRESS': '10.0.0.1', 'MEGASCALE_NUM_SLICES': '2', 'MEGASCALE_SLICE_ID': '1'}
+
+
+@pytest.mark.parametrize(
+  ('joins', 'environment', 'says'),
+  [
+    (False, SLICE, 'one of 2 hosts of a slice'),
+    (True, SLICE | {'TPU_WORKER_ID': '2'}, 'TPU_WORKER_ID=2: TPU_WORKER_HOSTNAMES has 2 hosts'),
+    (
+      True,
+      SLICE | {'TPU_WORKER_HOSTNAMES': '10.0.1.1,10.0.1.2'},
+      r'names 10.0.1.1, ... and not this machine \(10.0.0.2\)',
+    ),
+    (True, SLICE | {'MEGASCALE_NUM_SLICES': '2'}, 'MEGASCALE_COORDINATOR_ADDRESS, MEGASCALE_SLICE_ID is not set'),
+    (True, SLICE | SLICES | {'MEGASCALE_SLICE_ID': '2'}, 'MEGASCALE_SLICE_ID=2: there are MEGASCALE_NUM_SLICES=2'),
+  ],
+)
+def test_variables_that_an_earlier_slice_has_left_are_told_in_one_line(joins, environment, says):
+  with pytest.raises(UserError, match=says) as e:
+    distributed.check_environment(joins, environment, ['10.0.0.2'])
+  assert '\n' not in str(e.value)
+  distributed.check_environment(joins, environment | {'JAX_PLATFORMS': 'cpu'}, ['10.0.0.2'])
+
+
+@pytest.mark.parametrize(
+  ('joins', 'environment'),
+  [
+    (True, SLICE),
+    (True, SLICE | SLICES),
+    (False, {}),
+    (False, {'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0'}),
+    (
+      True,
+      {'TPU_WORKER_HOSTNAMES': 'kd-slice-0-0.kd,kd-slice-0-1.kd', 'TPU_WORKER_ID': '1'},
+    ),  # GKE: names, not addresses
+  ],
+)
+def test_a_slice_that_is_here_is_none_of_an_earlier_one(joins, environment):
+  distributed.check_environment(joins, environment, ['10.0.0.2'])

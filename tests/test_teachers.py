@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from kdjax import config as config_lib
-from kdjax import sharding, teachers
+from kdjax import sharding, teachers, training
 from kdjax.checkpoint import Checkpoints, params_fingerprint
-from kdjax.config import AlphaSchedule, MeshConfig, ModelConfig, OptimizerConfig, TeacherConfig
+from kdjax.config import AlphaSchedule, Config, MeshConfig, ModelConfig, OptimizerConfig, TeacherConfig
 from kdjax.data.batches import Windows
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
@@ -257,3 +257,22 @@ def test_int8_is_what_is_gathered_and_the_hidden_states_are_those_of_the_rounded
   in_loop = [one for one in Program(compiled.as_text()).collectives(on.shape) if one.loop and one.kind == 'all-gather']
   assert len(in_loop) == (0 if layout == 'replicated' else 7)
   assert all(one.array.startswith('s8[') for one in in_loop)
+
+
+def test_models_that_a_device_cannot_hold_are_told_before_they_are_made():
+  model = build(teachers.with_vocabulary(MODEL, BYTES, 'teacher'))
+  config = Config()
+  held = 4 * model.n_params
+  students = 3 * held * len(config.student.arms)
+  one = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+  training.check_memory(config, one, model, model, limit=students + held)
+  with pytest.raises(
+    UserError, match=r'3 students and their optimizers and .* for the teacher in auto on each device'
+  ) as e:
+    training.check_memory(config, one, model, model, limit=students + held - 1)
+  assert '\n' not in str(e.value)
+  # Two devices hold half each, but for the norms; int8 is less than float32.
+  training.check_memory(config, mesh(), model, model, limit=int(0.6 * (students + held)))
+  small = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, dtype='int8'))
+  training.check_memory(small, one, model, model, limit=students + held - 1)
+  training.check_memory(config, one, model, model)  # a CPU does not say what it has

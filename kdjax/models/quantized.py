@@ -47,7 +47,9 @@ def widened(layer, dtype):
   def one(path, leaf):
     if not isinstance(leaf, Int8):
       return leaf
-    values = gathered(leaf.values, f'blocks/{path_name(path)}')  # before they are widened: a quarter or half of the bytes
+    values = gathered(
+      leaf.values, f'blocks/{path_name(path)}'
+    )  # before they are widened: a quarter or half of the bytes
     return (values.astype(jnp.float32) * leaf.scale).astype(dtype)
 
   return jax.tree_util.tree_map_with_path(one, layer, is_leaf=lambda leaf: isinstance(leaf, Int8))
