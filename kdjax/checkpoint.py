@@ -52,6 +52,7 @@ class Checkpoints:
     folder: where the steps' folders live.
     keep: how many of the newest stay.
     keep_period: multiples of this many steps stay for good; 0: none.
+    keep_minutes: and those that are so many minutes younger than the last that stayed for it; 0: none.
     keep_steps: these stay for good too.
     read_only: an eval job's view; never writes or cleans up.
   """
@@ -61,11 +62,13 @@ class Checkpoints:
     folder: str | os.PathLike,
     keep: int = 2,
     keep_period: int = 0,
+    keep_minutes: float = 0,
     keep_steps: Sequence[int] = (),
     read_only: bool = False,
   ):
     policies = [preservation.LatestN(keep), preservation.CustomSteps(keep_steps)]
     policies += [preservation.EveryNSteps(keep_period)] if keep_period else []
+    policies += [preservation.EveryNSeconds(60 * keep_minutes)] if keep_minutes else []
     self.folder = paths.absolute(folder)
     self._manager = ocp.CheckpointManager(
       self.folder,

@@ -64,6 +64,7 @@ class Cohort:
   eval_batches: int
   keep: int
   keep_period: int
+  keep_minutes: float
   keep_steps: tuple[int, ...]  # and these checkpoints for good
   max_skipped: int
   heartbeat_timeout: float
@@ -102,7 +103,7 @@ def fit(cohort: Cohort, mesh: Mesh) -> None:
   # A kill may leave one member a checkpoint ahead: the one before must still be there.
   keep = max(cohort.keep, 2) if len(folders) > 1 else cohort.keep
   with heart.beating(), _stop_signal() as asked_to_stop, contextlib.ExitStack() as stack:
-    saves = [_closing(stack, Checkpoints(f.checkpoints, keep, cohort.keep_period, cohort.keep_steps)) for f in folders]
+    saves = [_closing(stack, _saves(f, keep, cohort)) for f in folders]
     session = Session([f.path for f in folders if f.writes], begin)
     states, shardings, start = _start(cohort, saves, mesh)
     session.starts_at(start)
@@ -386,6 +387,10 @@ def _stop_signal() -> Iterator[Callable[[int, int], bool]]:
   finally:
     for number, handler in old.items():
       signal.signal(number, handler)
+
+
+def _saves(folder: RunFolder, keep: int, cohort: Cohort) -> Checkpoints:
+  return Checkpoints(folder.checkpoints, keep, cohort.keep_period, cohort.keep_minutes, cohort.keep_steps)
 
 
 def _closing(stack: contextlib.ExitStack, saves: Checkpoints) -> Checkpoints:

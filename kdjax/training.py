@@ -298,6 +298,7 @@ def _cohort(
     eval_batches=config.eval.every_batches,
     keep=config.checkpoint.keep,
     keep_period=config.checkpoint.keep_period,
+    keep_minutes=config.checkpoint.keep_minutes,
     keep_steps=trunk_steps(config) if name == 'teacher' else (),
     max_skipped=config.max_skipped,
     heartbeat_timeout=config.heartbeat_timeout,

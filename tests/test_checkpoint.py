@@ -472,3 +472,14 @@ def test_a_save_that_fails_is_told_by_the_next_one(tmp_path, monkeypatch):
   with pytest.raises(TrainingError, match=r'could not be written .*free some disk space'):
     saves.save(2, place(make_state(), runs.mesh()), KNOWN)
   saves.close()
+
+
+@pytest.mark.parametrize(('minutes', 'left'), [(0, [8]), (60, [2, 8]), (1e-6, [2, 4, 6, 8])])
+def test_checkpoints_so_far_apart_in_time_stay(tmp_path, minutes, left):
+  saves = Checkpoints(tmp_path / 'c', keep=1, keep_minutes=minutes)
+  state = place(make_state(), runs.mesh())
+  for step in (2, 4, 6, 8):
+    saves.save(step, state, KNOWN)
+  saves.wait()
+  assert saves.steps() == left
+  saves.close()

@@ -291,6 +291,7 @@ WRONG = [
   ('checkpoint__every', -1, 'checkpoint.every'),
   ('checkpoint__keep', 0, 'checkpoint.keep'),
   ('checkpoint__keep_period', -1, 'checkpoint.keep_period'),
+  ('checkpoint__keep_minutes', -1.0, 'checkpoint.keep_minutes'),
   ('runs', ' ', 'runs: must name a folder'),
   ('data__separator', '<s>', 'data.separator: the tokenizer bpe'),
   ('student__tokens', 10**15, 'student.tokens: 1e+15 are more than 10,000,000 steps'),

@@ -76,6 +76,7 @@ NOT_NEGATIVE = (
   'eval.every',
   'checkpoint.every',
   'checkpoint.keep_period',
+  'checkpoint.keep_minutes',
 )
 
 

@@ -175,6 +175,7 @@ class CheckpointConfig:
   every: int = 0  # steps; 0: ten in a run
   keep: int = 2  # the newest
   keep_period: int = 0  # and each multiple of this for good; 0: none but the last
+  keep_minutes: float = 0.0  # and, for good, one each time that so many minutes have gone by; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
