@@ -149,7 +149,7 @@ def check_memory(config: Config, mesh: Mesh, student: Model, teacher: Model | No
 
   Activations come on top: `python -m kdjax.aot` knows them.
   """
-  limit = limit or (mesh.devices.flat[0].memory_stats() or {}).get('bytes_limit', 0)
+  limit = limit or (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit', 0)
   if not limit:
     return
   state = jax.eval_shape(student.init, jax.random.key(0))
