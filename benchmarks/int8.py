@@ -1,6 +1,6 @@
 """docs/INT8.md: what a teacher with its matrices in int8 costs in loss: of the teacher itself, and of the students that learn from it.
 
-    python -m benchmarks.int8 [--seeds 2]
+    python -m benchmarks.int8 [--seeds 2] [--configs weak2strong strong2weak]
 
 The laptop's models: each teacher is trained once, its student once for each dtype of the teacher and each seed, on the same batches.
 Minutes on two cores; what is done is not done again.
@@ -25,16 +25,16 @@ from kdjax.losses import ModelTargets, fused_loss
 
 PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'INT8.md'
 DTYPES = ('float32', 'bfloat16', 'int8')
-CONFIGS = ('weak2strong', 'strong2weak')
 FIELDS = {'student.arms': 'distilled'}
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--seeds', type=int, default=2)
+  parser.add_argument('--configs', nargs='+', default=['weak2strong', 'strong2weak'])
   args = parser.parse_args()
   of_teachers, of_students = [], []
-  for name in CONFIGS:
+  for name in args.configs:
     changed = [
       cli.load_config(f'configs/{name}.py', FIELDS | {'student.seed': str(43 + seed)}) for seed in range(args.seeds)
     ]

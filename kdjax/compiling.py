@@ -21,11 +21,11 @@ from kdjax import config as config_lib
 from kdjax.config import Config, ModelConfig
 from kdjax.errors import TrainingError, UserError
 from kdjax.hlo import SLICES, Collective, Program
-from kdjax.losses import ModelTargets, Student, UnigramTargets, alpha_state, fused_losses
+from kdjax.losses import alpha_state
 from kdjax.losses.fused import HEAD
 from kdjax.models import Model, build
 from kdjax.models.decoder import compute_dtype
-from kdjax.step import PARTS, Recipe, Teacher, init_state, make_step, state_shardings
+from kdjax.step import PARTS, Recipe, Teacher, init_state, losses_of, make_step, state_shardings
 from kdjax.topology import Slice, devices
 
 GIB = 2**30
@@ -251,18 +251,7 @@ def _loss_bytes(recipe: Recipe, states, teacher: Teacher, batches, mesh: Mesh) -
     return hidden, _abstract(jax.eval_shape(model.head, params), NamedSharding(mesh, HEAD))
 
   def loss(models, theirs, unigram_V, labels, weights):
-    known: dict[str, Any] = {}
-    if 'teacher' in recipe.targets:
-      known['teacher'] = ModelTargets(*theirs)
-    if 'unigram' in recipe.targets:
-      known['unigram'] = UnigramTargets(unigram_V)
-    order = list(known)
-    students = [
-      Student(hidden, head, 0.5, order.index(target) if target in known else None)
-      for (hidden, head), target in zip(models, recipe.targets, strict=True)
-    ]
-    vocab_size = recipe.student.config.vocab_size
-    losses = fused_losses(students, labels, weights, list(known.values()), loss=recipe.loss, vocab_size=vocab_size)
+    losses = losses_of(recipe, models, theirs, unigram_V, [0.5] * len(models), labels, weights)
     return sum(value for value, _ in losses)
 
   models = [of(recipe.student, s.params) for s in states]

@@ -20,6 +20,7 @@ from kdjax.losses import AlphaState, ModelTargets, Student, UnigramTargets, alph
 from kdjax.models import Model
 
 Params = Any
+Outputs = tuple[Any, Any]  # a model's hidden states [B, T, D] and head [D, V]
 Batch = dict[str, jax.Array]  # tokens, labels, segment_ids: int32 [B, T]; a label of -1 counts for nothing
 
 
@@ -151,33 +152,32 @@ def _gradients(recipe: Recipe, params, teacher: Teacher, batch: Batch, alphas):
 def _loss(recipe: Recipe, params, teacher: Teacher, batch: Batch, alphas):
   """Sum of the students' losses (their parameters are disjoint, so each gets its own gradient) and their weighted sums."""
   segment_ids = batch['segment_ids'] if recipe.mask_documents else None
-  known: dict[str, Any] = {}
-  if 'teacher' in recipe.targets:
-    assert recipe.teacher is not None
+  theirs = None
+  if recipe.teacher is not None and 'teacher' in recipe.targets:
     with jax.named_scope('teacher'):
-      known['teacher'] = ModelTargets(
-        _teacher_hidden(recipe, teacher, batch['tokens'], segment_ids), recipe.teacher.head(teacher.params)
-      )
+      theirs = _teacher_hidden(recipe, teacher, batch['tokens'], segment_ids), recipe.teacher.head(teacher.params)
+  with jax.named_scope('student'):
+    ours = [(recipe.student.hidden(p, batch['tokens'], segment_ids), recipe.student.head(p)) for p in params]
+  with jax.named_scope('loss'):
+    losses = losses_of(recipe, ours, theirs, teacher.unigram_V, alphas, batch['labels'], batch['weights'])
+  return sum(loss for loss, _ in losses), [sums | {'loss': jax.lax.stop_gradient(loss)} for loss, sums in losses]
+
+
+def losses_of(recipe: Recipe, ours: Sequence[Outputs], theirs: Outputs | None, unigram_V, alphas, labels, weights):
+  """(loss, sums) of each student, from what the models give: `ours` the students', `theirs` the teacher's."""
+  known: dict[str, Any] = {}
+  if theirs is not None:
+    known['teacher'] = ModelTargets(*theirs)
   if 'unigram' in recipe.targets:
-    known['unigram'] = UnigramTargets(teacher.unigram_V)
+    known['unigram'] = UnigramTargets(unigram_V)
   known = jax.lax.stop_gradient(known)
   names = list(known)
-  with jax.named_scope('student'):
-    students = [
-      Student(
-        recipe.student.hidden(p, batch['tokens'], segment_ids),
-        recipe.student.head(p),
-        alpha,
-        names.index(target) if target != 'none' else None,
-      )
-      for p, alpha, target in zip(params, alphas, recipe.targets, strict=True)
-    ]
+  students = [
+    Student(*output, alpha, names.index(target) if target != 'none' else None)
+    for output, alpha, target in zip(ours, alphas, recipe.targets, strict=True)
+  ]
   vocab_size = recipe.student.config.vocab_size
-  with jax.named_scope('loss'):
-    losses = fused_losses(
-      students, batch['labels'], batch['weights'], list(known.values()), loss=recipe.loss, vocab_size=vocab_size
-    )
-  return sum(loss for loss, _ in losses), [sums | {'loss': jax.lax.stop_gradient(loss)} for loss, sums in losses]
+  return fused_losses(students, labels, weights, list(known.values()), loss=recipe.loss, vocab_size=vocab_size)
 
 
 def _teacher_hidden(recipe: Recipe, teacher: Teacher, tokens_BxT, segment_ids_BxT):
