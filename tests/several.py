@@ -23,7 +23,7 @@ def start(n, config, workdir, *arguments, devices=1):
   return [runs.start(config, workdir, *flags, f'--process={i}', *arguments, devices=devices) for i in range(n)]
 
 
-def done(*processes, timeout=240):
+def done(*processes, timeout=400):
   codes = runs.finish(*processes, timeout=timeout)
   assert codes == [0] * len(codes), '\n'.join(runs.errors(p)[-3000:] for p in processes)
 

@@ -36,7 +36,7 @@ def begun(home, folder, n):
   """(config, workdir, processes) of an experiment past its second checkpoint."""
   config, workdir = several.experiment(home, folder, **FIELDS)
   processes = several.start(n, config, workdir)
-  runs.wait_for(lambda: several.lines(workdir) >= 25, processes[0])
+  runs.wait_for(lambda: several.lines(workdir) >= 25, processes[0], timeout=300)
   return config, workdir, processes
 
 

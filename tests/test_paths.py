@@ -1,6 +1,8 @@
 """Folders on a disk and in an object store: whole files, files that are created once, paths from one to another, and whole runs."""
 
 import contextlib
+import gzip
+import lzma
 import os
 import pathlib
 import subprocess
@@ -10,6 +12,8 @@ import threading
 import pytest
 
 from kdjax import paths
+from kdjax.data.sources import documents, signature
+from kdjax.data.tokenizer import Tokenizer, train_bpe
 from kdjax.errors import UserError
 from kdjax.run import RunFolder
 from tests import bucket, runs, tiny
@@ -176,3 +180,25 @@ def test_a_run_in_an_object_store_killed_and_started_again_is_the_run_on_a_disk(
 def test_a_disk_needs_no_check(tmp_path):
   paths.check(tmp_path / 'not there yet')
   assert os.listdir(tmp_path) == [] and isinstance(paths.Path('a') / 'b', pathlib.PurePath)
+
+
+def test_text_and_tokenizer_may_lie_in_the_store(store, tmp_path):
+  texts = {
+    'a.jsonl': b'{"text": "one"}\n',
+    'b.jsonl.gz': gzip.compress(b'{"text": "two"}\n'),
+    'c.txt.xz': lzma.compress(b'three'),
+  }
+  for name, data in texts.items():
+    (paths.Path(f'{STORE}/texts') / name).write_bytes(data)
+  assert list(documents(f'{STORE}/texts/*')) == ['one', 'two', 'three']
+  before = signature(f'{STORE}/texts/*.jsonl')
+  (paths.Path(f'{STORE}/texts') / 'a.jsonl').write_bytes(b'{"text": "another"}\n')
+  assert signature(f'{STORE}/texts/*.jsonl') != before
+  with pytest.raises(UserError, match='matches no file'):
+    signature(f'{STORE}/nowhere/*.jsonl')
+  tokenizer = train_bpe(['one two three four'] * 20, 300)
+  tokenizer.save(tmp_path / 'tokenizer')
+  file = tmp_path / 'tokenizer' / 'tokenizer.json'
+  (paths.Path(STORE) / 'tokenizer.json').write_bytes(file.read_bytes())
+  same = Tokenizer.from_file(f'{STORE}/tokenizer.json', tokenizer.separator)
+  assert same.vocab_size == tokenizer.vocab_size

@@ -2,7 +2,7 @@
 
 A source is `embedded:<name>` (text that ordinary Python packages carry, so that a first run downloads nothing), a path,
 a glob, or several of these with commas between them. A `.txt` file is one document; a `.jsonl` or `.json` file has one
-object a line. Each may be compressed (`.gz`, `.xz`, `.zst`). Files are read in the order of their paths, so the stream
+object a line. Each may be compressed (`.gz`, `.xz`, `.zst`), and lie in an object store (`gs://bucket/*.jsonl.zst`). Files are read in the order of their paths, so the stream
 is the same every time.
 """
 
@@ -21,22 +21,24 @@ import re
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import zstandard
 
+from kdjax import paths
 from kdjax.data.files import digest
 from kdjax.errors import UserError
 
 _PREFIX = 'embedded:'
 _NOT_CODE = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
 Lines = BinaryIO | gzip.GzipFile | lzma.LZMAFile | io.BufferedReader
-Reader = Callable[[pathlib.Path], Iterator[str]]
-_OPENERS: dict[str, Callable[[pathlib.Path], Lines]] = {
-  '': lambda path: path.open('rb'),
-  '.gz': lambda path: gzip.open(path, 'rb'),  # noqa: SIM115 (the caller closes it)
-  '.xz': lambda path: lzma.open(path, 'rb'),  # noqa: SIM115
-  '.zst': lambda path: io.BufferedReader(_ZstdFile(path)),
+File: TypeAlias = pathlib.Path | paths.Path  # on a disk, in an object store
+Reader = Callable[[File], Iterator[str]]
+_OPENERS: dict[str, Callable[[BinaryIO], Lines]] = {
+  '': lambda file: file,
+  '.gz': lambda file: gzip.open(file, 'rb'),  # noqa: SIM115 (the caller closes it)
+  '.xz': lambda file: lzma.open(file, 'rb'),  # noqa: SIM115
+  '.zst': lambda file: io.BufferedReader(_ZstdFile(file)),
 }
 _FIELDS = 'data.text_field (or eval.ood_text_field)'
 _SUFFIXES = '.txt, .jsonl or .json, each also with .gz, .xz or .zst'
@@ -45,8 +47,8 @@ _SUFFIXES = '.txt, .jsonl or .json, each also with .gz, .xz or .zst'
 class _ZstdFile(io.RawIOBase):
   """Decompresses frame after frame. `zstandard`'s own reader takes a truncated file for a short one, in silence."""
 
-  def __init__(self, path: pathlib.Path):
-    self._file = path.open('rb')
+  def __init__(self, file: BinaryIO):
+    self._file = file
     self._frame: zstandard.ZstdDecompressionObj | None = None
     self._ready = b''
 
@@ -105,43 +107,65 @@ def records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def signature(source: str) -> str:
   """16 hexadecimal digits over the names, sizes and modification times of a source's files. Nothing is read."""
-  stats = [(path.name, path.stat()) for path, _ in _resolve(source, _no_text)]
-  return digest(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
+  return digest(repr([(path.name, *_stamp(path)) for path, _ in _resolve(source, _no_text)]).encode())
 
 
-def _resolve(source: str, reader: Reader) -> list[tuple[pathlib.Path, Reader]]:
+def _stamp(path: File) -> tuple[int, int]:
+  """Size and time of the last change."""
+  if isinstance(path, pathlib.Path):
+    return path.stat().st_size, path.stat().st_mtime_ns
+  stat = path.stat()
+  return stat.length, int(stat.mtime)
+
+
+def _resolve(source: str, reader: Reader) -> list[tuple[File, Reader]]:
   """Each file once, with the function that reads its documents: `reader`, or that of an embedded source."""
   parts = [source] if os.path.exists(source) else [p.strip() for p in source.split(',') if p.strip()]
   if not parts:
     raise UserError(f'data source {source!r} names nothing; give a path, a glob, or one of {_embedded_names()}')
-  found: dict[pathlib.Path, Reader] = {}
+  found: dict[File, Reader] = {}
   for part in parts:
     if part.startswith(_PREFIX):
       embedded = _embedded(part)
-      read, paths = embedded.read, embedded.files(embedded.package)
+      read, files = embedded.read, embedded.files(embedded.package)
     else:
-      read, paths = reader, _match(part)
-    found.update((path, read) for path in sorted(paths))
+      read, files = reader, _match(part)
+    found.update((path, read) for path in sorted(files))
   return list(found.items())
 
 
-def _match(pattern: str) -> list[pathlib.Path]:
+def _match(pattern: str) -> list[File]:
+  if paths.is_remote(pattern):
+    return _match_remote(pattern)
   pattern = os.path.expanduser(pattern)
   if os.path.isdir(pattern):
     raise UserError(f'data source {pattern} is a folder; give a glob such as {os.path.join(pattern, "**", "*.jsonl")}')
   names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
-  paths = [pathlib.Path(name) for name in names if os.path.isfile(name)]
-  if not paths:
+  found: list[File] = [pathlib.Path(name) for name in names if os.path.isfile(name)]
+  if not found:
     raise UserError(
       f'data source {pattern!r} matches no file (seen from {os.getcwd()}); '
       f'mend the path, or use one of {_embedded_names()}'
     )
-  for path in paths:
+  for path in found:
     _kind(path)
-  return paths
+  return found
 
 
-def _kind(path: pathlib.Path) -> tuple[str, str]:
+def _match_remote(pattern: str) -> list[File]:
+  folder, _, name = pattern.rpartition('/')
+  try:
+    found: list[File] = [path for path in paths.Path(folder).glob(name) if not path.is_dir()]
+  except Exception as error:  # whatever the store's client raises
+    raise UserError(f'data source {pattern!r} cannot be read ({type(error).__name__}: {error})') from None
+  if not found:
+    raise UserError(f'data source {pattern!r} matches no file; a glob may stand in its last part alone')
+  for path in found:
+    _kind(path)
+  return found
+
+
+def _kind(path: File) -> tuple[str, str]:
   """('.txt' | '.jsonl', compression's suffix or '')."""
   compression = path.suffix if path.suffix in _OPENERS else ''
   kind = pathlib.Path(path.stem).suffix if compression else path.suffix
@@ -151,22 +175,22 @@ def _kind(path: pathlib.Path) -> tuple[str, str]:
 
 
 def _reader(text_field: str) -> Reader:
-  def read(path: pathlib.Path) -> Iterator[str]:
+  def read(path: File) -> Iterator[str]:
     with _opened(path) as f:
       yield from [_decode(f.read(), path, 0)] if _kind(path)[0] == '.txt' else _json_texts(f, path, text_field)
 
   return read
 
 
-def _no_text(path: pathlib.Path) -> Iterator[str]:
+def _no_text(path: File) -> Iterator[str]:
   """For callers that want the files alone."""
   return iter(())
 
 
 @contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[Lines]:
+def _opened(path: File) -> Iterator[Lines]:
   try:
-    with _OPENERS[_kind(path)[1]](path) as f:
+    with path.open('rb') as file, _OPENERS[_kind(path)[1]](file) as f:
       yield f
   except (gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError, zlib.error, EOFError) as error:
     raise UserError(f'{path}: the compressed file is damaged ({error}); fetch it again') from error
@@ -174,7 +198,7 @@ def _opened(path: pathlib.Path) -> Iterator[Lines]:
     raise UserError(f'{path}: cannot be read ({error.strerror}); mend its permissions') from error
 
 
-def _json_texts(lines: Lines, path: pathlib.Path, text_field: str) -> Iterator[str]:
+def _json_texts(lines: Lines, path: File, text_field: str) -> Iterator[str]:
   for where, record in _json_records(lines, path):
     if text_field not in record:
       raise UserError(f'{where}: no field {text_field!r}; it has {sorted(record)}; set {_FIELDS} to one of them')
@@ -184,7 +208,7 @@ def _json_texts(lines: Lines, path: pathlib.Path, text_field: str) -> Iterator[s
     yield without_surrogates(record[text_field], where)
 
 
-def _json_records(lines: Lines, path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_records(lines: Lines, path: File) -> Iterator[tuple[str, dict[str, Any]]]:
   position = 0
   for number, line in enumerate(lines, 1):
     text = _decode(line, path, position)
@@ -201,7 +225,7 @@ def _json_records(lines: Lines, path: pathlib.Path) -> Iterator[tuple[str, dict[
     yield where, record
 
 
-def _decode(data: bytes, path: pathlib.Path, position: int) -> str:
+def _decode(data: bytes, path: File, position: int) -> str:
   try:
     return data.decode('utf-8' if position else 'utf-8-sig')  # some editors mark the start of a file
   except UnicodeDecodeError as error:
@@ -223,8 +247,8 @@ def without_surrogates(text: str, where: str) -> str:
 @dataclasses.dataclass(frozen=True)
 class _Embedded:
   package: str
-  files: Callable[[str], list[pathlib.Path]]
-  read: Callable[[pathlib.Path], Iterator[str]]
+  files: Callable[[str], list[File]]
+  read: Reader
 
 
 def _embedded(name: str) -> _Embedded:
@@ -238,8 +262,8 @@ def _embedded_names() -> str:
   return ', '.join(_PREFIX + name for name in _EMBEDDED)
 
 
-def _package_files(pattern: str) -> Callable[[str], list[pathlib.Path]]:
-  def files(package: str) -> list[pathlib.Path]:
+def _package_files(pattern: str) -> Callable[[str], list[File]]:
+  def files(package: str) -> list[File]:
     # The package is found, not imported: its text is all that is wanted, not its dependencies.
     spec = importlib.util.find_spec(package)
     paths = list(pathlib.Path(spec.origin).parent.glob(pattern)) if spec and spec.origin else []
@@ -251,7 +275,7 @@ def _package_files(pattern: str) -> Callable[[str], list[pathlib.Path]]:
   return files
 
 
-def _stdlib_files(_: str) -> list[pathlib.Path]:
+def _stdlib_files(_: str) -> list[File]:
   root = pathlib.Path(sysconfig.get_path('stdlib'))
   found = [pathlib.Path(folder) / name for folder, names in _walk_code(root) for name in names if name.endswith('.py')]
   if not found:
@@ -266,18 +290,18 @@ def _walk_code(root: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
     yield folder, names
 
 
-def _read_utf8(path: pathlib.Path) -> Iterator[str]:
+def _read_utf8(path: File) -> Iterator[str]:
   yield _decode(path.read_bytes(), path, 0)
 
 
-def _read_code(path: pathlib.Path) -> Iterator[str]:
+def _read_code(path: File) -> Iterator[str]:
   try:
     yield path.read_bytes().decode('utf-8')
   except UnicodeDecodeError:  # a few modules declare another encoding
     return
 
 
-def _read_dialogues(path: pathlib.Path) -> Iterator[str]:
+def _read_dialogues(path: File) -> Iterator[str]:
   for dialogue in json.loads(_decode(path.read_bytes(), path, 0)).values():
     turns = [message for turn in dialogue['messages'] for message in turn if message['text'].strip()]
     speakers = list(dict.fromkeys(turn['sender'] for turn in turns))
@@ -286,7 +310,7 @@ def _read_dialogues(path: pathlib.Path) -> Iterator[str]:
       yield '\n'.join(f'{letters[turn["sender"]]}: {turn["text"].strip()}' for turn in turns)
 
 
-def _read_article(path: pathlib.Path) -> Iterator[str]:
+def _read_article(path: File) -> Iterator[str]:
   sections = json.loads(_decode(path.read_bytes(), path, 0))
   yield '\n\n'.join(f'{name}\n' + '\n'.join(_lines(fields)) for name, fields in sections.items())
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import tokenizers
 
+from kdjax import paths
 from kdjax.data.files import StoreDamaged, canonical, check_files, describe, digest, read_json, write_json
 from kdjax.errors import UserError
 
@@ -69,7 +70,7 @@ class Tokenizer:
   def from_file(cls, path: str | os.PathLike, separator: str = '') -> 'Tokenizer':
     """Reads a Hugging Face `tokenizer.json`."""
     try:
-      text = pathlib.Path(path).expanduser().read_text(encoding='utf-8')
+      text = paths.Path(path).expanduser().read_bytes().decode('utf-8')
     except (OSError, UnicodeDecodeError) as error:
       raise UserError(f'tokenizer {path} cannot be read ({error}); give bpe, bytes or a tokenizer.json') from error
     return cls(text, separator, str(path))
