@@ -109,8 +109,10 @@ def check(config: Config, corpus: Corpus, mesh: Mesh) -> None:
   check_memory(config, mesh, student, teacher)
 
 
-def check_models(config: Config, mesh: Mesh, student: Model, teacher: Model | None) -> None:
-  """The same for models that are made already."""
+def check_models(
+  config: Config, mesh: Mesh, student: Model, teacher: Model | None, teacher_learns: bool = True
+) -> None:
+  """The same for models that are made already; `teacher_learns`: the teacher's own training is part of what is to fit."""
   data_parallel = mesh.shape['replica'] * mesh.shape['fsdp']
   sections: dict[str, tuple[TeacherConfig | StudentConfig, Model]] = {'student': (config.student, student)}
   if teacher is not None:
@@ -121,7 +123,7 @@ def check_models(config: Config, mesh: Mesh, student: Model, teacher: Model | No
     sharding.param_shardings(model.abstract(), mesh)
     sizes[name] = model.config.vocab_size
     rows = section.batch_size // section.microbatches
-    if rows % data_parallel and not (name == 'teacher' and config.teacher.run):
+    if rows % data_parallel and not (name == 'teacher' and (config.teacher.run or not teacher_learns)):
       raise UserError(
         f"mesh: replica x fsdp = {data_parallel} does not divide the {name}'s batch_size / microbatches = {rows}; "
         f'change --config.{name}.batch_size or --config.mesh.*'
