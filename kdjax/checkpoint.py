@@ -22,7 +22,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from kdjax import distributed, paths
-from kdjax.errors import TrainingError, UserError
+from kdjax.errors import ProcessLost, TrainingError, UserError
 from kdjax.sharding import path_name
 from kdjax.step import TrainState
 
@@ -101,7 +101,7 @@ class Checkpoints:
     try:
       self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(_sealed(meta))), force=True)
     except NOT_WRITTEN as e:
-      raise TrainingError(_full(self.folder, e)) from None
+      raise _not_written(self.folder, e) from None
 
   def set_aside_after(self, step: int) -> None:
     """Renames later checkpoints, to <step>.damaged: a run goes on from `step`, and what did not verify must not pass for one of the
@@ -127,13 +127,13 @@ class Checkpoints:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
     except NOT_WRITTEN as e:
-      raise TrainingError(_full(self.folder, e)) from None
+      raise _not_written(self.folder, e) from None
 
   def close(self) -> None:
     try:
       self._manager.close()
     except NOT_WRITTEN as e:
-      raise TrainingError(_full(self.folder, e)) from None
+      raise _not_written(self.folder, e) from None
 
   def verified(
     self, abstract: TrainState, fingerprints: dict[str, str], among: Iterable[int] | None = None
@@ -331,8 +331,10 @@ def _first_line(error: BaseException) -> str:
   return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
 
 
-def _full(folder: epath.Path, error: BaseException) -> str:
-  return (
+def _not_written(folder: epath.Path, error: Exception) -> UserError:
+  if distributed.is_lost(error):
+    return ProcessLost(_first_line(error))
+  return TrainingError(
     f'{folder}: a checkpoint could not be written ({_first_line(error)}); free some disk space and run the same command again: '
     'it goes on from the last good checkpoint'
   )

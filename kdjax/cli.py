@@ -23,7 +23,7 @@ from kdjax import config as config_lib
 from kdjax import distributed
 from kdjax.config import Config
 from kdjax.data.files import NO_SPACE
-from kdjax.errors import ConfigError, TrainingError, UserError
+from kdjax.errors import ConfigError, ProcessLost, TrainingError, UserError
 
 NO_MEMORY = (
   'out of memory: take a smaller model or batch_size, more microbatches, remat=full, or a mesh of more devices'
@@ -111,6 +111,8 @@ def user_errors() -> Iterator[None]:
     yield
   except TrainingError as e:
     _exit(e, 1)
+  except ProcessLost as e:
+    _exit_lost(e)
   except UserError as e:
     _exit(e, 2)
   except OSError as e:
@@ -127,7 +129,7 @@ def user_errors() -> Iterator[None]:
       _exit(UserError(f'{NO_MEMORY} ({what})'), 1)
     if not distributed.is_lost(e):
       raise
-    _exit(UserError(f'another process is gone ({what}); {distributed.AGAIN}'), distributed.TEMPORARY)
+    _exit_lost(e)
   except KeyboardInterrupt:
     print('\nstopped', file=sys.stderr)
     sys.exit(130)
@@ -137,6 +139,11 @@ def _unraisable(what: Any) -> None:
   """Leaves out what TensorStore's threads print, once for each file, when a save has failed for lack of space."""
   if str(what.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(what)
+
+
+def _exit_lost(error: Exception) -> None:
+  what = (str(error).splitlines() or [''])[0][:200]
+  _exit(UserError(f'another process is gone ({what}); {distributed.AGAIN}'), distributed.TEMPORARY)
 
 
 def _exit(error: UserError, code: int) -> None:

@@ -25,7 +25,7 @@ WATCHED = 'KDJAX_WATCHED'  # in the environment of a process whose parent watche
 AGAIN = 'start all processes again with the same commands: they go on from the last checkpoint'
 # What a collective or the coordination service says where another process is gone.
 LOST = re.compile(
-  r'gloo|connection (reset|closed|refused)|socket closed|heartbeat|coordination service|UNAVAILABLE|DEADLINE_EXCEEDED',
+  r'gloo|connection (reset|closed|refused)|socket closed|heartbeat|coordination service|barrier|UNAVAILABLE|DEADLINE_EXCEEDED',
   re.I,
 )
 LEFT_BEHIND = 'unset the TPU_* and MEGASCALE_* variables, where they are left behind by an earlier slice, or mend them'

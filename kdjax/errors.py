@@ -19,3 +19,7 @@ class TrainingError(UserError):
 
 class OwnedError(UserError):
   """A live process is at work in a folder."""
+
+
+class ProcessLost(UserError):
+  """Another process of the job is gone."""
