@@ -2,7 +2,7 @@
 
 Plain symmetric rounding of the blocks' matrices, `values * scale` with scale = max|w| / 127 over the inputs. The products are of the compute
 dtype: a layer's matrices are widened inside the loop over layers, so that never more than one layer is. Embedding, head and norms stay as
-they are: the head's logits are what is learnt from, and a rounded one would be felt most. What it costs is measured (docs/INT8.md).
+they are: the head's logits are what is learnt from, and a rounded one would be felt most. benchmarks/int8.py measures what it costs.
 """
 
 import dataclasses
