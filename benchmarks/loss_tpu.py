@@ -21,11 +21,8 @@ from kdjax.losses import ModelTargets, fused_loss
 
 PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'LOSS_ON_TPU.md'
 SLICES = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
-WIDTHS = (
-  (2048, 1024),
-  (2048, 4096),
-  (4096, 1024),
-)  # of the student's and the teacher's hidden states: 1.7B from 0.5B, from 8B; 8B from 0.5B
+# Of the student's and the teacher's hidden states: 1.7B from 0.5B, 1.7B from 8B, 8B from 0.5B.
+WIDTHS = ((2048, 1024), (2048, 4096), (4096, 1024))
 TOKENS, VOCAB = 2048, 128_256
 
 

@@ -29,6 +29,11 @@ NO_MEMORY = (
   'out of memory: take a smaller model or batch_size, more microbatches, remat=full, or a mesh of more devices'
 )
 
+# What these log of a failed save or request, with tracebacks, before they raise it, is told in one line of ours.
+QUIETER = dict.fromkeys(('jax', 'orbax', 'grain'), logging.ERROR) | dict.fromkeys(
+  ('absl', 'asyncio', 'gcsfs'), logging.CRITICAL
+)
+
 log = logging.getLogger('kdjax')
 T = TypeVar('T')
 
@@ -98,14 +103,8 @@ def user_errors() -> Iterator[None]:
   log.setLevel(logging.INFO)  # these two, where a library has set up the root logger before
   for handler in logging.getLogger().handlers:
     handler.setFormatter(logging.Formatter('%(message)s'))
-  for name in ('jax', 'orbax', 'grain'):
-    logging.getLogger(name).setLevel(logging.ERROR)
-  for name in (
-    'absl',
-    'asyncio',
-    'gcsfs',
-  ):  # Orbax's and its event loops' logs of a failed save, with tracebacks, before it is raised
-    logging.getLogger(name).setLevel(logging.CRITICAL)
+  for name, level in QUIETER.items():
+    logging.getLogger(name).setLevel(level)
   sys.unraisablehook = _unraisable
   try:
     yield

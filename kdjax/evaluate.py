@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if args.watch and args.step:
       raise UserError('--step names one checkpoint, --watch takes each new one: give one of the two')
+    paths.check(args.workdir)
     distributed.initialize(args, Config().heartbeat_timeout)
     mesh = sharding.make_mesh(MeshConfig(args.replica, args.fsdp, args.tensor), flags='--replica, --fsdp, --tensor')
     with jax.set_mesh(mesh):

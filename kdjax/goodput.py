@@ -1,7 +1,8 @@
 """Goodput: which share of a run's wall time went into steps that count, over all its starts, and where the rest went.
 
 Each start of a run keeps a small file, <run>/sessions/<its time>.json, renewed at every checkpoint: which steps it did and the seconds of each
-activity. Steps that a later start had to do again (the first was killed after its last checkpoint) do not count.
+activity. Steps that a later start had to do again, because the save that followed them was cut short, do not count; what a killed start did after
+its last checkpoint has left no trace, and is part of the time in which the run was down.
 """
 
 import contextlib

@@ -106,6 +106,7 @@ def elsewhere(grid: GridConfig, folder: paths.Path, args: argparse.Namespace, ar
     raise UserError(
       f'--executor={args.executor}: its runners share out all that is missing; leave --cell and --shard out'
     )
+  executors.check(args.executor, folder)
   asked = executors.resources(args.resources)
   spec, overrides, _ = cli.split_args(argv)
   arguments = [f'--config={spec}', *(f'--config.{name}={value}' for name, value in overrides.items())]
@@ -115,6 +116,7 @@ def elsewhere(grid: GridConfig, folder: paths.Path, args: argparse.Namespace, ar
   if args.executor == 'print':
     print(executors.printed(work, args.runners))
     return
+  paths.check(folder)
   runner.claim(folder, grid)
   if args.executor == 'slurm':
     print(executors.submit_to_slurm(work, args.runners, shlex.split(args.sbatch)))

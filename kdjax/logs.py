@@ -26,8 +26,7 @@ class _Handler(logging.Handler):
   def __init__(self, folder: paths.Path, process: int):
     super().__init__(logging.DEBUG)
     self._mirror = paths.Mirror(folder / 'logs')
-    self._mirror.local.mkdir(parents=True, exist_ok=True)
-    self._file = open(self._mirror.local / f'process-{process}.log', 'a', encoding='utf-8')  # noqa: SIM115 - closed by close()
+    self._file = self._mirror.appending(f'process-{process}.log')
     self._pushed = time.monotonic()
     self.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
 
@@ -50,8 +49,9 @@ class _Handler(logging.Handler):
 def kept_in(folder: paths.Path) -> Iterator[None]:
   """While the block runs, what `kdjax` logs goes there too, and what ends it."""
   handler = _Handler(folder, jax.process_index())
-  for other in logging.getLogger().handlers:
-    other.setLevel(max(other.level, log.level, logging.INFO))  # what is for the file alone is not for the terminal
+  terminal = {other: other.level for other in logging.getLogger().handlers}
+  for other, before in terminal.items():
+    other.setLevel(max(before, log.level, logging.INFO))  # what is for the file alone is not for the terminal
   level = log.level
   log.setLevel(logging.DEBUG)
   log.addHandler(handler)
@@ -65,6 +65,8 @@ def kept_in(folder: paths.Path) -> Iterator[None]:
   finally:
     log.removeHandler(handler)
     log.setLevel(level)
+    for other, before in terminal.items():
+      other.setLevel(before)
     handler.close()
 
 

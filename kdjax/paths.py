@@ -14,7 +14,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import fsspec
 import fsspec.config
@@ -140,12 +140,20 @@ class Mirror:
 
   def __init__(self, folder: str | os.PathLike):
     self.folder = Path(folder)
-    self.local = pathlib.Path(tempfile.mkdtemp(prefix='kdjax-') if is_remote(folder) else os.fspath(folder))
+    self._scratch = tempfile.TemporaryDirectory(prefix='kdjax-') if is_remote(folder) else None  # goes with this object
+    self.local = pathlib.Path(self._scratch.name if self._scratch else os.fspath(folder))
     self._pushed: dict[pathlib.Path, int] = {}
+
+  def appending(self, name: str) -> TextIO:
+    """A file of the folder, open at its end."""
+    self.local.mkdir(parents=True, exist_ok=True)
+    if self._scratch and (self.folder / name).exists():
+      (self.local / name).write_bytes(read_bytes(self.folder / name))
+    return open(self.local / name, 'a', encoding='utf-8')
 
   def push(self) -> None:
     """Copies what has grown since the last time."""
-    if not is_remote(self.folder):
+    if not self._scratch:
       return
     for file in (path for path in self.local.rglob('*') if path.is_file()):
       size = file.stat().st_size

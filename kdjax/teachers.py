@@ -125,8 +125,10 @@ def in_dtype(params, dtype: str):
 def cast(params, dtype: str, mesh: Mesh, layout: str):
   """The same, on the mesh by `layout`."""
   convert = functools.partial(in_dtype, dtype=dtype)
-  shardings = sharding.param_shardings(jax.eval_shape(convert, params), mesh, layout)
-  return jax.jit(convert, out_shardings=shardings)(params)
+  wanted = jax.eval_shape(convert, params)
+  if dtype != 'int8' and all(jax.tree.leaves(jax.tree.map(lambda x, w: x.dtype == w.dtype, params, wanted))):
+    return params  # it lies there already
+  return jax.jit(convert, out_shardings=sharding.param_shardings(wanted, mesh, layout))(params)
 
 
 def unigram_log_probs(windows: Windows, padded_vocab_size: int, max_tokens: int = COUNTED_TOKENS) -> np.ndarray:

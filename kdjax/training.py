@@ -154,23 +154,26 @@ def check_memory(config: Config, mesh: Mesh, student: Model, teacher: Model | No
   limit = limit or (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit', 0)
   if not limit:
     return
-  state = jax.eval_shape(student.init, jax.random.key(0))
-  # The weights and AdamW's two moments.
-  needs = {
-    f'{len(config.student.arms)} students and their optimizers': 3
-    * len(config.student.arms)
-    * sharding.local_bytes(state, sharding.param_shardings(state, mesh))
-  }
+
+  def held(shapes, layout: str = 'student') -> int:
+    return sharding.local_bytes(shapes, sharding.param_shardings(shapes, mesh, layout))
+
+  learns = lambda model: 3 * held(model.abstract())  # the weights and AdamW's two moments
+  count = len(config.student.arms)
+  together = {f'{count} students and their optimizers': count * learns(student)}
+  situations = [together]
   if teacher is not None:
     shapes = jax.eval_shape(lambda p: teachers.in_dtype(p, config.teacher.dtype), teacher.abstract())
-    placed = sharding.param_shardings(shapes, mesh, config.teacher.layout)
-    needs[f'the teacher in {config.teacher.dtype}'] = sharding.local_bytes(shapes, placed)
-  if sum(needs.values()) > limit:
-    told = ' and '.join(f'{n / 2**30:.1f} GiB for {what}' for what, n in needs.items())
-    raise UserError(
-      f'the models do not fit: {told} on each device, which has {limit / 2**30:.1f} GiB; use more devices (--config.mesh.fsdp), smaller models, '
-      'fewer arms, or --config.teacher.dtype=int8'
-    )
+    together[f'the teacher in {config.teacher.dtype}'] = held(shapes, config.teacher.layout)
+    if not config.teacher.run:
+      situations.append({'the teacher and its optimizer': learns(teacher)})
+  for needs in situations:
+    if sum(needs.values()) > limit:
+      told = ' and '.join(f'{n / 2**30:.1f} GiB for {what}' for what, n in needs.items())
+      raise UserError(
+        f'the models do not fit: {told} on each device, which has {limit / 2**30:.1f} GiB; use more devices (--config.mesh.fsdp), smaller '
+        'models, fewer arms, or --config.teacher.dtype=int8'
+      )
 
 
 def teacher_folder(config: Config, corpus: Corpus) -> RunFolder | None:

@@ -89,6 +89,15 @@ def test_a_mirror_shows_what_was_appended_once_it_is_pushed(folder):
     assert (folder / 'sub' / 'lines').read_text() == ''.join(f'{n}\n' for n in range(k + 1))
 
 
+def test_what_an_earlier_process_wrote_is_appended_to(folder):
+  for line in ('one', 'two'):
+    mirror = paths.Mirror(folder)
+    with mirror.appending('log') as file:
+      file.write(f'{line}\n')
+    mirror.push()
+  assert (folder / 'log').read_text() == 'one\ntwo\n'
+
+
 @pytest.mark.parametrize(
   ('path', 'start', 'relative'),
   [

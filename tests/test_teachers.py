@@ -271,6 +271,13 @@ def test_models_that_a_device_cannot_hold_are_told_before_they_are_made():
   ) as e:
     training.check_memory(config, one, model, model, limit=students + held - 1)
   assert '\n' not in str(e.value)
+  large = build(
+    dataclasses.replace(model.config, d_ff=512)
+  )  # its own training needs more than students and it together
+  alone = dataclasses.replace(config, student=dataclasses.replace(config.student, arms=('distilled',)))
+  with pytest.raises(UserError, match='for the teacher and its optimizer on each device'):
+    training.check_memory(alone, one, model, large, limit=12 * large.n_params - 1)
+  training.check_memory(alone, one, model, large, limit=12 * large.n_params)
   # Two devices hold half each, but for the norms; int8 is less than float32.
   training.check_memory(config, mesh(), model, model, limit=int(0.6 * (students + held)))
   small = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, dtype='int8'))

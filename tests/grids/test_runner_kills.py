@@ -92,11 +92,10 @@ def cluster():
 
 
 def ray_runners() -> list[psutil.Process]:
-  """The processes that train for Ray, each under a worker of Ray's, youngest last."""
-  found = [
-    p for p in psutil.process_iter(['cmdline', 'create_time']) if 'grid.main(' in ' '.join(p.info['cmdline'] or ())
-  ]
-  return sorted(found, key=lambda p: p.info['create_time'])
+  """The processes that train for Ray, each under a worker of Ray's."""
+  words = ['-m', 'kdjax.grid', 'run']
+  known = [(p, p.info['cmdline'] or []) for p in psutil.process_iter(['cmdline'])]
+  return [p for p, line in known if line[1:4] == words and not any(word.startswith('--executor') for word in line)]
 
 
 def test_on_a_ray_cluster_a_worker_killed_in_mid_cell_changes_nothing(cluster, undisturbed, fresh):
