@@ -44,9 +44,11 @@ class Params:
 
 def count_params(config: ModelConfig) -> Params:
   c = config
-  norms = c.n_layers * (2 * c.d_model + 2 * c.head_dim * c.qk_norm) + c.d_model
+  qk_norms = c.head_dim * (2 * c.qk_norm + (c.n_heads + c.n_kv_heads) * c.qk_norm_whole)
+  norms = c.n_layers * (c.d_model * (4 if c.norms == 'both' else 2) + qk_norms) + c.d_model
+  biases = c.n_layers * (c.n_heads + 2 * c.n_kv_heads) * c.head_dim * c.qkv_bias
   table = c.padded_vocab_size * c.d_model
-  return Params(non_embedding=_block_matmul_params(c) + norms, embedding=table, head=0 if c.tied else table)
+  return Params(non_embedding=_block_matmul_params(c) + norms + biases, embedding=table, head=0 if c.tied else table)
 
 
 def forward_flops(config: ModelConfig, seq_len: int, attention: bool = True) -> float:

@@ -31,6 +31,7 @@ RULES = (
   (r'blocks/attn/o/kernel(/values)?', P(None, 'tensor', 'fsdp')),  # [L, H*K, D]
   (r'blocks/mlp/(gate|up)/kernel(/values)?', P(None, 'fsdp', 'tensor')),  # [L, D, F]
   (r'blocks/mlp/down/kernel(/values)?', P(None, 'tensor', 'fsdp')),  # [L, F, D]
+  (r'blocks/attn/[qkv]/bias', P(None, 'tensor')),  # [L, H*K]
   (r'.*/scale', P()),
 )
 

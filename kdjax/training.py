@@ -41,6 +41,19 @@ SPEEDS = {  # fields that change how fast a result comes, and not what it is
   'chunk_tokens',
   'chunk_megabytes',
 }
+LATER = {  # fields that are younger than runs that are kept, at the value that those had: what defines a run leaves them out
+  'norms': 'before',
+  'norm_offset': False,
+  'qk_norm_whole': False,
+  'qkv_bias': False,
+  'activation': 'silu',
+  'embed_scale': 1.0,
+  'attn_scale': 0.0,
+  'local_window': 0,
+  'global_every': 6,
+  'local_rope_theta': 10_000.0,
+  'method': 'llama3',
+}
 TARGETS = {'baseline': 'none', 'distilled': 'teacher', 'unigram': 'unigram'}
 
 
@@ -61,7 +74,7 @@ def experiment(config: Config) -> dict[str, Any]:
   kept['student']['arms'] = sorted(config.student.arms)
   if 'distilled' not in config.student.arms:
     del kept['teacher']
-  return _without_speeds(kept)
+  return _essence(kept)
 
 
 def run_config(
@@ -85,7 +98,7 @@ def run_config(
     'alpha_schedule': dataclasses.asdict(section.alpha_schedule if learns else AlphaSchedule()),  # type: ignore[union-attr]
     'loss': dataclasses.asdict(_arm_loss(config, learns)),
   }
-  return _without_speeds(identity)
+  return _essence(identity)
 
 
 def teacher_key(config: Config) -> str:
@@ -369,11 +382,12 @@ def _data_identity(config: Config) -> dict[str, Any]:
   return {key: value for key, value in values.items() if key not in ('cache', 'prefetch', 'threads')}
 
 
-def _without_speeds(value: Any) -> Any:
-  """Nested dicts less the fields that change how fast a result comes, and not what it is."""
+def _essence(value: Any) -> Any:
+  """Nested dicts less the fields that do not change a result, and those that came later where they change nothing."""
   if not isinstance(value, dict):
     return value
-  return {key: _without_speeds(inner) for key, inner in value.items() if key not in SPEEDS}
+  kept = {key: inner for key, inner in value.items() if key not in SPEEDS and (key, inner) not in LATER.items()}
+  return {key: _essence(inner) for key, inner in kept.items()}
 
 
 def _warn_of_epochs(name: str, section: TeacherConfig | StudentConfig, stream: BatchStream, total: int) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """Llama-3.1's stretching of the low rotary frequencies (factor 1 leaves them as they are)."""
+  """The stretching of rotary frequencies for longer windows: of the low ones (Llama 3.1), or of all. Factor 1 leaves them as they are."""
 
   factor: float = 1.0
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   original_max_len: int = 8192
+  method: str = 'llama3'  # llama3 | linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,17 @@ class ModelConfig:
   head_dim: int = 32
   max_seq_len: int = 8192
   tied: bool = True
-  qk_norm: bool = False
+  norms: str = 'before'  # RMSNorms of attention and MLP: before (Llama) | after (OLMo-2) | both (Gemma)
+  norm_offset: bool = False  # the norms' weights are kept less one (Gemma)
+  qk_norm: bool = False  # of each head's queries and keys (Qwen3)
+  qk_norm_whole: bool = False  # of all heads together (OLMo-2)
+  qkv_bias: bool = False  # Qwen2.5
+  activation: str = 'silu'  # of the MLP's gate: silu | gelu_tanh (Gemma)
+  embed_scale: float = 1.0  # the hidden states start as the embedding times this (Gemma: sqrt(d_model))
+  attn_scale: float = 0.0  # of the scores; 0: 1 / sqrt(head_dim)
+  local_window: int = 0  # how far back a local layer's tokens look, themselves included (Gemma 3); 0: no layer is local
+  global_every: int = 6  # with a local window: the layers that see all, those numbered by multiples of this, from 1
+  local_rope_theta: float = 10_000.0  # of the local layers, whose frequencies are not stretched
   rope_theta: float = 500_000.0
   rope_scaling: RopeScaling = RopeScaling()
   norm_eps: float = 1e-5

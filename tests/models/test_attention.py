@@ -186,5 +186,5 @@ def test_auto_chooses_by_backend(backend, capability, dtype, head_dim, chosen, m
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   monkeypatch.setattr(jax, 'local_devices', lambda: [Device()])
   for name in IMPLEMENTATIONS[1:]:
-    monkeypatch.setattr(attention_module, name, lambda *_, name=name: name)
+    monkeypatch.setattr(attention_module, name, lambda *_, name=name, **__: name)
   assert attention(*inputs(8, head_dim=head_dim, dtype=dtype)) == chosen

@@ -22,6 +22,23 @@ STYLES = {
     SMALL, tied=True, rope_theta=1e4, rope_scaling=RopeScaling(factor=8.0, original_max_len=256)
   ),
   'qwen': dataclasses.replace(SMALL, tied=True, qk_norm=True, rope_theta=1e6, norm_eps=1e-6),
+  'qwen-2.5': dataclasses.replace(SMALL, qkv_bias=True),
+  'olmo': dataclasses.replace(SMALL, norms='after', qk_norm_whole=True),
+  'gemma': dataclasses.replace(
+    SMALL,
+    n_layers=4,
+    tied=True,
+    norms='both',
+    norm_offset=True,
+    qk_norm=True,
+    activation='gelu_tanh',
+    embed_scale=32**0.5,
+    attn_scale=0.2,
+    local_window=5,
+    global_every=3,
+    local_rope_theta=100.0,
+    rope_scaling=RopeScaling(factor=4.0, method='linear'),
+  ),
 }
 T = 24
 SEGMENTS = np.array([[1] * 7 + [2] * 9 + [0] * 2 + [3] * 4 + [0] * 2, [1] * 24])
@@ -94,7 +111,7 @@ def test_a_document_reads_the_same_wherever_it_stands_in_the_window(style):
 def test_rotary_scores_depend_on_the_distance_alone():
   config = STYLES['llama-tied-scaled']
   q, k = np.random.default_rng(0).normal(size=(2, config.head_dim))
-  angles = rope_angles(200, config)
+  angles = rope_angles(jnp.arange(200.0), rope_frequencies(config))
   q_TxK, k_TxK = (np.asarray(rotate(jnp.tile(x, (1, 200, 1, 1)), angles))[0, :, 0] for x in (q, k))
   for distance in (0, 1, 50):
     scores = [q_TxK[t + distance] @ k_TxK[t] for t in (0, 3, 149)]
@@ -104,9 +121,15 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
 @pytest.mark.parametrize(
   'scaling',
-  [RopeScaling(), RopeScaling(8.0, 1.0, 4.0, 8192), RopeScaling(32.0, 1.0, 4.0, 8192), RopeScaling(4.0, 2.0, 3.0, 256)],
+  [
+    RopeScaling(),
+    RopeScaling(6.0, method='linear'),
+    RopeScaling(8.0, 1.0, 4.0, 8192),
+    RopeScaling(32.0, 1.0, 4.0, 8192),
+    RopeScaling(4.0, 2.0, 3.0, 256),
+  ],
 )
-def test_rotary_frequencies_follow_llama_31(scaling):
+def test_rotary_frequencies_follow_their_scaling(scaling):
   config = ModelConfig(head_dim=128, rope_scaling=scaling)
   np.testing.assert_allclose(rope_frequencies(config), reference.frequencies(config), rtol=1e-12)
 
@@ -128,9 +151,26 @@ def test_qk_norm_takes_the_size_of_queries_and_keys_out():
     assert (difference < 1e-4) == same
 
 
-@pytest.mark.parametrize('name', NAMED)
+def test_the_cached_pass_gives_what_the_whole_gives(style):
+  """A prompt at once, then token by token; a row that begins later is as if it stood alone."""
+  model, params, hidden = style
+  tokens = random_tokens()
+  padded = np.concatenate([np.zeros((2, 3), int), tokens], 1)
+  cache = model.empty_cache(jnp.array([3, 3]), T + 8)
+  extend = jax.jit(model.extend)
+  first, cache = extend(params, padded[:, :10], cache)
+  rest = []
+  for t in range(10, T + 3):
+    out, cache = extend(params, padded[:, t : t + 1], cache)
+    rest.append(out)
+  assert int(cache.length) == T + 3
+  got = np.concatenate([first, *rest], 1)[:, 3:]
+  np.testing.assert_allclose(got, hidden(params, tokens, None), atol=2e-5)
+
+
+@pytest.mark.parametrize('name', [*NAMED, *STYLES])
 def test_parameter_counts_are_those_of_flops(name):
-  config = named(name, vocab_size=NAMED[name].vocab_size or 1000)
+  config = STYLES.get(name) or named(name, vocab_size=NAMED[name].vocab_size or 1000)
   model, count = build(config), flops.count_params(config)
   params = model.abstract()  # shapes alone: 8B would not fit here
   assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
