@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from kdjax import cli, compiling
+from kdjax import cli, compiling, pretrained
 from kdjax.compiling import GIB, Report
 from kdjax.config import Config, MeshConfig
 from kdjax.errors import UserError
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--json', type=pathlib.Path, metavar='FILE', help='write the figures there too')
     config, args = cli.parse(parser, sys.argv[1:] if argv is None else argv, cli.load_config)
+    config = pretrained.adopted(config)
     slice_ = parse(args.topology, args.num_slices)
     jax.config.update('jax_platforms', 'cpu')  # a device that is here is not needed
     report = (

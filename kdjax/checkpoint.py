@@ -4,7 +4,8 @@ Orbax survives a kill in mid-save but reads a flipped bit or another dtype in si
 order-sensitive integer sum of every leaf's bit pattern, computed on the devices that hold it. A restore sums again and walks back to the
 newest step that verifies, saying what it passed over and why.
 
-A checkpoint has the items `params`, `optimizer` (moments and counts), `counters` (step, alpha, skipped updates) and `meta`.
+A checkpoint has the items `params`, `optimizer` (moments and counts), `counters` (step, alpha, skipped updates) and `meta`; one of weights
+that come from elsewhere `params` and `meta` alone.
 """
 
 import contextlib
@@ -87,7 +88,13 @@ class Checkpoints:
 
   def save(self, step: int, state: TrainState, fingerprints: dict[str, str]) -> None:
     """Starts a save; the device arrays may be donated once this returns. Overwrites a damaged checkpoint of the same step."""
-    items = _items(state)
+    self._save(step, _items(state), fingerprints)
+
+  def save_params(self, step: int, params, fingerprints: dict[str, str]) -> None:
+    """The same for weights that come from elsewhere: there is no optimizer to go on with."""
+    self._save(step, {'params': params}, fingerprints)
+
+  def _save(self, step: int, items: dict[str, Any], fingerprints: dict[str, str]) -> None:
     meta = {
       'format': FORMAT,
       'step': step,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import backend, flops, sharding, teachers, training
+from kdjax import backend, flops, preflight, sharding, teachers, training
 from kdjax import config as config_lib
 from kdjax.config import Config, ModelConfig
 from kdjax.errors import TrainingError, UserError
@@ -112,7 +112,7 @@ def compile_step(config: Config, slice_: Slice, vocab_size: int = 0) -> Report:
     student = build(_with_vocabulary(config.student.model, vocab_size))
     targets = tuple(training.TARGETS[arm] for arm in config.student.arms)
     teacher = build(_with_vocabulary(config.teacher.model, vocab_size)) if 'teacher' in targets else None
-    training.check_models(config, mesh, student, teacher, teacher_learns=False)
+    preflight.check_models(config, mesh, student, teacher, teacher_learns=False)
     recipe = training.recipe_of(config, config.student, student, targets, teacher)
     states, placed = _states(config, recipe, mesh)
     teacher_side = _teacher(config, recipe, mesh)

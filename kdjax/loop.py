@@ -6,6 +6,7 @@ Where a run may start: its newest checkpoint that verifies, else from scratch.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import signal
@@ -24,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from kdjax import distributed, sharding
 from kdjax.checkpoint import Checkpoints, Restored, params_fingerprint
 from kdjax.data.batches import BatchStream, Windows, local_rows, to_global
+from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import TrainingError
 from kdjax.goodput import Session, goodput
 from kdjax.losses import AlphaState, fused_loss
@@ -69,6 +71,8 @@ class Cohort:
   max_skipped: int
   heartbeat_timeout: float
   fingerprints: dict[str, str]
+  tokenizer: Tokenizer
+  initial: Callable[[], Any] | None = None  # the weights to begin with; None: fresh ones
   facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # for run.json and the table
   threads: int = 2
   prefetch: int = 4
@@ -103,7 +107,7 @@ def fit(cohort: Cohort, mesh: Mesh) -> None:
   # A kill may leave one member a checkpoint ahead: the one before must still be there.
   keep = max(cohort.keep, 2) if len(folders) > 1 else cohort.keep
   with heart.beating(), _stop_signal() as asked_to_stop, contextlib.ExitStack() as stack:
-    saves = [_closing(stack, _saves(f, keep, cohort)) for f in folders]
+    saves = [_saves(f, keep, cohort, stack) for f in folders]
     session = Session([f.path for f in folders if f.writes], begin)
     states, shardings, start = _start(cohort, saves, mesh)
     session.starts_at(start)
@@ -148,24 +152,25 @@ def _start(
   """(states, their shardings, step): from the newest step at which every member's checkpoint verifies, else fresh."""
   key = jax.random.key(cohort.seed)
   states, shardings, abstract = [], [], []
-  for member in cohort.members:
-    init = lambda key, alpha=member.alpha: init_state(cohort.recipe, alpha, key)
+  inits = [functools.partial(init_state, cohort.recipe, member.alpha) for member in cohort.members]
+  for init in inits:
     shapes = jax.eval_shape(init, key)
     shardings.append(state_shardings(cohort.recipe, shapes, mesh))
     abstract.append(
       jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings[-1])
     )
   found = _restore(saves, abstract, cohort.fingerprints)
+  params = cohort.initial() if cohort.initial and found is None else None
   for k, (member, placed) in enumerate(zip(cohort.members, shardings, strict=True)):
     known = dict(cohort.fingerprints)
     if found is None:
-      init = jax.jit(lambda key, alpha=member.alpha: init_state(cohort.recipe, alpha, key), out_shardings=placed)
-      states.append(init(key))
+      states.append(jax.jit(inits[k], out_shardings=placed)(key, params))
       known['init'] = params_fingerprint(states[-1].params)
     else:
       saves[k].set_aside_after(found[k].step)
       states.append(found[k].state)
-    member.folder.record(member.config, known, member.notes | {'facts': cohort.facts})
+    notes = member.notes | {'facts': cohort.facts, 'tokenizer': member.folder.keep_tokenizer(cohort.tokenizer)}
+    member.folder.record(member.config, known, notes)
   return tuple(states), shardings, found[0].step if found else 0
 
 
@@ -389,10 +394,7 @@ def _stop_signal() -> Iterator[Callable[[int, int], bool]]:
       signal.signal(number, handler)
 
 
-def _saves(folder: RunFolder, keep: int, cohort: Cohort) -> Checkpoints:
-  return Checkpoints(folder.checkpoints, keep, cohort.keep_period, cohort.keep_minutes, cohort.keep_steps)
-
-
-def _closing(stack: contextlib.ExitStack, saves: Checkpoints) -> Checkpoints:
+def _saves(folder: RunFolder, keep: int, cohort: Cohort, stack: contextlib.ExitStack) -> Checkpoints:
+  saves = Checkpoints(folder.checkpoints, keep, cohort.keep_period, cohort.keep_minutes, cohort.keep_steps)
   stack.callback(saves.close)
   return saves

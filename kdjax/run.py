@@ -3,6 +3,7 @@
 run.json       config, command, commit, versions, fingerprints: written once, compared on every later start
 owner-N.json   the token of the process that may write here: the one of the greatest N; each claim creates the next
 status.json    state, step, heartbeat; renewed every few seconds by a thread, so that a long compile still beats
+tokenizer.json what its tokens mean, for whoever comes later; absent where they are bytes
 checkpoints/   see kdjax/checkpoint.py
 metrics.jsonl  one line a step
 results/       the eval job's Parquet files
@@ -26,6 +27,7 @@ from typing import Any
 import jax
 
 from kdjax import paths
+from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import OwnedError, TrainingError, UserError
 
 STATES = ('running', 'done', 'failed', 'preempted')
@@ -40,6 +42,7 @@ class RunFolder:
     self.checkpoints = self.path / 'checkpoints'
     self.metrics = self.path / 'metrics.jsonl'
     self.results = self.path / 'results'
+    self._tokenizer = self.path / 'tokenizer.json'
     self._token: str | None = None
     self._claim: paths.Path
 
@@ -92,6 +95,25 @@ class RunFolder:
     if self.writes:
       known['commands'].append({'argv': sys.argv, 'time': time.time(), 'versions': versions(), 'git': git_commit()})
       paths.write_json(self.path / 'run.json', known)
+
+  def keep_tokenizer(self, tokenizer: Tokenizer) -> dict[str, str]:
+    """Keeps the tokenizer in the folder; returns the note of it that run.json is to have."""
+    if self.writes and not tokenizer.is_bytes:
+      paths.write_text(self._tokenizer, tokenizer.to_json())
+    return {'kind': 'bytes' if tokenizer.is_bytes else 'tokenizers', 'separator': tokenizer.separator}
+
+  def tokenizer(self) -> Tokenizer:
+    """The tokenizer with which the model learned. Raises UserError where the folder keeps none, or another one."""
+    known = self.identity() or {}
+    note = known.get('tokenizer')
+    if note is None:
+      raise UserError(
+        f'{self.path} keeps no tokenizer: it was begun by an older kdjax; train it again, or copy its tokenizer.json'
+      )
+    found = Tokenizer() if note['kind'] == 'bytes' else Tokenizer.from_file(self._tokenizer, note['separator'])
+    if found.fingerprint != known['fingerprints']['tokenizer']:
+      raise UserError(f'{self._tokenizer} is not the tokenizer with which this run learned; restore it')
+    return found
 
   def check_fingerprints(self, fingerprints: dict[str, Any]) -> None:
     """Raises UserError, naming it, where one of these is known and is not the one that the run began with."""

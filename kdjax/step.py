@@ -59,9 +59,9 @@ class Recipe(NamedTuple):
   size: int = 1  # steps a call
 
 
-def init_state(recipe: Recipe, alpha: AlphaState, key: jax.Array) -> TrainState:
-  """A fresh student; the same weights for the same key, on any mesh."""
-  params = recipe.student.init(key)
+def init_state(recipe: Recipe, alpha: AlphaState, key: jax.Array, params=None) -> TrainState:
+  """A student before its first step: fresh, the same weights for the same key on any mesh, or with the weights that are given."""
+  params = recipe.student.init(key) if params is None else params
   zero = jnp.zeros((), jnp.int32)
   return TrainState(params, recipe.optimizer.init(params), zero, alpha, zero, zero)
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from kdjax import backend, flops, paths, sharding
 from kdjax.checkpoint import Checkpoints, params_fingerprint
-from kdjax.config import Config, ModelConfig, RopeScaling, TeacherConfig, n_steps
+from kdjax.config import Config, ModelConfig, RopeScaling, n_steps
 from kdjax.data.batches import Windows
 from kdjax.data.store import COUNTED_TOKENS
 from kdjax.data.tokenizer import Tokenizer
@@ -68,28 +68,23 @@ def step_of(config: Config) -> int:
   return n_steps(section, config.data) if section.trunk else 0
 
 
-def check(folder: RunFolder, section: TeacherConfig, tokenizer: Tokenizer) -> None:
-  """Raises UserError where the folder's model is not the config's, or learned from another tokenizer."""
-  there = dataclasses.asdict(model_of(folder).config)
-  here = dataclasses.asdict(with_vocabulary(section.model, tokenizer, 'teacher'))
-  different = [
-    f'{name} {there[name]!r} there, {here[name]!r} here'
-    for name in there
-    if name not in FREE and there[name] != here[name]
-  ]
-  if different:
-    raise UserError(
-      f'teacher.run = {folder.path} is of another architecture: {"; ".join(different)}; set --config.teacher.model.* to match'
-    )
+def check(folder: RunFolder, field: str, tokenizer: Tokenizer, step: int = 0) -> None:
+  """Raises UserError where the run that a config's `field` names learned from another tokenizer, or is not finished."""
+  model_of(folder)
   known = (folder.identity() or {}).get('fingerprints', {}).get('tokenizer')
+  check_tokenizer(f'{field} = {folder.path}', known, tokenizer)
+  if not step and not folder.is_done():
+    raise UserError(
+      f'{field} = {folder.path} is not finished; wait for it, or name one of its checkpoints with --config.teacher.step'
+    )
+
+
+def check_tokenizer(what: str, known: str | None, tokenizer: Tokenizer) -> None:
+  """Raises UserError where a model learned with another tokenizer than the corpus's: the content counts, not the name."""
   if known != tokenizer.fingerprint:
     raise UserError(
-      f"teacher.run = {folder.path} learned with another tokenizer (fingerprint {known}, the student's is {tokenizer.fingerprint}); "
-      'distillation needs the same one'
-    )
-  if not section.step and not folder.is_done():
-    raise UserError(
-      f'teacher.run = {folder.path} is not finished; wait for it, or name one of its checkpoints with --config.teacher.step'
+      f"{what} learned with another tokenizer (fingerprint {known}, the student's is {tokenizer.fingerprint}); "
+      'distillation needs the same one: --config.data.tokenizer names its file or folder'
     )
 
 
@@ -100,6 +95,15 @@ def load(
 
   Raises UserError where there is no such checkpoint or it does not verify.
   """
+  model, params, step = weights(folder, mesh, step, like, layout)
+  known = params_fingerprint(params)
+  return model, cast(params, dtype, mesh, layout), step, known
+
+
+def weights(
+  folder: RunFolder, mesh: Mesh, step: int = 0, like: ModelConfig | None = None, layout: str = 'student'
+) -> tuple[Model, Any, int]:
+  """(model, weights as they were saved, step)."""
   model = model_of(folder, like)
   saves = Checkpoints(folder.checkpoints, read_only=True)
   try:
@@ -107,11 +111,9 @@ def load(
     abstract = model.abstract()
     shardings = sharding.param_shardings(abstract, mesh, layout)
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    params = saves.restore_params(step, placed)
+    return model, saves.restore_params(step, placed), step
   finally:
     saves.close()
-  known = params_fingerprint(params)
-  return model, cast(params, dtype, mesh, layout), step, known
 
 
 def in_dtype(params, dtype: str):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import jax
 
-from kdjax import cli, distributed, logs, loop, paths, profiling, sharding, training
+from kdjax import cli, distributed, logs, loop, paths, preflight, pretrained, profiling, sharding, training
 from kdjax import config as config_lib
 from kdjax.analysis import figures, table
 from kdjax.config import Config
@@ -55,6 +55,7 @@ def run(
   profile: profiling.Window | None = None,
 ) -> paths.Path:
   """Trains, evaluates and prints; returns the experiment's folder."""
+  config = pretrained.adopted(config)
   folder = workdir or paths.Path(config.runs) / f'{config.name}-{config_lib.fingerprint(training.experiment(config))}'
   _claim_experiment(folder, config)
   mesh = sharding.make_mesh(config.mesh)
@@ -62,7 +63,7 @@ def run(
     corpus = distributed.first_process_first(lambda: prepare(config.data, config.eval, config.runs, progress))
     # A task that cannot be read is told now, not after the training.
     choices.read_all(config.eval.tasks, config.eval.max_items)
-    training.check(config, corpus, mesh)
+    preflight.check(config, corpus, mesh)
     teacher = training.teacher_folder(config, corpus)
     write_experiment(folder, config, teacher)  # before training, for an eval job that watches
     training.train_teacher(config, corpus, teacher, mesh, progress)

@@ -5,8 +5,8 @@ alpha alone are one cohort on the same batches.
 """
 
 import dataclasses
+import functools
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +15,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdjax import config as config_lib
-from kdjax import flops, loop, paths, sharding, teachers
+from kdjax import flops, loop, paths, pretrained, teachers
 from kdjax.config import AlphaSchedule, Config, LossConfig, ModelConfig, StudentConfig, TeacherConfig
 from kdjax.data.batches import BatchStream, Windows
 from kdjax.data.corpus import Corpus
-from kdjax.errors import UserError
 from kdjax.losses import alpha_state
 from kdjax.models import Model, build
-from kdjax.models.attention import check_backend
 from kdjax.optimizer import adamw, learning_rate
 from kdjax.profiling import Window
 from kdjax.run import RunFolder, git_commit, versions
@@ -53,6 +51,7 @@ LATER = {  # fields that are younger than runs that are kept, at the value that 
   'global_every': 6,
   'local_rope_theta': 10_000.0,
   'method': 'llama3',
+  'init': '',
 }
 TARGETS = {'baseline': 'none', 'distilled': 'teacher', 'unigram': 'unigram'}
 
@@ -78,9 +77,9 @@ def experiment(config: Config) -> dict[str, Any]:
 
 
 def run_config(
-  config: Config, section: TeacherConfig | StudentConfig, model: ModelConfig, arm: str, teacher: str
+  config: Config, section: TeacherConfig | StudentConfig, model: ModelConfig, arm: str, teacher: str, init: str = ''
 ) -> dict[str, Any]:
-  """What defines one model's training run: the value that run.json keeps and compares.
+  """What defines one model's training run: the value that run.json keeps and compares. `init`: the weights that it begins with, if not fresh.
 
   The baseline's and the teacher's do not depend on the loss's KD part, so that configs which differ there share them.
   """
@@ -97,6 +96,7 @@ def run_config(
     'alpha': section.alpha if learns else 0.0,  # type: ignore[union-attr]
     'alpha_schedule': dataclasses.asdict(section.alpha_schedule if learns else AlphaSchedule()),  # type: ignore[union-attr]
     'loss': dataclasses.asdict(_arm_loss(config, learns)),
+    'init': init,
   }
   return _essence(identity)
 
@@ -110,83 +110,8 @@ def teacher_key(config: Config) -> str:
 def student_key(config: Config, arm: str) -> str:
   """The same for students."""
   teacher = f'{teacher_key(config)}@{teachers.step_of(config)}' if TARGETS[arm] == 'teacher' else ''
-  return config_lib.fingerprint(run_config(config, config.student, config.student.model, arm, teacher), 8)
-
-
-def check(config: Config, corpus: Corpus, mesh: Mesh) -> None:
-  """Raises UserError for a model that cannot be made, or does not fit the mesh: before the first one is trained, not after."""
-  make = lambda model, name: build(teachers.with_vocabulary(model, corpus.tokenizer, name))
-  distils = 'distilled' in config.student.arms
-  student, teacher = make(config.student.model, 'student'), make(config.teacher.model, 'teacher') if distils else None
-  check_models(config, mesh, student, teacher)
-  check_memory(config, mesh, student, teacher)
-
-
-def check_models(
-  config: Config, mesh: Mesh, student: Model, teacher: Model | None, teacher_learns: bool = True
-) -> None:
-  """The same for models that are made already; `teacher_learns`: the teacher's own training is part of what is to fit."""
-  data_parallel = mesh.shape['replica'] * mesh.shape['fsdp']
-  sections: dict[str, tuple[TeacherConfig | StudentConfig, Model]] = {'student': (config.student, student)}
-  if teacher is not None:
-    sections['teacher'] = (config.teacher, teacher)
-  sizes = {}
-  for name, (section, model) in sections.items():
-    check_backend(model.config.attention)
-    sharding.param_shardings(model.abstract(), mesh)
-    sizes[name] = model.config.vocab_size
-    rows = section.batch_size // section.microbatches
-    if rows % data_parallel and not (name == 'teacher' and (config.teacher.run or not teacher_learns)):
-      raise UserError(
-        f"mesh: replica x fsdp = {data_parallel} does not divide the {name}'s batch_size / microbatches = {rows}; "
-        f'change --config.{name}.batch_size or --config.mesh.*'
-      )
-  if teacher is not None:
-    layout, rows = config.teacher.layout, config.student.batch_size // config.student.microbatches
-    sharding.param_shardings(teacher.abstract(), mesh, layout)
-    axes = sharding.row_axes(layout)
-    across = math.prod(mesh.shape[axis] for axis in axes)
-    name = 'teacher.forward_microbatch' if config.teacher.forward_microbatch else 'student.batch_size / microbatches'
-    if (config.teacher.forward_microbatch or rows) % across:
-      raise UserError(
-        f'mesh: {" x ".join(axes)} = {across} does not divide {name} = {config.teacher.forward_microbatch or rows}; change it, '
-        '--config.mesh.*, or --config.teacher.layout'
-      )
-  if len(set(sizes.values())) > 1:
-    raise UserError(
-      f"the teacher's vocabulary ({sizes['teacher']} tokens) is not the student's ({sizes['student']}); "
-      'distillation needs the same one'
-    )
-
-
-def check_memory(config: Config, mesh: Mesh, student: Model, teacher: Model | None, limit: int = 0) -> None:
-  """Raises UserError where what stays in memory all the time is more than a device has (`limit` bytes; 0: as the device says, if it does).
-
-  Activations come on top: `python -m kdjax.aot` knows them.
-  """
-  limit = limit or (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit', 0)
-  if not limit:
-    return
-
-  def held(shapes, layout: str = 'student') -> int:
-    return sharding.local_bytes(shapes, sharding.param_shardings(shapes, mesh, layout))
-
-  learns = lambda model: 3 * held(model.abstract())  # the weights and AdamW's two moments
-  count = len(config.student.arms)
-  together = {f'{count} students and their optimizers': count * learns(student)}
-  situations = [together]
-  if teacher is not None:
-    shapes = jax.eval_shape(lambda p: teachers.in_dtype(p, config.teacher.dtype), teacher.abstract())
-    together[f'the teacher in {config.teacher.dtype}'] = held(shapes, config.teacher.layout)
-    if not config.teacher.run:
-      situations.append({'the teacher and its optimizer': learns(teacher)})
-  for needs in situations:
-    if sum(needs.values()) > limit:
-      told = ' and '.join(f'{n / 2**30:.1f} GiB for {what}' for what, n in needs.items())
-      raise UserError(
-        f'the models do not fit: {told} on each device, which has {limit / 2**30:.1f} GiB; use more devices (--config.mesh.fsdp), smaller '
-        'models, fewer arms, or --config.teacher.dtype=int8'
-      )
+  section = config.student
+  return config_lib.fingerprint(run_config(config, section, section.model, arm, teacher, section.init), 8)
 
 
 def teacher_folder(config: Config, corpus: Corpus) -> RunFolder | None:
@@ -195,9 +120,7 @@ def teacher_folder(config: Config, corpus: Corpus) -> RunFolder | None:
   if 'distilled' not in config.student.arms:
     return None
   if section.run:
-    teacher = RunFolder(section.run)
-    teachers.check(teacher, section, corpus.tokenizer)
-    return teacher
+    return pretrained.check(section.run, 'teacher.run', config, corpus.tokenizer, section.step)
   model, identity = _teacher(config, corpus)
   # By content too: where the text behind a path has changed, so has the teacher.
   content = [corpus.tokenizer.fingerprint, corpus.train.fingerprint]
@@ -205,8 +128,11 @@ def teacher_folder(config: Config, corpus: Corpus) -> RunFolder | None:
 
 
 def train_teacher(config: Config, corpus: Corpus, folder: RunFolder | None, mesh: Mesh, progress: bool = True) -> None:
-  """Trains the config's own teacher, if it is not there yet."""
-  if folder is None or config.teacher.run:
+  """Trains the config's own teacher, or imports the one it names, if it is not there yet."""
+  if folder is None:
+    return
+  if config.teacher.run:
+    pretrained.ready(config.teacher.run, config, mesh)
     return
   model, identity = _teacher(config, corpus)
   section = trained_section(config.teacher)
@@ -239,18 +165,23 @@ def train_students(
   if 'unigram' in targets:
     log_probs = teachers.unigram_log_probs(_windows(config, section, corpus), model.config.padded_vocab_size)
     teacher = teacher._replace(unigram_V=jax.device_put(log_probs, NamedSharding(mesh, P('tensor'))))
+  initial, init = None, ''
+  if section.init:
+    begun_with = pretrained.ready(section.init, config, mesh)
+    init = pretrained.weights_name(begun_with)
+    initial = functools.partial(pretrained.weights, begun_with, model, mesh)
   members = [
     _member(
       arm.config,
       arm.config.student,
       arm.folder,
-      run_config(arm.config, arm.config.student, model.config, arm.name, name),
+      run_config(arm.config, arm.config.student, model.config, arm.name, name, init),
       arm.label,
     )
     for arm in arms
   ]
   cohort = _cohort(config, section, 'student', corpus, model, members, teacher_model, teacher, fingerprints, progress)
-  loop.fit(dataclasses.replace(cohort, profile=profile), mesh)
+  loop.fit(dataclasses.replace(cohort, profile=profile, initial=initial), mesh)
 
 
 def resolved(config: Config, folder: paths.Path) -> dict[str, Any]:
@@ -320,6 +251,7 @@ def _cohort(
     keep_steps=trunk_steps(config) if name == 'teacher' else (),
     max_skipped=config.max_skipped,
     heartbeat_timeout=config.heartbeat_timeout,
+    tokenizer=corpus.tokenizer,
     fingerprints={'data': stream.fingerprint, 'tokenizer': corpus.tokenizer.fingerprint, **(fingerprints or {})},
     facts={
       'parameters': model.n_params,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from kdjax import config as config_lib
-from kdjax import sharding, teachers, training
+from kdjax import preflight, sharding, teachers
 from kdjax.checkpoint import Checkpoints, params_fingerprint
-from kdjax.config import AlphaSchedule, Config, MeshConfig, ModelConfig, OptimizerConfig, TeacherConfig
+from kdjax.config import AlphaSchedule, Config, MeshConfig, ModelConfig, OptimizerConfig
 from kdjax.data.batches import Windows
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
@@ -52,9 +52,9 @@ def run(tmp_path_factory) -> RunFolder:
   return folder
 
 
-def refused(folder, section=None, tokenizer=BYTES) -> str:
+def refused(folder, tokenizer=BYTES) -> str:
   with pytest.raises(UserError) as e:
-    teachers.check(RunFolder(folder), section or TeacherConfig(model=MODEL), tokenizer)
+    teachers.check(RunFolder(folder), 'teacher.run', tokenizer)
   assert '\n' not in str(e.value)
   return str(e.value)
 
@@ -63,7 +63,7 @@ def test_a_teacher_still_in_training_is_refused_unless_a_checkpoint_is_named(run
   folder = copy(run, tmp_path / 'x', lambda identity: None)
   write_json(folder / 'status.json', {'state': 'running'})
   assert 'is not finished; wait for it' in refused(folder)
-  teachers.check(RunFolder(folder), TeacherConfig(model=MODEL, run=str(folder), step=3), BYTES)
+  teachers.check(RunFolder(folder), 'teacher.run', BYTES, step=3)
 
 
 def load_refused(folder, step=0) -> str:
@@ -83,40 +83,13 @@ def copy(run, folder, change) -> RunFolder:
 
 
 def test_a_teacher_of_the_same_architecture_and_tokenizer_is_taken(run):
-  teachers.check(run, TeacherConfig(model=MODEL), BYTES)
-
-
-@pytest.mark.parametrize('field', teachers.FREE)
-def test_fields_that_change_no_result_may_differ(run, field):
-  other = {
-    'dtype': 'bfloat16',
-    'param_dtype': 'bfloat16',
-    'attention': 'xla',
-    'remat': 'full',
-    'scan_unroll': 2,
-    'max_seq_len': 128,
-  }
-  section = TeacherConfig(model=dataclasses.replace(MODEL, **{field: other[field]}))
-  teachers.check(run, section, BYTES)
+  teachers.check(run, 'teacher.run', BYTES)
 
 
 def test_a_missing_folder_is_no_run_folder(tmp_path):
   assert 'is no run folder' in refused(tmp_path / 'none')
   assert 'is no run folder' in refused(tmp_path)
   assert 'is no run folder' in load_refused(tmp_path)
-
-
-def test_another_architecture_is_refused_naming_each_field(run):
-  section = TeacherConfig(model=dataclasses.replace(MODEL, d_model=16, tied=False))
-  found = refused(run.path, section)
-  assert 'another architecture' in found
-  assert 'd_model 8 there, 16 here' in found and 'tied True there, False here' in found
-  assert 'n_layers' not in found
-
-
-def test_a_larger_vocabulary_is_another_architecture(run):
-  section = TeacherConfig(model=dataclasses.replace(MODEL, vocab_size=300))
-  assert 'vocab_size 257 there, 300 here' in refused(run.path, section)
 
 
 def test_another_tokenizer_is_refused(run, tmp_path):
@@ -265,21 +238,21 @@ def test_models_that_a_device_cannot_hold_are_told_before_they_are_made():
   held = 4 * model.n_params
   students = 3 * held * len(config.student.arms)
   one = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-  training.check_memory(config, one, model, model, limit=students + held)
+  preflight.check_memory(config, one, model, model, limit=students + held)
   with pytest.raises(
     UserError, match=r'3 students and their optimizers and .* for the teacher in auto on each device'
   ) as e:
-    training.check_memory(config, one, model, model, limit=students + held - 1)
+    preflight.check_memory(config, one, model, model, limit=students + held - 1)
   assert '\n' not in str(e.value)
   large = build(
     dataclasses.replace(model.config, d_ff=512)
   )  # its own training needs more than students and it together
   alone = dataclasses.replace(config, student=dataclasses.replace(config.student, arms=('distilled',)))
   with pytest.raises(UserError, match='for the teacher and its optimizer on each device'):
-    training.check_memory(alone, one, model, large, limit=12 * large.n_params - 1)
-  training.check_memory(alone, one, model, large, limit=12 * large.n_params)
+    preflight.check_memory(alone, one, model, large, limit=12 * large.n_params - 1)
+  preflight.check_memory(alone, one, model, large, limit=12 * large.n_params)
   # Two devices hold half each, but for the norms; int8 is less than float32.
-  training.check_memory(config, mesh(), model, model, limit=int(0.6 * (students + held)))
+  preflight.check_memory(config, mesh(), model, model, limit=int(0.6 * (students + held)))
   small = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, dtype='int8'))
-  training.check_memory(small, one, model, model, limit=students + held - 1)
-  training.check_memory(config, one, model, model)  # a CPU does not say what it has
+  preflight.check_memory(small, one, model, model, limit=students + held - 1)
+  preflight.check_memory(config, one, model, model)  # a CPU does not say what it has

@@ -274,22 +274,29 @@ def _tasks_table(tasks: Cells) -> str:
   return f'{align(rows)}\n{paired}Items: {counts}.'
 
 
+def _parameters(facts: dict[str, Any]) -> str:
+  return f'{facts["parameters"]:,} parameters ({facts["non_embedding"]:,} outside the embedding)'
+
+
 def _facts(job: jobs.Job, cells: Cells) -> str:
   """Tokens, epochs, parameters and the yardstick, from the runs' own records."""
   lines = []
   for run in job.runs:
     facts = (run.identity() or {}).get('facts', {})
     arm = job.arm(run)
-    if facts and arm in cells:
+    if 'imported' in facts and arm in cells:
+      lines.append(f'{arm}: {_parameters(facts)}, imported from {facts["imported"]}')
+    elif facts and arm in cells:
       step = next(iter(cells[arm].values())).meta['step']
       done = step / facts['steps']
       planned = f' of {facts["steps"]:,}' if done != 1 else ''
       lines.append(
-        f'{arm}: {facts["parameters"]:,} parameters ({facts["non_embedding"]:,} outside the embedding), '
+        f'{arm}: {_parameters(facts)}, '
         f'{done * facts["tokens"]:,.0f} tokens in {step:,} steps{planned}, '
         f'{done * facts["epochs"]:.2f} epochs of {facts["distinct_tokens"]:,} distinct tokens'
       )
-  corpus = next((facts for run in job.runs if (facts := (run.identity() or {}).get('facts'))), None)
+  every = [(run.identity() or {}).get('facts', {}) for run in job.runs]
+  corpus = next((facts for facts in every if 'xz9_bits_per_byte' in facts), None)
   if corpus:
     best = min(sets[jobs.IN_DOMAIN].bits_per_byte() for arm, sets in cells.items() if arm != 'teacher')
     verdict = (

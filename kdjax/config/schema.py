@@ -99,10 +99,10 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
-  """The teacher: trained here from this section, or read from `run` (the folder of a finished run)."""
+  """The teacher: trained here from this section, or read from `run`."""
 
   model: ModelConfig = ModelConfig()
-  run: str = ''
+  run: str = ''  # the folder of a finished run, or of a Hugging Face model; the model is then the folder's, whatever `model` says
   step: int = 0  # of `run`: which checkpoint; 0: the last
   seed: int = 42
   tokens: int = 1_000_000
@@ -123,6 +123,7 @@ class StudentConfig:
   """The student: the baseline (alpha = 0), the distilled one and the controls differ in nothing but their targets."""
 
   model: ModelConfig = ModelConfig()
+  init: str = ''  # start from these weights, of a run or a Hugging Face folder, whose model it then is; '': fresh ones
   alpha: float = 0.4
   alpha_schedule: AlphaSchedule = AlphaSchedule()
   arms: tuple[str, ...] = ('baseline', 'distilled', 'unigram')

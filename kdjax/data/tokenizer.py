@@ -4,6 +4,7 @@ A document's tokens never contain the separator that starts each document in a s
 tokens that occur in text are encoded as plain text.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -17,22 +18,32 @@ from kdjax.data.files import StoreDamaged, canonical, check_files, describe, dig
 from kdjax.errors import UserError
 
 SEPARATOR = '<|endoftext|>'
-# Names for "a document starts (or ends) here", the usual choice of a family first.
+# Names for "a document starts here", and then for "it ends here": models are trained to see the first before any text.
 _KNOWN_SEPARATORS = (
   '<|endoftext|>',
   '<|begin_of_text|>',
+  '<s>',
+  '<bos>',
+  '<|bos|>',
+  '[BOS]',
   '<|end_of_text|>',
   '</s>',
-  '<s>',
   '<eos>',
-  '<bos>',
   '<|eos|>',
-  '<|bos|>',
   '<|im_end|>',
   '[EOS]',
-  '[BOS]',
   '[SEP]',
 )
+# What a BPE's file may leave out.
+_BPE_DEFAULTS = {
+  'dropout': None,
+  'unk_token': None,
+  'continuing_subword_prefix': None,
+  'end_of_word_suffix': None,
+  'fuse_unk': False,
+  'byte_fallback': False,
+  'ignore_merges': False,
+}
 _FILE, _META = 'tokenizer.json', 'tokenizer_meta.json'
 
 
@@ -49,14 +60,16 @@ class Tokenizer:
   """
 
   def __init__(self, model_json: str | None = None, separator: str = '', name: str = 'tokenizer'):
+    parsed = None if model_json is None else _parse(model_json, name)
+    if parsed is not None and separator in ('', SEPARATOR) and _content(parsed) == _content(json.loads(_bytes_json())):
+      parsed = model_json = None  # bytes, as `to_json` wrote them
     self._model_json = model_json
     self._name = name
-    if model_json is None:
+    if parsed is None:
       self._model, self.separator = None, SEPARATOR
       self.vocab_size, self.separator_id = 257, 256
       self.fingerprint = digest(b'bytes')
       return
-    parsed = _parse(model_json, name)
     self.separator = separator or _guess_separator(parsed, name)
     self._model = _model(parsed, self.separator)
     separator_id = self._model.token_to_id(self.separator)
@@ -64,13 +77,19 @@ class Tokenizer:
       raise UserError(f'{name}: no token {self.separator!r}; set data.separator to one of {_special_names(parsed)}')
     self.separator_id = separator_id
     self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
-    self.fingerprint = digest(canonical([parsed, self.separator]))
+    self.fingerprint = digest(canonical([_content(parsed), self.separator]))
+
+  @property
+  def is_bytes(self) -> bool:
+    return self._model is None
 
   @classmethod
   def from_file(cls, path: str | os.PathLike, separator: str = '') -> 'Tokenizer':
-    """Reads a Hugging Face `tokenizer.json`."""
+    """Reads a Hugging Face `tokenizer.json`, or the folder that holds one."""
+    file = paths.Path(path).expanduser()
+    file = file / _FILE if file.is_dir() else file
     try:
-      text = paths.Path(path).expanduser().read_bytes().decode('utf-8')
+      text = file.read_bytes().decode('utf-8')
     except (OSError, UnicodeDecodeError) as error:
       raise UserError(f'tokenizer {path} cannot be read ({error}); give bpe, bytes or a tokenizer.json') from error
     return cls(text, separator, str(path))
@@ -122,6 +141,10 @@ class Tokenizer:
       return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
     return b''.join(SEPARATOR.encode() if i == self.separator_id else bytes([i]) for i in ids).decode(errors='replace')
 
+  def to_json(self) -> str:
+    """The text of a `tokenizers` file that gives the same ids. Bytes too have one."""
+    return self._model_json if self._model_json is not None else _bytes_json()
+
   def __reduce__(self):
     # A pickled `tokenizers` model loses the switch that keeps special tokens out of text.
     return Tokenizer, (self._model_json, self.separator if self._model else '', self._name)
@@ -169,6 +192,29 @@ def _model(parsed: dict, separator: str) -> tokenizers.Tokenizer:
   model.no_padding()
   model.encode_special_tokens = True
   return model
+
+
+@functools.cache
+def _bytes_json() -> str:
+  """A BPE without merges whose ids are the bytes, and then the separator."""
+  # The byte-level alphabet, sorted: first the bytes that are printed as themselves, then the others, in order.
+  printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = (byte for byte in range(256) if byte not in printed)
+  characters = {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+  model = tokenizers.Tokenizer(tokenizers.models.BPE({c: byte for byte, c in characters.items()}, []))
+  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  model.decoder = tokenizers.decoders.ByteLevel()
+  model.add_special_tokens([SEPARATOR])
+  return model.to_str()
+
+
+def _content(parsed: dict) -> dict:
+  """What the ids of a text depend on: two files that differ elsewhere, or in how they spell it, hold the same tokenizer."""
+  model = parsed['model']
+  if model.get('type') == 'BPE':
+    model = _BPE_DEFAULTS | model
+    model['merges'] = [merge.split(' ') if isinstance(merge, str) else merge for merge in model['merges']]
+  return {**parsed, 'model': model, 'truncation': None, 'padding': None, 'post_processor': None}
 
 
 def _special_names(parsed: dict) -> list[str]:

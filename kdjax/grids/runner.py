@@ -23,7 +23,7 @@ import jax
 from jax.sharding import Mesh
 
 from kdjax import config as config_lib
-from kdjax import loop, paths, training
+from kdjax import loop, paths, preflight, training
 from kdjax.checkpoint import steps_in
 from kdjax.config import Config
 from kdjax.data.corpus import Corpus
@@ -205,7 +205,7 @@ class Runner:
         steps = training.trunk_steps(job.config) or steps_in(teacher.checkpoints)[-1:]
         return {job.id: self._score(teacher, job.config, teacher, steps, None)}
       arms = [training.Arm(c.config, c.arm, cell_folder(self.folder, c), f'{c.arm} {c.alpha:g}') for c in job.cells]
-      training.check(job.config, self.corpus, self.mesh)
+      preflight.check(job.config, self.corpus, self.mesh)
       training.train_students(arms, self.corpus, teacher, self.mesh, self.progress)
       sets = {evaluation.VALIDATION} if job.phase == 'pilot' else None
       kept = self.grid.last if self._noise_is_asked(job) else 1

@@ -54,6 +54,28 @@ def test_bytes_are_bytes():
   assert tokenizer.decode([0xC3]) == '\ufffd'
 
 
+def test_bytes_written_as_a_file_are_bytes_again():
+  text, known = Tokenizer().to_json(), Tokenizer()
+  reference = tokenizers.Tokenizer.from_str(text)
+  sample = bytes(range(256)).decode('latin-1') + 'ℝ 😀 \r\n  the end'
+  assert reference.encode(sample).ids == list(sample.encode()) and reference.decode(list(sample.encode())) == sample
+  assert Tokenizer(text).is_bytes and Tokenizer(text).fingerprint == known.fingerprint
+  assert reference.token_to_id(SEPARATOR) == known.separator_id
+
+
+def test_the_same_tokenizer_spelt_otherwise_has_the_same_fingerprint(bpe):
+  parsed = json.loads(bpe.to_json())
+  model = parsed['model']
+  spelt = {**model, 'merges': [' '.join(pair) for pair in model['merges']]}
+  del spelt['fuse_unk'], spelt['ignore_merges']
+  changes = {'model': spelt, 'padding': {'strategy': 'BatchLongest'}, 'post_processor': {'type': 'ByteLevel'}}
+  same = Tokenizer(json.dumps(parsed | changes, indent=3))
+  assert same.fingerprint == bpe.fingerprint
+  np.testing.assert_array_equal(same.encode_batch(TEXTS)[0], bpe.encode_batch(TEXTS)[0])
+  for other in ({'model': {**model, 'merges': model['merges'][::-1]}}, {'normalizer': {'type': 'NFC'}}):
+    assert Tokenizer(json.dumps(parsed | other)).fingerprint != bpe.fingerprint
+
+
 def test_training_compresses_and_honours_the_size(bpe):
   assert bpe.vocab_size == 280
   assert len(bpe.encode_batch(TEXTS)[0]) < len(TEXTS[0]) / 1.5
@@ -102,8 +124,8 @@ def test_the_fingerprint_is_of_the_content(bpe, tmp_path):
 
 def test_the_separator_is_guessed_or_taken_from_the_config():
   text = word_level(['<unk>', 'a', 'b'], ['<s>', '</s>', '<mask>'])
-  assert Tokenizer(text).separator == '</s>'
-  assert Tokenizer(text, '<s>').separator_id == 3
+  assert Tokenizer(text).separator == '<s>'
+  assert Tokenizer(text, '</s>').separator_id == 4
   assert Tokenizer(text, '<s>').fingerprint != Tokenizer(text).fingerprint
 
 

@@ -1,0 +1,79 @@
+"""A run's model -> a Hugging Face folder that transformers loads as one of its own: no code of ours in it."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import tokenizers
+
+from kdjax.data import files
+from kdjax.data.tokenizer import Tokenizer
+from kdjax.errors import UserError
+from kdjax.huggingface import families, weights
+from kdjax.models import Model
+
+
+def export(
+  model: Model,
+  params,
+  tokenizer: Tokenizer,
+  out: str | os.PathLike,
+  dtype: str = 'float32',
+  max_bytes: int = 5_000_000_000,
+  max_positions: int = 0,
+  origin: dict[str, Any] | None = None,
+) -> families.Family:
+  """Writes config.json, safetensors files and the tokenizer into a new folder, which appears whole or not at all.
+
+  Args:
+    dtype: of the weights in the files: float32 | bfloat16 | float16.
+    max_bytes: of one file.
+    max_positions: the longest text that the model is said to be good for; 0: the model's max_seq_len.
+    origin: kept as kdjax.json, for people.
+
+  Raises:
+    UserError: the folder exists, or no known architecture is this model.
+  """
+  family, values = families.write(model.config)
+  separator = tokenizer.separator_id
+  values |= {
+    'max_position_embeddings': max_positions or model.config.max_seq_len,
+    'torch_dtype': dtype,
+    'bos_token_id': separator,
+    'eos_token_id': separator,
+    'use_cache': True,
+  }
+  try:
+    with files.building(out) as folder:
+      weights.save(params, model, family, folder, dtype, max_bytes)
+      _write(folder / 'config.json', values)
+      (folder / 'tokenizer.json').write_text(_with_separator_first(tokenizer), encoding='utf-8')
+      _write(folder / 'tokenizer_config.json', {
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        'bos_token': tokenizer.separator,
+        'eos_token': tokenizer.separator,
+        'model_max_length': values['max_position_embeddings'],
+        'clean_up_tokenization_spaces': False,
+      })  # fmt: skip
+      if origin:
+        _write(folder / 'kdjax.json', origin)
+  except FileExistsError:
+    raise UserError(f'{out} exists already; name a new folder, or delete it') from None
+  return family
+
+
+def _with_separator_first(tokenizer: Tokenizer) -> str:
+  """The tokenizer's file, such that a text begins with the separator, as each document did in training. A file that adds tokens of its own
+  is left as it is."""
+  model = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+  if model.post_processor is None:
+    first = tokenizer.separator
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+      single=f'{first}:0 $A:0', pair=f'{first}:0 $A:0 $B:0', special_tokens=[(first, tokenizer.separator_id)]
+    )
+  return model.to_str()
+
+
+def _write(file: pathlib.Path, values: dict[str, Any]) -> None:
+  file.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')

@@ -1,0 +1,83 @@
+"""Models that a config names by their folder: `teacher.run` and `student.init`.
+
+A folder of a run is used where it is. One of Hugging Face is imported once, into `<runs>/imported`, and from then on is a run like any other.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from kdjax import huggingface, paths, teachers
+from kdjax.checkpoint import Checkpoints
+from kdjax.config import Config, ModelConfig
+from kdjax.data.tokenizer import Tokenizer
+from kdjax.errors import UserError
+from kdjax.models import Model
+from kdjax.run import RunFolder
+
+
+def adopted(config: Config) -> Config:
+  """The config with the models of the folders that it names: what they are is not for the config to say, only how they are run."""
+  for name, path in (('teacher', config.teacher.run), ('student', config.student.init)):
+    if path:
+      section = getattr(config, name)
+      section = dataclasses.replace(section, model=_as_run(_model(path, config), section.model))
+      config = dataclasses.replace(config, **{name: section})
+  return config
+
+
+def check(path: str, field: str, config: Config, tokenizer: Tokenizer, step: int = 0) -> RunFolder:
+  """The folder of the run that a path names, or that it will be imported into. Raises UserError where it does not go with the corpus."""
+  if not huggingface.is_folder(path):
+    folder = RunFolder(path)
+    teachers.check(folder, field, tokenizer, step)
+    return folder
+  if step:
+    raise UserError(f'{field} = {path} is a Hugging Face folder: it has no steps; leave teacher.step at 0')
+  source = huggingface.Source(path, config.data.separator)
+  teachers.check_tokenizer(f'{field} = {path}', source.tokenizer.fingerprint, tokenizer)
+  return _imported(source, config)
+
+
+def ready(path: str, config: Config, mesh: Mesh) -> RunFolder:
+  """The folder of the run that a path names, imported first if need be."""
+  if not huggingface.is_folder(path):
+    return RunFolder(path)
+  source = huggingface.Source(path, config.data.separator)
+  folder = _imported(source, config)
+  source.import_into(folder, mesh, config.heartbeat_timeout)
+  return folder
+
+
+def weights(folder: RunFolder, model: Model, mesh: Mesh) -> Any:
+  """A run's newest weights as those of `model`: on the mesh, in its param_dtype."""
+  params = teachers.weights(folder, mesh, like=model.config)[1]
+  dtype = jnp.dtype(model.config.param_dtype)
+  return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def weights_name(folder: RunFolder) -> str:
+  """Tells a run's newest weights from all others."""
+  saves = Checkpoints(folder.checkpoints, read_only=True)
+  try:
+    step = teachers.final_step(folder, saves)
+    return f'{saves.fingerprint(step)}@{step}'
+  finally:
+    saves.close()
+
+
+def _imported(source: huggingface.Source, config: Config) -> RunFolder:
+  return RunFolder(paths.Path(config.runs) / 'imported' / source.folder_name)
+
+
+def _model(path: str, config: Config) -> ModelConfig:
+  if huggingface.is_folder(path):
+    return huggingface.Source(path, config.data.separator).model.config
+  return teachers.model_of(RunFolder(path)).config
+
+
+def _as_run(model: ModelConfig, like: ModelConfig) -> ModelConfig:
+  return dataclasses.replace(model, **{field: getattr(like, field) for field in teachers.FREE})
