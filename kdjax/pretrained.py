@@ -19,6 +19,30 @@ from kdjax.models import Model
 from kdjax.run import RunFolder
 
 
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """A model that is ready to run: its weights in the dtype in which the device computes."""
+
+  model: Model
+  params: Any
+  tokenizer: Tokenizer
+  name: str
+  step: int = 0
+  trained_window: int = 0  # tokens; 0: unknown
+
+
+def opened(path: str, mesh: Mesh, step: int = 0, separator: str = '') -> Opened:
+  """The model of a run's folder, or of Hugging Face's, which is read where it is. Raises UserError where it is neither."""
+  folder = RunFolder(path)
+  if folder.identity() is None and not paths.is_remote(path):
+    source = huggingface.Source(path, separator)
+    params = teachers.cast(source.load(mesh), 'auto', mesh, 'student')
+    return Opened(source.model, params, source.tokenizer, source.path.name)
+  model, params, step, _ = teachers.load(folder, 'auto', mesh, step)
+  known = (folder.identity() or {})['config']
+  return Opened(model, params, folder.tokenizer(), folder.name, step, known.get('data', {}).get('seq_len', 0))
+
+
 def adopted(config: Config) -> Config:
   """The config with the models of the folders that it names: what they are is not for the config to say, only how they are run."""
   for name, path in (('teacher', config.teacher.run), ('student', config.student.init)):

@@ -118,12 +118,17 @@ class Tokenizer:
     meta = {'kind': 'tokenizers', 'separator': self.separator, 'fingerprint': self.fingerprint}
     write_json(folder / _META, {**meta, 'files': describe(folder, [_FILE])})
 
-  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """One int32 array of token ids for each text, without any special token.
+  def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
+    """One int32 array of token ids for each text. None is added; what stands for a special token in a text is read as such if `special`.
 
     Raises:
       UserError: the separator is an ordinary token, which text can contain.
     """
+    if special:
+      model = tokenizers.Tokenizer.from_str(self.to_json())
+      model.no_truncation()
+      model.no_padding()
+      return [np.asarray(e.ids, np.int32) for e in model.encode_batch(list(texts), add_special_tokens=False)]
     if self._model is None:
       return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
     encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -1,0 +1,118 @@
+"""Text from a checkpoint.
+
+    python -m kdjax.generate runs/weak2strong-.../students/distilled "The state of the Union"
+    python -m kdjax.generate runs/weak2strong-... "The state of the Union" --temperature 0.8 --samples 3    all its students, side by side
+    python -m kdjax.generate ~/models/SmolLM2-135M "Once upon a time" --temperature 0                       a Hugging Face folder
+
+A prompt is the beginning of a document: the separator that starts each document is put before it, and the text ends where the model starts
+the next one. What stands for a special token in a prompt is read as plain text, unless --special is given.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from kdjax import cli, paths, pretrained, sharding
+from kdjax.config import MeshConfig
+from kdjax.data.tokenizer import Tokenizer
+from kdjax.evals import job as jobs
+from kdjax.sampling import Sampling, stream
+
+log = logging.getLogger('kdjax')
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  with cli.user_errors():
+    args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+      named = models(args.model)
+      for name, path in named:
+        opened = pretrained.opened(path, mesh, args.step, args.separator)
+        _note(opened, args.max_tokens)
+        for k in range(args.samples):
+          title = ' '.join([name] * (len(named) > 1) + [f'{k + 1}'] * (args.samples > 1))
+          if title:
+            print(f'--- {title}')
+          for piece in texts(opened, args.prompt, args.max_tokens, sampling, args.seed + k, args.special):
+            print(piece, end='', flush=True)
+          print('\n' if title else '')
+
+
+def models(path: str) -> list[tuple[str, str]]:
+  """(name, folder) of the students of an experiment, or of the one model that a folder holds."""
+  folder = paths.Path(path)
+  if (folder / 'experiment.json').exists():
+    return [(run.name, str(run.path)) for run in jobs.find(folder).students]
+  return [(folder.name, path)]
+
+
+def texts(
+  opened: pretrained.Opened, prompt: str, max_tokens: int, sampling: Sampling, seed: int, special: bool = False
+) -> Iterator[str]:
+  """Yields the prompt and then what follows it, piece by piece, as soon as a piece is whole characters."""
+  tokenizer = opened.tokenizer
+  ids = [tokenizer.separator_id, *tokenizer.encode_batch([prompt], special=special)[0].tolist()]
+  yield prompt
+  said, shown = ids[1:], len(tokenizer.decode(ids[1:]))
+  for tokens_1xN in stream(
+    opened.model, opened.params, [ids], max_tokens, sampling, seed=seed, stop_id=tokenizer.separator_id
+  ):
+    new = tokens_1xN[0].tolist()
+    said += new[: new.index(tokenizer.separator_id)] if tokenizer.separator_id in new else new
+    text = _whole(tokenizer, said)
+    yield text[shown:]
+    shown = max(shown, len(text))
+  yield tokenizer.decode(said)[shown:]
+
+
+def _whole(tokenizer: Tokenizer, ids: list[int]) -> str:
+  """The text, less a character at its end of which bytes are to come."""
+  return tokenizer.decode(ids).rstrip('\ufffd')
+
+
+def _note(opened: pretrained.Opened, max_tokens: int) -> None:
+  if opened.trained_window and max_tokens > opened.trained_window:
+    log.info(
+      'note: the model was trained on windows of %s tokens; what it says beyond them is a guess',
+      f'{opened.trained_window:,}',
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='python -m kdjax.generate', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('model', metavar='RUN', help="a run's folder, an experiment's, or a Hugging Face folder")
+  parser.add_argument('prompt', metavar='PROMPT', nargs='?', default='', help='default: the beginning of any document')
+  parser.add_argument('--max-tokens', type=_positive, default=128, help='at most so many; default: 128')
+  parser.add_argument('--temperature', type=float, default=1.0, help='0: the likeliest token each time; default: 1')
+  parser.add_argument('--top-k', type=int, default=0, help='draw from so many of the likeliest tokens; default: all')
+  parser.add_argument(
+    '--top-p', type=float, default=1.0, help='draw from the likeliest that have this share of the probability'
+  )
+  parser.add_argument('--seed', type=int, default=0, help='the same seed, the same text; default: 0')
+  parser.add_argument('--samples', type=_positive, default=1, help='how many texts, of the seeds that follow')
+  parser.add_argument('--step', type=int, default=0, help='which checkpoint; default: the newest')
+  parser.add_argument(
+    '--separator', default='', metavar='TOKEN', help='of a Hugging Face folder: what starts a document'
+  )
+  parser.add_argument(
+    '--special', action='store_true', help='special tokens in the prompt count as such, as chats need them'
+  )
+  return parser
+
+
+def _positive(text: str) -> int:
+  value = int(text)
+  if value < 1:
+    raise argparse.ArgumentTypeError(f'must be at least 1, got {value}')
+  return value
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,169 @@
+"""Text from a model: a prompt is read once into a cache of keys and values, then one token after the other is drawn on the device.
+
+Rows of different length are padded on the left. What a row says depends on its prompt, the seed and its number, and on nothing else in the
+batch. The host looks at the tokens a chunk at a time.
+
+Shapes: B rows, P the prompts' common length, N tokens of a chunk, V the padded vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdjax.errors import UserError
+from kdjax.models import Model
+from kdjax.models.decoder import Cache
+
+CHUNK = 16  # tokens between two looks of the host
+SHORTEST = 16  # the prompts' common length is this times a power of two, so that few programs serve all
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How a token is drawn: from softmax(logits / temperature) of the `top_k` likeliest tokens, and of those from the least number of the
+  likeliest that have together `top_p` of the probability. Temperature 0 takes the likeliest; top_k 0 and top_p 1 take all.
+
+  Raises UserError for values that mean nothing.
+  """
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __post_init__(self):
+    if not self.temperature >= 0:
+      raise UserError(f'temperature: must be 0 (greedy) or above, got {self.temperature:g}')
+    if self.top_k < 0:
+      raise UserError(f'top_k: must be 0 (all) or a number of tokens, got {self.top_k}')
+    if not 0 < self.top_p <= 1:
+      raise UserError(f'top_p: must be in (0, 1], got {self.top_p:g}')
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+class State(NamedTuple):
+  """Where the rows stand: the last token of each that the cache has not seen yet, and who has ended."""
+
+  cache: Cache
+  token_B: Any
+  done_B: Any
+  key_B: Any  # one for each row
+  n: Any  # tokens drawn so far
+
+
+def generate(
+  model: Model,
+  params,
+  prompts: Sequence[Sequence[int]],
+  max_tokens: int,
+  sampling: Sampling = Sampling(),
+  *,
+  seed: int = 0,
+  stop_id: int,
+) -> list[list[int]]:
+  """The tokens that follow each prompt, up to the first `stop_id`, which is left out, and at most `max_tokens`."""
+  rows: list[list[int]] = [[] for _ in prompts]
+  for tokens_BxN in stream(model, params, prompts, max_tokens, sampling, seed=seed, stop_id=stop_id):
+    for row, new in zip(rows, tokens_BxN, strict=True):
+      row += new.tolist()
+  return [row[: row.index(stop_id)] if stop_id in row else row for row in rows]
+
+
+def stream(
+  model: Model,
+  params,
+  prompts: Sequence[Sequence[int]],
+  max_tokens: int,
+  sampling: Sampling = Sampling(),
+  *,
+  seed: int = 0,
+  stop_id: int,
+) -> Iterator[np.ndarray]:
+  """Yields int32 arrays [B, N] of the next tokens, until all rows have ended; a row that has goes on with `stop_id`.
+
+  Args:
+    prompts: token ids, at least one each; a model expects a document's separator first.
+    stop_id: the token that ends a row.
+
+  Raises:
+    UserError: a prompt is empty, or is too long for the model with what is to follow.
+  """
+  if not prompts or not all(len(prompt) for prompt in prompts):
+    raise UserError('a prompt is empty; begin it with the separator that starts each document')
+  longest = max(map(len, prompts))
+  width = SHORTEST
+  while width < longest:
+    width *= 2
+  n_chunks = -(-max_tokens // CHUNK)
+  if longest + max_tokens > model.config.max_seq_len:
+    raise UserError(
+      f'{longest} tokens of prompt and {max_tokens} to follow are more than the model can see at once ({model.config.max_seq_len}); '
+      'shorten the prompt, or ask for fewer tokens'
+    )
+  tokens_BxP = np.zeros((len(prompts), width), np.int32)
+  for row, prompt in zip(tokens_BxP, prompts, strict=True):
+    row[width - len(prompt) :] = prompt
+  first_B = np.array([width - len(prompt) for prompt in prompts], np.int32)
+  # Of rotary positions attention sees the differences alone, so those that are padding on the left take none of the model's length.
+  roomy = Model(dataclasses.replace(model.config, max_seq_len=width + n_chunks * CHUNK))
+  state = _read(roomy, sampling, params, tokens_BxP, first_B, jax.random.key(seed), stop_id)
+  for k in range(n_chunks):
+    state, tokens_BxN = _draw(roomy, sampling, params, state, stop_id)
+    yield np.asarray(tokens_BxN)[:, : max_tokens - k * CHUNK]
+    if bool(state.done_B.all()):
+      return
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read(model: Model, sampling: Sampling, params, tokens_BxP, first_B, key, stop_id) -> State:
+  """The cache with the prompts in it, and the first token after each."""
+  keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(first_B)))
+  cache = model.empty_cache(first_B, model.config.max_seq_len)
+  hidden_BxPxD, cache = model.extend(params, tokens_BxP, cache)
+  token_B = _next(model, sampling, params, hidden_BxPxD[:, -1], keys_B, 0)
+  return State(cache, token_B, token_B == stop_id, keys_B, jnp.ones((), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _draw(model: Model, sampling: Sampling, params, state: State, stop_id) -> tuple[State, Any]:
+  """(the state, the next CHUNK tokens [B, N], the one that the state held first)."""
+
+  def one(state: State, _):
+    hidden_Bx1xD, cache = model.extend(params, state.token_B[:, None], state.cache)
+    token_B = _next(model, sampling, params, hidden_Bx1xD[:, 0], state.key_B, state.n)
+    token_B = jnp.where(state.done_B, stop_id, token_B)
+    return State(cache, token_B, state.done_B | (token_B == stop_id), state.key_B, state.n + 1), state.token_B
+
+  state, tokens_NxB = jax.lax.scan(one, state, None, length=CHUNK)
+  return state, tokens_NxB.T
+
+
+def _next(model: Model, sampling: Sampling, params, hidden_BxD, key_B, n):
+  logits_BxV = jnp.matmul(hidden_BxD, model.head(params), preferred_element_type=jnp.float32)
+  logits_BxV = logits_BxV[:, : model.config.vocab_size]
+  if sampling.temperature == 0:
+    return logits_BxV.argmax(axis=-1).astype(jnp.int32)
+  keys_B = jax.vmap(lambda key: jax.random.fold_in(key, n))(key_B)
+  return jax.vmap(jax.random.categorical)(keys_B, filtered(logits_BxV / sampling.temperature, sampling)).astype(
+    jnp.int32
+  )
+
+
+def filtered(logits_BxV, sampling: Sampling):
+  """The logits with those of the tokens that top-k and top-p leave out at -inf. Ties with the last token that stays, stay."""
+  if not sampling.top_k and sampling.top_p == 1:
+    return logits_BxV
+  descending_BxV = jnp.sort(logits_BxV, axis=-1, descending=True)
+  last_B = descending_BxV[:, min(sampling.top_k or logits_BxV.shape[1], logits_BxV.shape[1]) - 1]
+  if sampling.top_p < 1:
+    shares_BxV = jax.nn.softmax(jnp.where(descending_BxV >= last_B[:, None], descending_BxV, -jnp.inf))
+    before_BxV = jnp.cumsum(shares_BxV, axis=-1) - shares_BxV  # of the tokens that are likelier
+    n_kept_B = (before_BxV < sampling.top_p).sum(axis=-1)
+    last_B = jnp.maximum(last_B, jnp.take_along_axis(descending_BxV, n_kept_B[:, None] - 1, axis=-1)[:, 0])
+  return jnp.where(logits_BxV >= last_B[:, None], logits_BxV, -jnp.inf)

@@ -1,0 +1,64 @@
+import pytest
+
+from kdjax import convert, generate
+from kdjax.data.tokenizer import Tokenizer
+from tests.huggingface.folders import make
+
+
+def text(capsys, *argv) -> str:
+  generate.main([str(arg) for arg in argv])
+  return capsys.readouterr().out
+
+
+def test_a_run_goes_on_from_a_prompt(main_job, capsys):
+  (run,) = (main_job / 'runs').glob('tiny-*/students/distilled')
+  out = text(capsys, run, 'Once more', '--max-tokens', 12, '--temperature', 0)
+  assert out.startswith('Once more') and len(out.encode()) > len('Once more')
+  assert text(capsys, run, 'Once more', '--max-tokens', 12, '--temperature', 0) == out
+  one, other = (text(capsys, run, 'Once', '--max-tokens', 12, '--seed', seed) for seed in (1, 2))
+  assert one != other and text(capsys, run, 'Once', '--max-tokens', 12, '--seed', 1) == one
+
+
+def test_an_experiments_students_stand_side_by_side(main_job, capsys):
+  (experiment,) = (path.parent for path in (main_job / 'runs').glob('tiny-*/experiment.json'))
+  out = text(capsys, experiment, 'So', '--max-tokens', 4, '--samples', 2)
+  titles = [line for line in out.splitlines() if line.startswith('---')]
+  assert titles == [f'--- {arm} {k}' for arm in ('baseline', 'distilled', 'unigram') for k in (1, 2)]
+
+
+def test_a_hugging_face_folder_is_read_where_it_is(tmp_path, capsys):
+  folder = make(tmp_path / 'model')
+  convert.main(['from-hf', str(folder), str(tmp_path / 'run')])
+  capsys.readouterr()
+  options = ('ab', '--temperature', 0, '--max-tokens', 8)
+  assert text(capsys, folder, *options) == text(capsys, tmp_path / 'run', *options)
+
+
+def test_a_character_is_shown_when_all_its_bytes_are_there():
+  tokenizer, euro = Tokenizer(), list('a€'.encode())
+  assert [generate._whole(tokenizer, euro[:n]) for n in range(1, 5)] == ['a', 'a', 'a', 'a€']
+
+
+def test_special_tokens_in_a_prompt_are_text_unless_asked_for():
+  tokenizer = Tokenizer()
+  (plain,), (special,) = (tokenizer.encode_batch(['a<|endoftext|>'], special=s).copy() for s in (False, True))
+  assert len(plain) == 14 and special.tolist() == [97, 256]
+
+
+@pytest.mark.parametrize(
+  ('argv', 'line'),
+  [
+    (['{t}/none'], 'no such folder'),
+    (['{t}'], 'is no Hugging Face folder: it has no config.json'),
+    (['{run}', '--step', '99'], 'has no checkpoint of step 99; it has'),
+    (['{run}', '--temperature', '-1'], 'temperature: must be 0 (greedy) or above'),
+    (['{run}', '--max-tokens', '0'], 'must be at least 1, got 0'),
+    (['{run}', '--max-tokens', '9000'], 'more than the model can see at once'),
+  ],
+)
+def test_mistakes_are_one_line(argv, line, main_job, tmp_path, capsys):
+  (run,) = (main_job / 'runs').glob('tiny-*/students/distilled')
+  with pytest.raises(SystemExit) as e:
+    generate.main([arg.format(t=tmp_path, run=run) for arg in argv])
+  assert e.value.code == 2
+  assert line in capsys.readouterr().err.strip().splitlines()[-1]
