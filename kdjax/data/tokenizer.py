@@ -1,4 +1,4 @@
-"""Text <-> token ids: raw bytes, a byte-level BPE trained here, or any Hugging Face `tokenizers` file.
+"""Text <-> token ids: raw bytes, a byte-level BPE trained here, or any Hugging Face `tokenizers` file (others are turned into one).
 
 A document's tokens never contain the separator that starts each document in a store, whatever its text says: special
 tokens that occur in text are encoded as plain text.
@@ -14,6 +14,7 @@ import numpy as np
 import tokenizers
 
 from kdjax import paths
+from kdjax.data import foreign
 from kdjax.data.files import StoreDamaged, canonical, check_files, describe, digest, read_json, write_json
 from kdjax.errors import UserError
 
@@ -85,13 +86,18 @@ class Tokenizer:
 
   @classmethod
   def from_file(cls, path: str | os.PathLike, separator: str = '') -> 'Tokenizer':
-    """Reads a Hugging Face `tokenizer.json`, or the folder that holds one."""
+    """Reads a Hugging Face `tokenizer.json`, or the folder that holds one; what else there is, by way of transformers (foreign.py)."""
     file = paths.Path(path).expanduser()
-    file = file / _FILE if file.is_dir() else file
+    file = file / _FILE if (file / _FILE).exists() else file
     try:
-      text = file.read_bytes().decode('utf-8')
+      if file.suffix in foreign.SUFFIXES or file.is_dir():
+        text = foreign.to_json(pathlib.Path(file))
+      else:
+        text = file.read_bytes().decode('utf-8')
     except (OSError, UnicodeDecodeError) as error:
-      raise UserError(f'tokenizer {path} cannot be read ({error}); give bpe, bytes or a tokenizer.json') from error
+      raise UserError(
+        f'tokenizer {path} cannot be read ({error}); give bpe, bytes, a tokenizer.json, .model or .tiktoken file, or a folder'
+      ) from error
     return cls(text, separator, str(path))
 
   @classmethod
