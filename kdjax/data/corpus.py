@@ -11,6 +11,7 @@ kept documents, two bytes each (four above 65,536 ids), 200 or so bytes for each
 split.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -28,7 +29,7 @@ from kdjax import paths
 from kdjax.config import DataConfig, EvalConfig
 from kdjax.data import files
 from kdjax.data.files import StoreDamaged
-from kdjax.data.sources import documents, signature
+from kdjax.data.sources import documents, mixture, signature
 from kdjax.data.store import COUNTED_TOKENS, TokenStore, token_dtype, write_store
 from kdjax.data.store import VERSION as STORE_VERSION
 from kdjax.data.tokenizer import Tokenizer, train_bpe
@@ -128,9 +129,7 @@ def _key(data: DataConfig, evals: EvalConfig) -> str:
 def _tokenizer_key(data: DataConfig) -> list:
   if data.tokenizer == 'bpe':
     return ['bpe', data.vocab_size]
-  if data.tokenizer == 'bytes':
-    return ['bytes']
-  return [Tokenizer.from_file(data.tokenizer, data.separator).fingerprint]
+  return ['bytes'] if data.tokenizer == 'bytes' else [_given_tokenizer(data).fingerprint]
 
 
 def _open(folder: pathlib.Path) -> Corpus:
@@ -148,14 +147,15 @@ def _open(folder: pathlib.Path) -> Corpus:
 
 def _build(folder: pathlib.Path, data: DataConfig, evals: EvalConfig, progress: bool) -> None:
   _check_names(evals.ood)
-  plan = _plan_splits(data, evals, progress)
-  tokenizer = _make_tokenizer(data, plan)
+  given = None if data.tokenizer == 'bpe' else _given_tokenizer(data)
+  plan = _plan_splits(data, evals, given, progress)
+  tokenizer = given or _train_tokenizer(data, plan)
   tokenizer.save(folder / 'tokenizer')
   counts = {'in-domain': plan.counts}
   test_text = _write_splits(folder, plan, tokenizer, progress)
   train_ids = frozenset(plan.splits['train'])
   for name, source in evals.ood.items():
-    ood_plan = _plan_ood(name, source, evals, data.split_seed, train_ids, progress)
+    ood_plan = _plan_ood(name, source, evals, data.split_seed, train_ids, tokenizer, progress)
     counts[name] = ood_plan.counts
     _write_splits(folder / 'ood' / name, ood_plan, tokenizer, progress)
   names = [*SPLITS, *(f'ood/{name}/{split}' for name in evals.ood for split in ('validation', 'test'))]
@@ -193,10 +193,21 @@ class _Plan:
   max_document_bytes: int = 0  # of the documents that are not for training
 
 
-def _plan_splits(data: DataConfig, evals: EvalConfig, progress: bool) -> _Plan:
-  found, counts = _scan(data.source, data.text_field, progress)
+def _plan_splits(data: DataConfig, evals: EvalConfig, tokenizer: Tokenizer | None, progress: bool) -> _Plan:
   shares = {'test': data.test_fraction, 'validation': data.validation_fraction}
-  splits = _split(found, shares, 'train', data.split_seed)
+  parts = mixture(data.source)
+  found: dict[str, int] = {}
+  counts: collections.Counter[str] = collections.Counter()
+  by_part = []
+  for name, _ in parts:
+    scanned, read = _scan(name, data.text_field, tokenizer, progress)
+    fresh = {doc: n for doc, n in scanned.items() if doc not in found}
+    counts.update(read, duplicates=len(scanned) - len(fresh))
+    found |= fresh
+    by_part.append(_split(fresh, shares, 'train', data.split_seed))
+  splits = {split: _mixed([part[split] for part in by_part], [weight for _, weight in parts]) for split in by_part[0]}
+  if len(parts) > 1:
+    _tell_mixture([name for name, _ in parts], [part['train'] for part in by_part], splits['train'])
   for split in ('validation', 'test'):
     splits[split] = _cap(splits[split], split, evals)
   for split in SPLITS:
@@ -205,12 +216,14 @@ def _plan_splits(data: DataConfig, evals: EvalConfig, progress: bool) -> _Plan:
         f'the {split} split of data.source {data.source!r} is empty ({len(found)} distinct documents); '
         'give more documents, or change data.validation_fraction, data.test_fraction or data.split_seed'
       )
-  counts |= {f'{split}_documents': len(splits[split]) for split in SPLITS}
-  return _Plan(data.source, data.text_field, splits, counts, evals.max_document_bytes)
+  counts.update({f'{split}_documents': len(splits[split]) for split in SPLITS})
+  return _Plan(data.source, data.text_field, splits, dict(counts), evals.max_document_bytes)
 
 
-def _plan_ood(name: str, source: str, evals: EvalConfig, seed: int, train_ids: frozenset[str], progress: bool) -> _Plan:
-  found, counts = _scan(source, evals.ood_text_field, progress)
+def _plan_ood(
+  name: str, source: str, evals: EvalConfig, seed: int, train_ids: frozenset[str], tokenizer: Tokenizer, progress: bool
+) -> _Plan:
+  found, counts = _scan(source, evals.ood_text_field, tokenizer, progress)
   distinct = {doc: n for doc, n in found.items() if doc not in train_ids}
   splits = _split(distinct, {'validation': evals.ood_validation_fraction}, 'test', seed)
   splits = {split: _cap(docs, split, evals) for split, docs in splits.items()}
@@ -225,12 +238,14 @@ def _plan_ood(name: str, source: str, evals: EvalConfig, seed: int, train_ids: f
   return _Plan(source, evals.ood_text_field, splits, counts, evals.max_document_bytes)
 
 
-def _scan(source: str, text_field: str, progress: bool) -> tuple[dict[str, int], dict[str, int]]:
+def _scan(
+  source: str, text_field: str, tokenizer: Tokenizer | None, progress: bool
+) -> tuple[dict[str, int], dict[str, int]]:
   """First pass: content hash -> bytes of each distinct document, and the counts of what was dropped."""
   found: dict[str, int] = {}
   read, empty = 0, 0
   with _bar(f'reading {source}', progress) as bar:
-    for text in documents(source, text_field):
+    for text in documents(source, text_field, tokenizer):
       n_bytes = len(text.encode())
       bar.update(n_bytes)
       read += 1
@@ -256,6 +271,31 @@ def _split(found: dict[str, int], shares: dict[str, float], rest: str, seed: int
   return splits
 
 
+def _mixed(parts: list[dict[str, int]], weights: list[float]) -> dict[str, int]:
+  """The parts' documents in one order, such that any stretch of it has the weights' shares of bytes; it ends with the first part that runs out.
+
+  So nothing is seen twice, a slice of the mixture is such a mixture, and a run that reads it resumes like any other.
+  """
+  if len(parts) == 1:
+    return parts[0]
+  mixed: dict[str, int] = {}
+  left, taken = [iter(part.items()) for part in parts], [0.0] * len(parts)
+  while True:
+    behind = min(range(len(parts)), key=lambda k: taken[k] / weights[k])
+    doc, n_bytes = next(left[behind], ('', 0))
+    if not doc:
+      return mixed
+    mixed[doc] = n_bytes
+    taken[behind] += n_bytes
+
+
+def _tell_mixture(names: list[str], parts: list[dict[str, int]], mixed: dict[str, int]) -> None:
+  total = max(1, sum(mixed.values()))
+  for name, part in zip(names, parts, strict=True):
+    taken, whole = sum(n for doc, n in part.items() if doc in mixed), max(1, sum(part.values()))
+    log.info('mixture: %s is %.1f%% of it, %.1f%% of what there is', name, 100 * taken / total, 100 * taken / whole)
+
+
 def _cap(docs: dict[str, int], split: str, evals: EvalConfig) -> dict[str, int]:
   """The first documents that fit into the split's bytes (0: all), each cut to `max_document_bytes`, and at least one."""
   most = (evals.max_validation_bytes if split == 'validation' else 0) or evals.max_bytes
@@ -275,11 +315,11 @@ def _cut(text: str, max_bytes: int) -> str:
   return text.encode()[:max_bytes].decode(errors='ignore') if max_bytes else text
 
 
-def _make_tokenizer(data: DataConfig, plan: _Plan) -> Tokenizer:
-  if data.tokenizer == 'bytes':
-    return Tokenizer()
-  if data.tokenizer != 'bpe':
-    return Tokenizer.from_file(data.tokenizer, data.separator)
+def _given_tokenizer(data: DataConfig) -> Tokenizer:
+  return Tokenizer() if data.tokenizer == 'bytes' else Tokenizer.from_file(data.tokenizer, data.separator)
+
+
+def _train_tokenizer(data: DataConfig, plan: _Plan) -> Tokenizer:
   wanted = dict(plan.splits['train'])
   texts = documents(plan.source, plan.text_field)
   return train_bpe((text for text in texts if wanted.pop(_content_hash(text), None) is not None), data.vocab_size)
@@ -295,7 +335,7 @@ def _write_splits(folder: pathlib.Path, plan: _Plan, tokenizer: Tokenizer, progr
   train = plan.splits.get('train', {})
   cut: set[str] = set()
   with _bar(f'tokenising {plan.source}', progress, sum(wanted.values())) as bar:
-    for group in _groups(plan, dict(wanted)):
+    for group in _groups(plan, dict(wanted), tokenizer):
       whole, group = group, {doc: t if doc in train else _cut(t, plan.max_document_bytes) for doc, t in group.items()}
       cut |= {doc for doc, text in group.items() if len(text) < len(whole[doc])}
       n_bytes |= {doc: len(text.encode()) for doc, text in group.items()}
@@ -312,10 +352,10 @@ def _write_splits(folder: pathlib.Path, plan: _Plan, tokenizer: Tokenizer, progr
   return [texts[doc] for doc in plan.splits['test']]
 
 
-def _groups(plan: _Plan, wanted: dict[str, int]) -> Iterator[dict[str, str]]:
+def _groups(plan: _Plan, wanted: dict[str, int], tokenizer: Tokenizer) -> Iterator[dict[str, str]]:
   """The texts of the wanted documents, each once, in groups of about 4 MB."""
   group, size = {}, 0
-  for text in documents(plan.source, plan.text_field):
+  for text in documents(plan.source, plan.text_field, tokenizer):
     doc = _content_hash(text)
     n_bytes = wanted.pop(doc, None)
     if n_bytes is None:

@@ -28,7 +28,8 @@ from jax.sharding import PartitionSpec as P
 
 from kdjax import sharding
 from kdjax.data.files import canonical, digest
-from kdjax.data.sources import records, signature, without_surrogates
+from kdjax.data.sources import records, signature
+from kdjax.data.text import without_surrogates
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
 from kdjax.evals import windows

@@ -163,7 +163,7 @@ def test_the_tokenizer_is_trained_on_the_training_split_only(made, tmp_path, spl
   mark = '\u4e16' * 4000  # so frequent that a tokenizer that sees it merges its bytes
   for i in range(1000):
     marked = write_jsonl(tmp_path / 'marked.jsonl', [*main, f'{i} {mark}'])
-    plan = corpus._plan_splits(dataclasses.replace(data, source=marked), evals, False)
+    plan = corpus._plan_splits(dataclasses.replace(data, source=marked), evals, None, False)
     if corpus._content_hash(f'{i} {mark}') in plan.splits[split]:
       break
   built = prepare(dataclasses.replace(data, source=marked), evals, runs, progress=False)
@@ -210,9 +210,9 @@ def test_an_empty_source_split_or_set_is_named_with_what_to_change(made, tmp_pat
 def test_a_source_that_changes_between_the_passes_is_refused(made, monkeypatch):
   calls = []
 
-  def shrinking(source, text_field):
+  def shrinking(source, text_field, tokenizer=None):
     calls.append(source)
-    found = list(documents(source, text_field))
+    found = list(documents(source, text_field, tokenizer))
     return found if len(calls) == 1 else found[:10]
 
   monkeypatch.setattr(corpus, 'documents', shrinking)
@@ -333,3 +333,46 @@ def test_real_articles_make_a_corpus(real_data, tmp_path):
   assert 3.5 < built.train.n_bytes.sum() / built.train.n_tokens < 5.5  # bytes a token of English
   assert 1.5 < built.xz9_bits_per_byte < 4
   assert all((s.read(0, s.n_tokens) == built.tokenizer.separator_id).sum() == s.n_docs for s in all_stores(built))
+
+
+def mixed_config(tmp_path, **sizes):
+  """Config of a mixture of made-up parts: NAME=(weight, documents, bytes each)."""
+  parts = []
+  for name, (weight, n, size) in sizes.items():
+    texts = [f'{name} {i} '.ljust(size, name[0]) for i in range(n)]
+    parts.append(f'{write_jsonl(tmp_path / f"{name}.jsonl", texts)}@{weight}')
+  return DataConfig(source=', '.join(parts), tokenizer='bytes', validation_fraction=0.2, test_fraction=0.2)
+
+
+def shares(store, names) -> np.ndarray:
+  texts = [
+    bytes(store.read(int(a) + 1, int(b)).astype(np.uint8)).decode() for a, b in itertools.pairwise(store.offsets)
+  ]
+  sizes = np.array([[len(text) * text.startswith(name) for text in texts] for name in names], float)
+  return sizes.cumsum(axis=1) / sizes.sum(axis=0).cumsum()
+
+
+def test_a_mixture_has_its_shares_in_any_stretch_and_ends_with_the_part_that_runs_out(tmp_path, caplog):
+  caplog.set_level('INFO', logger='kdjax')
+  data = mixed_config(tmp_path, apple=(0.7, 200, 300), bean=(0.3, 2000, 50))
+  built = prepare(data, EvalConfig(ood={}), str(tmp_path / 'runs'), progress=False)
+  for store in (built.train, built.validation, built.test):
+    found = shares(store, ['apple', 'bean'])
+    assert np.abs(found[0, 10:] - 0.7).max() < 300 / store.n_bytes[:10].sum() + 0.02
+  assert any('apple.jsonl is 70.' in m and '100.0% of what there is' in m for m in caplog.messages) or any(
+    'bean.jsonl is 30.' in m and '100.0% of what there is' in m for m in caplog.messages
+  )
+  again = prepare(data, EvalConfig(ood={}), str(tmp_path / 'elsewhere'), progress=False)
+  assert again.fingerprint == built.fingerprint
+  other = dataclasses.replace(data, source=data.source.replace('@0.7', '@0.5').replace('@0.3', '@0.5'))
+  assert prepare(other, EvalConfig(ood={}), str(tmp_path / 'runs'), progress=False).fingerprint != built.fingerprint
+
+
+def test_a_document_of_two_parts_is_in_the_first(tmp_path):
+  texts = [f'document {i}' for i in range(60)]
+  source = f'{write_jsonl(tmp_path / "a.jsonl", texts[:40])}@1, {write_jsonl(tmp_path / "b.jsonl", texts[20:])}@1'
+  data = DataConfig(source=source, tokenizer='bytes', validation_fraction=0.2, test_fraction=0.2)
+  built = prepare(data, EvalConfig(ood={}), str(tmp_path / 'runs'), progress=False)
+  assert built.meta['counts']['in-domain']['duplicates'] == 20
+  ids = np.concatenate([built.train.doc_ids, built.validation.doc_ids, built.test.doc_ids])
+  assert len(set(ids)) == len(ids)

