@@ -88,15 +88,14 @@ class HfSplit:
       ) from None
 
   def _library(self, path: str) -> Any:
-    if not os.path.isdir(os.path.expanduser(path)) and not _hub_answers():
-      os.environ['HF_HUB_OFFLINE'] = (
-        '1'  # what has been fetched before is still found; else it is said now, not after retries
-      )
     try:
-      datasets = importlib.import_module('datasets')
+      datasets, hub = importlib.import_module('datasets'), importlib.import_module('huggingface_hub')
     except ImportError:
       raise UserError(f"{self.name}: the package datasets is not installed; run: pip install 'kdjax[hf]'") from None
     datasets.disable_progress_bars()
+    if not os.path.isdir(os.path.expanduser(path)) and not _hub_answers():
+      # What has been fetched before is still found; else it is said now, and not after half a minute of retries.
+      hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     return datasets
 
   def stamp(self) -> tuple:
