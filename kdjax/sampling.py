@@ -8,7 +8,7 @@ Shapes: B rows, P the prompts' common length, N tokens of a chunk, V the padded 
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,12 +66,18 @@ def generate(
   *,
   seed: int = 0,
   stop_id: int,
+  stopped: Callable[[list[int]], bool] = lambda ids: False,
 ) -> list[list[int]]:
-  """The tokens that follow each prompt, up to the first `stop_id`, which is left out, and at most `max_tokens`."""
+  """The tokens that follow each prompt, up to the first `stop_id`, which is left out, and at most `max_tokens`.
+
+  No more are drawn once each row has ended, or `stopped` says of what it has so far that it is enough.
+  """
   rows: list[list[int]] = [[] for _ in prompts]
   for tokens_BxN in stream(model, params, prompts, max_tokens, sampling, seed=seed, stop_id=stop_id):
     for row, new in zip(rows, tokens_BxN, strict=True):
       row += new.tolist()
+    if all(stop_id in row or stopped(row) for row in rows):
+      break
   return [row[: row.index(stop_id)] if stop_id in row else row for row in rows]
 
 

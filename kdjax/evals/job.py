@@ -30,6 +30,7 @@ log = logging.getLogger('kdjax')
 
 VERSION = 3  # of what a result means; part of its fingerprint
 IN_DOMAIN = 'in-domain'
+HARNESS = 'lm-eval-'  # how the names of sets begin that kdjax.harness has scored
 VALIDATION = 'validation'  # the in-domain validation split as a set of its own: scored only where it is named
 
 
@@ -98,7 +99,21 @@ def evaluate(job: Job, corpus: Corpus, mesh: Mesh, step: int = 0, progress: bool
     files: dict[str, dict[str, str]] = {}
     for task in tasks:
       files.setdefault(job.arm(task.run), {})[task.name] = paths.relative(task.file, job.folder)
+    for arm, kept in _of_harness(job, step, dict(at)).items():
+      files[arm] |= kept
     write_json(job.folder / file_name(step), files)
+
+
+def _of_harness(job: Job, step: int, at: dict[RunFolder, int]) -> dict[str, dict[str, str]]:
+  """The harness's results that are known of the same checkpoints: arm -> set -> path."""
+  known = read_json(job.folder / file_name(step)) or {}
+  steps = {job.arm(run): of_run for run, of_run in at.items()}
+  return {
+    arm: {
+      name: file for name, file in known.get(arm, {}).items() if name.startswith(HARNESS) and f'-step{of_run}-' in file
+    }
+    for arm, of_run in steps.items()
+  }
 
 
 def file_name(step: int = 0) -> str:

@@ -48,7 +48,7 @@ def export(
     with files.building(out) as folder:
       weights.save(params, model, family, folder, dtype, max_bytes)
       _write(folder / 'config.json', values)
-      (folder / 'tokenizer.json').write_text(_with_separator_first(tokenizer), encoding='utf-8')
+      (folder / 'tokenizer.json').write_text(with_separator_first(tokenizer), encoding='utf-8')
       _write(folder / 'tokenizer_config.json', {
         'tokenizer_class': 'PreTrainedTokenizerFast',
         'bos_token': tokenizer.separator,
@@ -63,7 +63,7 @@ def export(
   return family
 
 
-def _with_separator_first(tokenizer: Tokenizer) -> str:
+def with_separator_first(tokenizer: Tokenizer) -> str:
   """The tokenizer's file, such that a text begins with the separator, as each document did in training. A file that adds tokens of its own
   is left as it is."""
   model = tokenizers.Tokenizer.from_str(tokenizer.to_json())

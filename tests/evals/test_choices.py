@@ -22,7 +22,7 @@ from kdjax.config import ModelConfig
 from kdjax.data.corpus import prepare
 from kdjax.data.tokenizer import Tokenizer, train_bpe
 from kdjax.errors import ConfigError, UserError
-from kdjax.evals import choices, results
+from kdjax.evals import choices, likelihood, results
 from kdjax.evals import job as jobs
 from kdjax.evals.score import Scored
 from kdjax.models import build
@@ -348,11 +348,11 @@ def test_a_continuation_longer_than_the_window_is_scored_in_windows_each_token_o
 @pytest.mark.parametrize('window', [16, 32, 40, 64, 100])
 def test_rows_of_like_length_share_few_shapes(items, window):
   requests = list(choices._encode(items, Tokenizer()))
-  rows = [row for i, request in enumerate(requests) for row in choices._rows(i, *request, window)]
-  batches = list(choices._batches(rows, window, 4, 2))
+  rows = [row for i, request in enumerate(requests) for row in likelihood._rows(i, *request, window)]
+  batches = list(likelihood._batches(rows, window, 4, 2))
   shapes = {batch.tokens_RxL.shape for batch in batches}
   lengths = [length for _, length in shapes]
-  assert len(set(lengths)) == len(lengths) <= 1 + max(0, math.ceil(math.log2(window / choices.SHORTEST)))
+  assert len(set(lengths)) == len(lengths) <= 1 + max(0, math.ceil(math.log2(window / likelihood.SHORTEST)))
   assert set(lengths) <= {16, 32, 64, window}
   for n_rows, length in shapes:
     assert n_rows % 2 == 0 and n_rows * length < 4 * window + 2 * length
