@@ -24,60 +24,18 @@ from jax.sharding import PartitionSpec as P
 
 from kdjax import distributed, sharding
 from kdjax.checkpoint import Checkpoints, Restored, params_fingerprint
-from kdjax.data.batches import BatchStream, Windows, local_rows, to_global
-from kdjax.data.tokenizer import Tokenizer
+from kdjax.cohort import Cohort
+from kdjax.data.batches import Windows, local_rows, to_global
 from kdjax.errors import TrainingError
 from kdjax.goodput import Session, goodput
-from kdjax.losses import AlphaState, fused_loss
+from kdjax.losses import fused_loss
 from kdjax.metrics import MetricWriter, Progress, Speed, memory_gib
-from kdjax.profiling import Profiler, Window
+from kdjax.profiling import Profiler
 from kdjax.run import Heartbeat, RunFolder, claim_all
-from kdjax.step import Recipe, Teacher, TrainState, init_state, make_step, state_shardings
+from kdjax.step import TrainState, init_state, make_step, state_shardings
 
 log = logging.getLogger('kdjax')
 _ASKED = itertools.count(1)  # how often this process has asked for a preemption notice
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-  """One student of a cohort: its folder, what defines it, its alpha, its name for people, and what else run.json should keep."""
-
-  folder: RunFolder
-  config: dict[str, Any]
-  alpha: AlphaState
-  label: str  # in the progress bar
-  notes: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cohort:
-  """Everything that `fit` needs."""
-
-  title: str
-  members: tuple[Member, ...]
-  recipe: Recipe
-  teacher: Teacher
-  seed: int
-  stream: BatchStream
-  validation: Windows
-  total_steps: int
-  checkpoint_every: int
-  eval_every: int
-  eval_batches: int
-  keep: int
-  keep_period: int
-  keep_minutes: float
-  keep_steps: tuple[int, ...]  # and these checkpoints for good
-  max_skipped: int
-  heartbeat_timeout: float
-  fingerprints: dict[str, str]
-  tokenizer: Tokenizer
-  initial: Callable[[], Any] | None = None  # the weights to begin with; None: fresh ones
-  facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # for run.json and the table
-  threads: int = 2
-  prefetch: int = 4
-  progress: bool = True
-  profile: Window | None = None
 
 
 class Preempted(Exception):
@@ -308,7 +266,9 @@ class _Report:
     self._cohort = cohort
     self._pending: tuple[int, int, Any, Any] | None = None
     writes = jax.process_index() == 0
-    self._writers = [MetricWriter(m.folder.path, start) for m in cohort.members] if writes else []
+    self._writers = [
+      MetricWriter(m.folder.path, start, cohort.trackers, m.about) for m in (cohort.members if writes else ())
+    ]
     teacher = cohort.recipe.teacher if 'teacher' in cohort.recipe.targets else None
     self._speed = Speed(cohort.recipe.student, len(cohort.members), teacher, cohort.stream.windows.seq_len)
     self._bar = Progress(cohort.title, cohort.total_steps, start, enabled=cohort.progress)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a JSONL line a step, TensorBoard events, a progress bar."""
+"""Where a run's numbers go: a JSONL line a step, its trackers (trackers.py), a progress bar."""
 
 import contextlib
 import json
@@ -7,55 +7,62 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import tqdm
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from kdjax import flops, logs, paths
 from kdjax.errors import TrainingError
 from kdjax.models import Model
+from kdjax.trackers import KINDS
 
 log = logging.getLogger('kdjax')
 
 
 class MetricWriter:
-  """A run's metrics.jsonl and TensorBoard events from `step` on; lines of later steps, left by a killed run, are dropped."""
+  """A run's metrics.jsonl and its trackers from `step` on; lines of later steps, left by a killed run, are dropped.
 
-  def __init__(self, folder: str | os.PathLike, step: int):
+  Args:
+    trackers: names of trackers.KINDS.
+    about: of the run, for those that show it elsewhere: id, name, group, config.
+  """
+
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    step: int,
+    trackers: Sequence[str] = ('tensorboard',),
+    about: dict[str, Any] | None = None,
+  ):
     self.path = paths.Path(folder) / 'metrics.jsonl'
     with self._disk():
-      # Not SummaryWriter: the thread that writes for it dies of a full disk, and then its queue blocks this one for ever.
       self._mirror = paths.Mirror(folder)
       local = self._mirror.local
-      (local / 'tensorboard').mkdir(parents=True, exist_ok=True)
-      self._board = EventsWriter(str(local / 'tensorboard' / 'events'), f'.{os.getpid()}')
-      if step:  # TensorBoard then leaves out what a killed run wrote of later steps
-        self._board.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+      self._trackers = [KINDS[name](local, step, about or {}) for name in trackers]
       kept = [line for line, record in _lines(self.path) if record['step'] <= step]
       paths.write_text(local / self.path.name, ''.join(kept))
       self._file = open(local / self.path.name, 'a')  # noqa: SIM115 - closed by close()
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
     with self._disk():
       self._file.write(json.dumps({'step': step, **values}) + '\n')
-      self._board.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+      for tracker in self._trackers:
+        tracker.write(step, values)
 
   def flush(self) -> None:
     with self._disk():
       self._file.flush()
-      self._board.flush()
+      for tracker in self._trackers:
+        tracker.flush()
       self._mirror.push()
 
   def close(self) -> None:
-    for file in (self._file, self._board):
-      with contextlib.suppress(OSError):  # what must be on disk was flushed before
-        file.close()
+    with contextlib.suppress(OSError):  # what must be on disk was flushed before
+      self._file.close()
+    for tracker in self._trackers:
+      tracker.close()
 
   @contextlib.contextmanager
   def _disk(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import jax
 
-from kdjax import cli, distributed, logs, loop, paths, preflight, pretrained, profiling, sharding, training
+from kdjax import cli, distributed, logs, loop, paths, preflight, pretrained, profiling, sharding, trackers, training
 from kdjax import config as config_lib
 from kdjax.analysis import figures, table
 from kdjax.config import Config
@@ -56,6 +56,7 @@ def run(
 ) -> paths.Path:
   """Trains, evaluates and prints; returns the experiment's folder."""
   config = pretrained.adopted(config)
+  trackers.check(config.trackers)
   folder = workdir or paths.Path(config.runs) / f'{config.name}-{config_lib.fingerprint(training.experiment(config))}'
   _claim_experiment(folder, config)
   mesh = sharding.make_mesh(config.mesh)

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from kdjax import config as config_lib
 from kdjax import flops, loop, paths, pretrained, teachers
+from kdjax.cohort import Cohort, Member
 from kdjax.config import AlphaSchedule, Config, LossConfig, ModelConfig, StudentConfig, TeacherConfig
 from kdjax.data.batches import BatchStream, Windows
 from kdjax.data.corpus import Corpus
@@ -191,11 +192,11 @@ def resolved(config: Config, folder: paths.Path) -> dict[str, Any]:
 
 def _member(
   config: Config, section: TeacherConfig | StudentConfig, folder: RunFolder, identity: dict[str, Any], label: str
-) -> loop.Member:
+) -> Member:
   schedule = AlphaSchedule(**identity['alpha_schedule'])
   alpha = alpha_state(identity['alpha'], schedule, config_lib.n_steps(section, config.data))
   notes = {'resolved': resolved(config, folder.path), 'versions': versions(), 'git': git_commit()}
-  return loop.Member(folder, identity, alpha, label, notes)
+  return Member(folder, identity, alpha, label, notes)
 
 
 def _teacher(config: Config, corpus: Corpus) -> tuple[Model, dict[str, Any]]:
@@ -221,19 +222,19 @@ def _cohort(
   name: str,
   corpus: Corpus,
   model: Model,
-  members: list[loop.Member],
+  members: list[Member],
   teacher_model: Model | None = None,
   teacher: Teacher = Teacher(),
   fingerprints: dict[str, str] | None = None,
   progress: bool = True,
-) -> loop.Cohort:
+) -> Cohort:
   """The cohort of a section of the config, whose `name` is 'teacher' or 'student'."""
   total = config_lib.n_steps(section, config.data)
   windows = _windows(config, section, corpus)
   stream = BatchStream(windows, section.batch_size, section.seed)
   _warn_of_epochs(name, section, stream, total)
   targets = tuple(TARGETS.get(member.config['arm'], 'none') for member in members)
-  return loop.Cohort(
+  return Cohort(
     title=name if len(members) == 1 else f'{len(members)} {name}s',
     members=tuple(members),
     recipe=recipe_of(config, section, model, targets, teacher_model),
@@ -265,6 +266,7 @@ def _cohort(
     threads=config.data.threads,
     prefetch=config.data.prefetch,
     progress=progress,
+    trackers=config.trackers,
   )
 
 

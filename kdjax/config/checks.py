@@ -9,6 +9,7 @@ from kdjax.config.schema import Config, DataConfig, EvalConfig, StudentConfig, T
 
 MAX_STEPS = 10_000_000
 MIXINGS = ('normalised', 'ce_plus_alpha_kd', 'one_minus_alpha_ce_plus_kd')
+TRACKERS = ('tensorboard', 'csv', 'wandb')
 ARMS = ('baseline', 'distilled', 'unigram')
 OWN_SETS = ('in-domain', 'validation')  # of every corpus
 CHOICES = {
@@ -120,6 +121,8 @@ def problems(config: Config) -> Iterator[str]:
     yield 'loss.kd: hard_label has no temperature, top-k or top-p; leave them at their defaults'
   if not student.arms or len(set(student.arms)) != len(student.arms) or set(student.arms) - set(ARMS):
     yield f'student.arms: must be different ones of {", ".join(ARMS)}, got {", ".join(student.arms) or "none"}'
+  if set(config.trackers) - set(TRACKERS) or len(set(config.trackers)) != len(config.trackers):
+    yield f'trackers: must be different ones of {", ".join(TRACKERS)}, got {", ".join(config.trackers)}'
   for name, section in (('student', student), ('teacher', teacher)):
     yield from section_problems(name, section, data)
   for key in ('validation_fraction', 'test_fraction'):

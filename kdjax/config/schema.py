@@ -209,6 +209,7 @@ class Config:
   eval: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   mesh: MeshConfig = MeshConfig()
+  trackers: tuple[str, ...] = ('tensorboard',)  # of the metrics, beside metrics.jsonl: tensorboard, csv, wandb
   steps_per_call: int = 1
   max_skipped: int = 20  # non-finite steps in a row before the run stops
   deterministic: bool = True  # on GPU: XLA's deterministic reductions

@@ -29,7 +29,32 @@ else:
 pytestmark = pytest.mark.skipif(
   not stories.FOLDER.exists(), reason=f'the stories260K model is not here ({stories.FOLDER})'
 )
-WORDS = ['once', 'upon', 'a', 'time', 'there', 'was', 'little', 'girl', 'named', 'Lily', 'she', 'loved', 'to', 'play', 'outside', 'in', 'the', 'park', 'with', 'her', 'mom', 'and', 'dog', 'ball']
+WORDS = [
+  'once',
+  'upon',
+  'a',
+  'time',
+  'there',
+  'was',
+  'little',
+  'girl',
+  'named',
+  'Lily',
+  'she',
+  'loved',
+  'to',
+  'play',
+  'outside',
+  'in',
+  'the',
+  'park',
+  'with',
+  'her',
+  'mom',
+  'and',
+  'dog',
+  'ball',
+]
 MULTIPLE = """
 task: {name}
 dataset_path: json

@@ -1,0 +1,136 @@
+"""Who else is told of a run's metrics, besides its metrics.jsonl: TensorBoard, a CSV file, Weights & Biases. Nothing leaves the machine unless
+`trackers` names wandb.
+"""
+
+import contextlib
+import csv
+import importlib
+import io
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from kdjax.errors import UserError
+
+
+class Tracker(Protocol):
+  """Raises OSError where the disk is full."""
+
+  def write(self, step: int, values: dict[str, float]) -> None: ...
+
+  def flush(self) -> None: ...
+
+  def close(self) -> None: ...
+
+
+class TensorBoard:
+  """Events in <folder>/tensorboard."""
+
+  def __init__(self, folder: pathlib.Path, step: int, about: dict[str, Any]):
+    # Not SummaryWriter: the thread that writes for it dies of a full disk, and then its queue blocks this one for ever.
+    (folder / 'tensorboard').mkdir(parents=True, exist_ok=True)
+    self._board = EventsWriter(str(folder / 'tensorboard' / 'events'), f'.{os.getpid()}')
+    if step:  # TensorBoard then leaves out what a killed run wrote of later steps
+      self._board.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+    self._board.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+
+  def flush(self) -> None:
+    self._board.flush()
+
+  def close(self) -> None:
+    with contextlib.suppress(OSError):  # what must be on disk was flushed before
+      self._board.close()
+
+
+class Csv:
+  """<folder>/metrics.csv: a row a step. A name that comes later is a new column, empty before."""
+
+  def __init__(self, folder: pathlib.Path, step: int, about: dict[str, Any]):
+    self._path, self._columns = folder / 'metrics.csv', ['step']
+    self._rows: list[dict[str, Any]] = []
+    if self._path.exists():
+      with self._path.open(newline='') as f:
+        reader = csv.DictReader(f)
+        self._columns = list(reader.fieldnames or self._columns)
+        self._rows = [row for row in reader if _whole(row) and int(row['step']) <= step]
+    self._anew()
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    row = {'step': step, **values}
+    self._rows.append(row)
+    if new := [name for name in row if name not in self._columns]:
+      self._columns += new
+      self._file.close()
+      self._anew()
+    else:
+      self._file.write(self._text([row]))
+
+  def flush(self) -> None:
+    self._file.flush()
+
+  def close(self) -> None:
+    with contextlib.suppress(OSError):
+      self._file.close()
+
+  def _anew(self) -> None:
+    self._file = self._path.open('w', newline='')
+    self._file.write(','.join(self._columns) + '\n' + self._text(self._rows))
+
+  def _text(self, rows: Sequence[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    csv.DictWriter(out, self._columns, restval='', lineterminator='\n').writerows(rows)
+    return out.getvalue()
+
+
+class Wandb:
+  """A run of Weights & Biases, by the folder's own id: one that is started again goes on. WANDB_PROJECT, WANDB_MODE and the like count."""
+
+  def __init__(self, folder: pathlib.Path, step: int, about: dict[str, Any]):
+    wandb = importlib.import_module('wandb')
+    known = about.get('config', {})
+    self._run = wandb.init(
+      project=os.environ.get('WANDB_PROJECT', 'kdjax'),
+      id=about['id'],
+      name=about['name'],
+      group=about['group'],
+      config=known,
+      dir=str(folder),
+      resume='allow',
+      reinit='create_new',  # the students of a cohort are runs side by side
+    )
+    self._run.define_metric('*', step_metric='step')  # a step that is done again after a restart may be told again
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    self._run.log({'step': step, **values})
+
+  def flush(self) -> None:
+    pass  # it sends in its own time
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+KINDS: dict[str, type] = {'tensorboard': TensorBoard, 'csv': Csv, 'wandb': Wandb}
+
+
+def check(names: Sequence[str]) -> None:
+  """Raises UserError where a tracker's package is not there: before the training, not in it."""
+  if 'wandb' in names:
+    try:
+      importlib.import_module('wandb')
+    except ImportError:
+      raise UserError("trackers: the package wandb is not installed; run: pip install 'kdjax[wandb]'") from None
+
+
+def _whole(row: dict[str, Any]) -> bool:
+  """A last row cut by a kill is not."""
+  return None not in row.values() and str(row['step']).isdigit()
