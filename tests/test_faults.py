@@ -1,7 +1,10 @@
 """Several real processes, some of which are lost: the others end with a line, and all go on where they were."""
 
+import contextlib
 import signal
+import time
 
+import psutil
 import pytest
 
 from kdjax import distributed
@@ -40,6 +43,17 @@ def begun(home, folder, n):
   return config, workdir, processes
 
 
+@contextlib.contextmanager
+def stopped(process):
+  """The process and its children make no step while this lasts."""
+  tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+  for one in tree:
+    one.suspend()
+  yield
+  for one in tree:
+    one.resume()
+
+
 def assert_all_ended_with_a_line(processes, victim):
   """Within a minute, none in the dark."""
   runs.finish(*processes, timeout=60)
@@ -76,7 +90,9 @@ def test_what_some_began_another_number_finishes(home, undisturbed, tmp_path, n,
 @pytest.mark.parametrize('n', [2, 4])
 def test_told_to_stop_all_save_at_one_step_and_one_process_goes_on(home, undisturbed, tmp_path, n):
   config, workdir, processes = begun(home, tmp_path / 'e', n)
-  processes[-1].send_signal(signal.SIGTERM)  # one of them alone: the others are told
+  with stopped(processes[0]):  # the steps are so short that else the run would be over before the word is round
+    processes[-1].send_signal(signal.SIGTERM)  # one of them alone: the others are told
+    time.sleep(5)
   several.done(*processes)
   assert 'saved; the same command goes on from there' in runs.errors(processes[0])
   folders = several.trained(workdir, ARMS)

@@ -85,8 +85,12 @@ def cluster():
   pytest.importorskip('ray', reason='Ray is in the [ray] extra')
   from ray.cluster_utils import Cluster
 
-  cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 1})
-  cluster.add_node(num_cpus=1)
+  with (
+    pytest.MonkeyPatch.context() as m
+  ):  # its workers are started from here, and the grid's config file imports `tests`
+    m.setenv('PYTHONPATH', str(runs.REPO))
+    cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 1})
+    cluster.add_node(num_cpus=1)
   yield cluster
   cluster.shutdown()
 
