@@ -6,20 +6,20 @@ documents is then a random sample of the split, and one contiguous range of toke
 
     <cache>/<key>/corpus.json  tokenizer/  train/  validation/  test/  ood/<name>/validation/  ood/<name>/test/
 
-The text is streamed, two times (three to train a tokenizer). What is held in memory is the token ids of one source's
-kept documents, two bytes each (four above 65,536 ids), 200 or so bytes for each document, and the text of its test
-split.
+The text is streamed, two times (three to train a tokenizer); it is read on one thread while it is tokenised on all cores. What is
+tokenised goes to disk in groups (spill.py): a build that is killed goes on with them. What is held in memory is 400 or so bytes for each
+document and the text of the test split.
 """
 
 import collections
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import lzma
 import pathlib
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -28,8 +28,11 @@ import tqdm
 from kdjax import paths
 from kdjax.config import DataConfig, EvalConfig
 from kdjax.data import files
+from kdjax.data import splits as splits_lib
+from kdjax.data.ahead import ahead
 from kdjax.data.files import StoreDamaged
 from kdjax.data.sources import documents, mixture, signature
+from kdjax.data.spill import Spill
 from kdjax.data.store import COUNTED_TOKENS, TokenStore, token_dtype, write_store
 from kdjax.data.store import VERSION as STORE_VERSION
 from kdjax.data.tokenizer import Tokenizer, train_bpe
@@ -40,7 +43,7 @@ log = logging.getLogger('kdjax')
 VERSION = 2
 SPLITS = ('train', 'validation', 'test')
 _META = 'corpus.json'
-_GROUP_BYTES = 1 << 22  # of text that is tokenised at once, on all cores
+_GROUP_BYTES = 1 << 23  # of text that is tokenised at once, on all cores
 # What a corpus is made from. The other fields say how it is read, and one corpus serves all their values.
 _DATA_FIELDS = ('source', 'text_field', 'separator', 'validation_fraction', 'test_fraction', 'split_seed')
 _EVAL_FIELDS = (
@@ -110,11 +113,22 @@ def prepare(data: DataConfig, evals: EvalConfig, runs: str, progress: bool = Tru
     except StoreDamaged as error:
       log.warning('rebuilding the token stores in %s: %s', folder, error)
       files.discard(folder)
+  spilled = folder.with_name(f'.{folder.name}.spill')
   try:
     with files.building(folder) as temporary:
-      _build(temporary, data, evals, progress)
-  except FileExistsError:
+      _build(temporary, spilled, data, evals, progress)
+  except (
+    FileExistsError,
+    FileNotFoundError,
+  ):  # another builder has renamed its own, and then removed what both have spilled
+    if not folder.exists():
+      raise
     log.info('another process has just built %s', folder)
+  except UserError as error:
+    if not isinstance(error.__cause__, OSError):  # of no use to a build that is mended; a full disk's goes on with it
+      shutil.rmtree(spilled, ignore_errors=True)
+    raise
+  shutil.rmtree(spilled, ignore_errors=True)
   return _open(folder)
 
 
@@ -145,19 +159,19 @@ def _open(folder: pathlib.Path) -> Corpus:
   return Corpus(folder, meta, tokenizer, stores['train'], stores['validation'], stores['test'], ood)
 
 
-def _build(folder: pathlib.Path, data: DataConfig, evals: EvalConfig, progress: bool) -> None:
+def _build(folder: pathlib.Path, spilled: pathlib.Path, data: DataConfig, evals: EvalConfig, progress: bool) -> None:
   _check_names(evals.ood)
   given = None if data.tokenizer == 'bpe' else _given_tokenizer(data)
   plan = _plan_splits(data, evals, given, progress)
   tokenizer = given or _train_tokenizer(data, plan)
   tokenizer.save(folder / 'tokenizer')
   counts = {'in-domain': plan.counts}
-  test_text = _write_splits(folder, plan, tokenizer, progress)
+  test_text = _write_splits(folder, spilled, plan, tokenizer, progress)
   train_ids = frozenset(plan.splits['train'])
   for name, source in evals.ood.items():
     ood_plan = _plan_ood(name, source, evals, data.split_seed, train_ids, tokenizer, progress)
     counts[name] = ood_plan.counts
-    _write_splits(folder / 'ood' / name, ood_plan, tokenizer, progress)
+    _write_splits(folder / 'ood' / name, spilled, ood_plan, tokenizer, progress)
   names = [*SPLITS, *(f'ood/{name}/{split}' for name in evals.ood for split in ('validation', 'test'))]
   stores = {name: TokenStore.open(folder / name).fingerprint for name in names}
   meta = {
@@ -204,12 +218,14 @@ def _plan_splits(data: DataConfig, evals: EvalConfig, tokenizer: Tokenizer | Non
     fresh = {doc: n for doc, n in scanned.items() if doc not in found}
     counts.update(read, duplicates=len(scanned) - len(fresh))
     found |= fresh
-    by_part.append(_split(fresh, shares, 'train', data.split_seed))
-  splits = {split: _mixed([part[split] for part in by_part], [weight for _, weight in parts]) for split in by_part[0]}
+    by_part.append(splits_lib.split(fresh, shares, 'train', data.split_seed))
+  splits = {
+    split: splits_lib.mixed([part[split] for part in by_part], [weight for _, weight in parts]) for split in by_part[0]
+  }
   if len(parts) > 1:
     _tell_mixture([name for name, _ in parts], [part['train'] for part in by_part], splits['train'])
   for split in ('validation', 'test'):
-    splits[split] = _cap(splits[split], split, evals)
+    splits[split] = splits_lib.cap(splits[split], split, evals)
   for split in SPLITS:
     if not splits[split]:
       raise UserError(
@@ -225,8 +241,8 @@ def _plan_ood(
 ) -> _Plan:
   found, counts = _scan(source, evals.ood_text_field, tokenizer, progress)
   distinct = {doc: n for doc, n in found.items() if doc not in train_ids}
-  splits = _split(distinct, {'validation': evals.ood_validation_fraction}, 'test', seed)
-  splits = {split: _cap(docs, split, evals) for split, docs in splits.items()}
+  splits = splits_lib.split(distinct, {'validation': evals.ood_validation_fraction}, 'test', seed)
+  splits = {split: splits_lib.cap(docs, split, evals) for split, docs in splits.items()}
   for split, docs in splits.items():
     if not docs:
       raise UserError(
@@ -252,41 +268,10 @@ def _scan(
       if not text.strip():
         empty += 1
       else:
-        found.setdefault(_content_hash(text), n_bytes)
+        found.setdefault(splits_lib.content_hash(text), n_bytes)
   if not found:
     raise UserError(f'data source {source!r} holds no text ({empty} of {read} documents are empty); give another one')
   return found, {'read': read, 'empty': empty, 'duplicates': read - empty - len(found)}
-
-
-def _split(found: dict[str, int], shares: dict[str, float], rest: str, seed: int) -> dict[str, dict[str, int]]:
-  """Splits documents by a hash: each named share of them, and the rest; each split in the order of a second hash."""
-  splits: dict[str, dict[str, int]] = {name: {} for name in (*shares, rest)}
-  for doc in sorted(found, key=lambda doc: (_uniform(doc, seed, 'order'), doc)):
-    u = _uniform(doc, seed, 'split')
-    for name, share in (*shares.items(), (rest, 1.0)):
-      if u < share or name == rest:
-        splits[name][doc] = found[doc]
-        break
-      u -= share
-  return splits
-
-
-def _mixed(parts: list[dict[str, int]], weights: list[float]) -> dict[str, int]:
-  """The parts' documents in one order, such that any stretch of it has the weights' shares of bytes; it ends with the first part that runs out.
-
-  So nothing is seen twice, a slice of the mixture is such a mixture, and a run that reads it resumes like any other.
-  """
-  if len(parts) == 1:
-    return parts[0]
-  mixed: dict[str, int] = {}
-  left, taken = [iter(part.items()) for part in parts], [0.0] * len(parts)
-  while True:
-    behind = min(range(len(parts)), key=lambda k: taken[k] / weights[k])
-    doc, n_bytes = next(left[behind], ('', 0))
-    if not doc:
-      return mixed
-    mixed[doc] = n_bytes
-    taken[behind] += n_bytes
 
 
 def _tell_mixture(names: list[str], parts: list[dict[str, int]], mixed: dict[str, int]) -> None:
@@ -294,20 +279,6 @@ def _tell_mixture(names: list[str], parts: list[dict[str, int]], mixed: dict[str
   for name, part in zip(names, parts, strict=True):
     taken, whole = sum(n for doc, n in part.items() if doc in mixed), max(1, sum(part.values()))
     log.info('mixture: %s is %.1f%% of it, %.1f%% of what there is', name, 100 * taken / total, 100 * taken / whole)
-
-
-def _cap(docs: dict[str, int], split: str, evals: EvalConfig) -> dict[str, int]:
-  """The first documents that fit into the split's bytes (0: all), each cut to `max_document_bytes`, and at least one."""
-  most = (evals.max_validation_bytes if split == 'validation' else 0) or evals.max_bytes
-  kept: dict[str, int] = {}
-  total = 0
-  for doc, n_bytes in docs.items():
-    n_bytes = min(n_bytes, evals.max_document_bytes or n_bytes)
-    total += n_bytes
-    if kept and most and total > most:
-      break
-    kept[doc] = n_bytes
-  return kept
 
 
 def _cut(text: str, max_bytes: int) -> str:
@@ -322,32 +293,43 @@ def _given_tokenizer(data: DataConfig) -> Tokenizer:
 def _train_tokenizer(data: DataConfig, plan: _Plan) -> Tokenizer:
   wanted = dict(plan.splits['train'])
   texts = documents(plan.source, plan.text_field)
-  return train_bpe((text for text in texts if wanted.pop(_content_hash(text), None) is not None), data.vocab_size)
+  return train_bpe(
+    (text for text in texts if wanted.pop(splits_lib.content_hash(text), None) is not None), data.vocab_size
+  )
 
 
-def _write_splits(folder: pathlib.Path, plan: _Plan, tokenizer: Tokenizer, progress: bool) -> list[str]:
+def _write_splits(
+  folder: pathlib.Path, spilled: pathlib.Path, plan: _Plan, tokenizer: Tokenizer, progress: bool
+) -> list[str]:
   """Second pass: tokenises the plan's documents and writes a store for each split. Returns the test texts."""
   wanted = {doc: n for docs in plan.splits.values() for doc, n in docs.items()}
-  dtype = token_dtype(tokenizer.vocab_size)
-  tokens: dict[str, np.ndarray] = {}
+  spill = Spill(spilled, token_dtype(tokenizer.vocab_size))
   texts: dict[str, str] = {}
-  n_bytes: dict[str, int] = {}
   train = plan.splits.get('train', {})
-  cut: set[str] = set()
   with _bar(f'tokenising {plan.source}', progress, sum(wanted.values())) as bar:
-    for group in _groups(plan, dict(wanted), tokenizer):
-      whole, group = group, {doc: t if doc in train else _cut(t, plan.max_document_bytes) for doc, t in group.items()}
-      cut |= {doc for doc, text in group.items() if len(text) < len(whole[doc])}
-      n_bytes |= {doc: len(text.encode()) for doc, text in group.items()}
-      for doc, ids in zip(group, tokenizer.encode_batch(list(group.values())), strict=True):
-        tokens[doc] = ids.astype(dtype)
-      texts |= {doc: text for doc, text in group.items() if doc in plan.splits['test']}
+    for group in ahead(_groups(plan, dict(wanted), tokenizer)):
+      kept = {doc: t if doc in train else _cut(t, plan.max_document_bytes) for doc, t in group.items()}
+      texts |= {doc: text for doc, text in kept.items() if doc in plan.splits['test']}
+      names, kept_texts = list(group), list(kept.values())
+      if not spill.take(names):
+        n_bytes = [len(text.encode()) for text in kept_texts]
+        spill.add(
+          names,
+          tokenizer.encode_batch(kept_texts),
+          n_bytes,
+          [len(kept[doc]) < len(group[doc]) for doc in names],
+        )
       bar.update(sum(wanted[doc] for doc in group))
-  if len(tokens) < len(wanted):
+  if len(spill) < len(wanted):
     raise UserError(f'data source {plan.source!r} changed while it was read; run again when nothing writes to it')
   for split, docs in plan.splits.items():
-    stored = ((doc, n_bytes[doc], tokens[doc]) for doc in docs)
-    facts = {'source': plan.source, 'split': split, 'counts': plan.counts, 'cut': [doc for doc in docs if doc in cut]}
+    stored = ((doc, spill[doc].n_bytes, spill[doc].tokens) for doc in docs)
+    facts = {
+      'source': plan.source,
+      'split': split,
+      'counts': plan.counts,
+      'cut': [doc for doc in docs if spill[doc].cut],
+    }
     write_store(folder / split, stored, tokenizer, facts)
   return [texts[doc] for doc in plan.splits['test']]
 
@@ -356,7 +338,7 @@ def _groups(plan: _Plan, wanted: dict[str, int], tokenizer: Tokenizer) -> Iterat
   """The texts of the wanted documents, each once, in groups of about 4 MB."""
   group, size = {}, 0
   for text in documents(plan.source, plan.text_field, tokenizer):
-    doc = _content_hash(text)
+    doc = splits_lib.content_hash(text)
     n_bytes = wanted.pop(doc, None)
     if n_bytes is None:
       continue
@@ -373,15 +355,6 @@ def _check_names(ood: dict[str, str]) -> None:
   for name in ood:
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]*', name):
       raise UserError(f'eval.ood has a set named {name!r}; use letters, digits, "_", "-" and "." (it names a folder)')
-
-
-def _content_hash(text: str) -> str:
-  return files.digest(text.encode())
-
-
-def _uniform(doc: str, seed: int, purpose: str) -> float:
-  """A number in [0, 1) that depends on the document, the seed and the purpose."""
-  return int.from_bytes(hashlib.blake2b(f'{purpose}:{seed}:{doc}'.encode(), digest_size=8).digest()) / 2**64
 
 
 def _bar(title: str, progress: bool, total: int | None = None) -> tqdm.tqdm:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -11,6 +12,8 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from kdjax.errors import UserError
 
@@ -81,6 +84,13 @@ def read_bytes(path: pathlib.Path) -> bytes:
     return path.read_bytes()
   except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
     raise StoreDamaged(path, 'is missing') from error
+
+
+def save_array(path: pathlib.Path, array: np.ndarray) -> None:
+  """As .npy. (np.save's own error for a full disk does not say that the disk is full.)"""
+  buffer = io.BytesIO()
+  np.save(buffer, array)
+  path.write_bytes(buffer.getbuffer())
 
 
 def describe(folder: pathlib.Path, names: list[str]) -> dict[str, dict]:

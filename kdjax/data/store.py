@@ -1,6 +1,7 @@
 """A token store: one folder that holds one stream of tokens and the table of the documents in it.
 
-    tokens.array_record  blocks of 8192 tokens, one a record, the last one shorter; little-endian uint16 or uint32
+    tokens.array_record  blocks of 8192 tokens, one a record, the last one shorter; little-endian uint16 or uint32;
+                         above 2^29 tokens several files, tokens-00000.array_record and so on, of that many each
     blocks.npy           a checksum of each block
     documents.npy        for each document: offset of its first token, bytes of its UTF-8 text, hash of its text
     meta.json            counts, dtype, fingerprints, sizes and digests of the other files
@@ -14,7 +15,7 @@ block is checked each time that it is read.
 """
 
 import errno
-import io
+import itertools
 import os
 import pathlib
 import threading
@@ -32,6 +33,7 @@ from kdjax.errors import UserError
 
 VERSION = 1
 BLOCK = 8192
+SHARD_BLOCKS = (1 << 29) // BLOCK  # of one file: a gigabyte at two bytes a token
 HASH_AT_OPEN = 256 << 20  # bytes: a larger token file is checked block by block as it is read
 _TOKENS, _BLOCKS, _DOCUMENTS, _META = 'tokens.array_record', 'blocks.npy', 'documents.npy', 'meta.json'
 _DOCUMENT = np.dtype([('offset', '<i8'), ('n_bytes', '<i8'), ('id', 'S16')])
@@ -69,7 +71,7 @@ class TokenStore:
     self._checksums = checksums
     self._dtype = _DTYPES[meta['dtype']]
     self._lock = threading.Lock()
-    self._reader: ArrayRecordReader | None = None
+    self._readers: dict[int, ArrayRecordReader] = {}
     self._pid: int | None = None
 
   @classmethod
@@ -141,26 +143,35 @@ class TokenStore:
 
   def _block(self, index: int) -> np.ndarray:
     try:
-      data = self._open_reader().read([index])[0]
+      shard, place = divmod(index, self._shard_blocks)
+      data = self._open_reader(shard).read([place])[0]
     except _DAMAGE as error:
-      raise StoreDamaged(self.folder / _TOKENS, f'block {index} cannot be read') from error
+      raise StoreDamaged(self._path(shard), f'block {index} cannot be read') from error
     n = min(BLOCK, self.n_tokens - index * BLOCK)
     if len(data) != n * self._dtype.itemsize or _checksum(index, data, self._dtype) != self._checksums[index]:
-      raise StoreDamaged(self.folder / _TOKENS, f'block {index} is not what was written')
+      raise StoreDamaged(self._path(shard), f'block {index} is not what was written')
     return np.frombuffer(data, self._dtype)
 
-  def _open_reader(self) -> ArrayRecordReader:
+  @property
+  def _shard_blocks(self) -> int:
+    return self.meta.get('shard_blocks', SHARD_BLOCKS)
+
+  def _path(self, shard: int) -> pathlib.Path:
+    return self.folder / _shard_names(len(self._checksums), self._shard_blocks)[shard]
+
+  def _open_reader(self, shard: int) -> ArrayRecordReader:
     with self._lock:
       if self._pid != os.getpid():  # not yet open, or opened by the process that this one was forked from
-        path = self.folder / _TOKENS
+        self._readers, self._pid = {}, os.getpid()
+      if shard not in self._readers:
+        path = self._path(shard)
         if not path.is_file():
           raise StoreDamaged(path, 'is missing')
-        self._reader = ArrayRecordReader(str(path), 'readahead_buffer_size:0', file_reader_buffer_size=1 << 15)
-        self._pid = os.getpid()
-      return self._reader
+        self._readers[shard] = ArrayRecordReader(str(path), 'readahead_buffer_size:0', file_reader_buffer_size=1 << 15)
+      return self._readers[shard]
 
   def __getstate__(self) -> dict:
-    return {**self.__dict__, '_lock': None, '_reader': None, '_pid': None}
+    return {**self.__dict__, '_lock': None, '_readers': {}, '_pid': None}
 
   def __setstate__(self, state: dict) -> None:
     self.__dict__.update(state, _lock=threading.Lock())
@@ -187,7 +198,8 @@ def write_store(
   """
   with files.building(folder) as temporary:
     meta = _write_tokens(temporary, docs, tokenizer)
-    meta |= {'version': VERSION, 'files': files.describe(temporary, [_TOKENS, _BLOCKS, _DOCUMENTS])}
+    names = [*_shard_names(-(-meta['n_tokens'] // BLOCK), SHARD_BLOCKS), _BLOCKS, _DOCUMENTS]
+    meta |= {'version': VERSION, 'shard_blocks': SHARD_BLOCKS, 'files': files.describe(temporary, names)}
     files.write_json(temporary / _META, {**(extra_meta or {}), **meta})
     # A writer that failed in silence must not leave a store behind.
     TokenStore.open(temporary).verify()
@@ -198,15 +210,22 @@ def _write_tokens(folder: pathlib.Path, docs: Iterable[tuple[str, int, np.ndarra
   hasher = files.new_digest()
   rows: list[tuple[str, int, int]] = []  # of the documents' table: hash, bytes, tokens
   checksums: list[int] = []
-  writer = ArrayRecordWriter(str(folder / _TOKENS), 'group_size:1,uncompressed')
-  try:
-    for block in _blocks(_streams(docs, tokenizer, dtype, rows)):
-      data = block.tobytes()
-      hasher.update(data)
-      checksums.append(_checksum(len(checksums), data, dtype))
-      _checked(writer.write, data)
-  finally:
-    _checked(writer.close)
+  blocks = _blocks(_streams(docs, tokenizer, dtype, rows))
+  for shard in itertools.count():
+    first = next(blocks, None)
+    if first is None:
+      break
+    writer = ArrayRecordWriter(str(folder / _shard_name(shard)), 'group_size:1,uncompressed')
+    try:
+      for block in itertools.chain([first], itertools.islice(blocks, SHARD_BLOCKS - 1)):
+        data = block.tobytes()
+        hasher.update(data)
+        checksums.append(_checksum(len(checksums), data, dtype))
+        _checked(writer.write, data)
+    finally:
+      _checked(writer.close)
+  if len(checksums) <= SHARD_BLOCKS and checksums:
+    os.rename(folder / _shard_name(0), folder / _TOKENS)
   if not rows:
     raise UserError(f'{folder}: no documents to write')
   ids, n_bytes, lengths = zip(*rows, strict=True)
@@ -214,8 +233,8 @@ def _write_tokens(folder: pathlib.Path, docs: Iterable[tuple[str, int, np.ndarra
   documents['offset'] = np.cumsum((0, *lengths[:-1]))
   documents['n_bytes'] = n_bytes
   documents['id'] = ids
-  _save_array(folder / _DOCUMENTS, documents)
-  _save_array(folder / _BLOCKS, np.asarray(checksums, '<u4'))
+  files.save_array(folder / _DOCUMENTS, documents)
+  files.save_array(folder / _BLOCKS, np.asarray(checksums, '<u4'))
   hasher.update(documents.tobytes() + tokenizer.fingerprint.encode())
   return {
     'n_tokens': sum(lengths),
@@ -228,6 +247,16 @@ def _write_tokens(folder: pathlib.Path, docs: Iterable[tuple[str, int, np.ndarra
     'tokenizer': tokenizer.fingerprint,
     'fingerprint': hasher.hexdigest(),
   }
+
+
+def _shard_names(n_blocks: int, shard_blocks: int) -> list[str]:
+  """The files of so many blocks."""
+  n = -(-n_blocks // shard_blocks)
+  return [_TOKENS] if n <= 1 else [_shard_name(shard) for shard in range(n)]
+
+
+def _shard_name(shard: int) -> str:
+  return f'tokens-{shard:05}.array_record'
 
 
 def _streams(docs, tokenizer: Tokenizer, dtype: np.dtype, rows: list) -> Iterator[np.ndarray]:
@@ -264,13 +293,6 @@ def _checked(call: Callable[..., Any], *args) -> None:
   except RuntimeError as error:
     code = next((c for c in files.NO_SPACE if os.strerror(c) in str(error)), errno.EIO)
     raise OSError(code, str(error)) from error
-
-
-def _save_array(path: pathlib.Path, array: np.ndarray) -> None:
-  # Not np.save(path): its error for a full disk does not say that the disk is full.
-  buffer = io.BytesIO()
-  np.save(buffer, array)
-  path.write_bytes(buffer.getvalue())
 
 
 def _checksum(index: int, data: bytes, dtype: np.dtype) -> int:

@@ -8,13 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 
 from kdjax.config import DataConfig, EvalConfig
-from kdjax.data import corpus, files
+from kdjax.data import corpus, files, splits
+from kdjax.data.ahead import ahead
 from kdjax.data.corpus import prepare, xz9_bits_per_byte
 from kdjax.data.sources import documents
 from kdjax.data.store import TokenStore
@@ -164,7 +166,7 @@ def test_the_tokenizer_is_trained_on_the_training_split_only(made, tmp_path, spl
   for i in range(1000):
     marked = write_jsonl(tmp_path / 'marked.jsonl', [*main, f'{i} {mark}'])
     plan = corpus._plan_splits(dataclasses.replace(data, source=marked), evals, None, False)
-    if corpus._content_hash(f'{i} {mark}') in plan.splits[split]:
+    if splits.content_hash(f'{i} {mark}') in plan.splits[split]:
       break
   built = prepare(dataclasses.replace(data, source=marked), evals, runs, progress=False)
   assert any(mark in t for t in stored_texts(built, getattr(built, split)))
@@ -303,7 +305,7 @@ def test_a_build_killed_at_any_time_leaves_nothing_that_opens_and_the_next_is_un
     for folder in (runs / 'stores').glob('[!.]*'):  # hidden ones are never looked at
       assert corpus._open(folder).fingerprint == fingerprint
       shutil.rmtree(folder)
-  assert killed >= 5
+  assert killed >= 3  # the later ones go on with what the earlier ones have tokenised
   assert finish(start_build(large, runs)[0]) == fingerprint
   assert len(os.listdir(runs / 'stores')) == 1
 
@@ -319,7 +321,7 @@ def test_a_full_disk_ends_a_build_in_one_line_and_loses_nothing_else(large, tmp_
   process, _ = start_build(large, tmp_path, '300000')
   output = process.communicate(timeout=60)[0].splitlines()
   assert process.returncode == 2 and len(output) == 1 and 'no space left' in output[0]
-  assert os.listdir(tmp_path / 'stores') == [other.folder.name]
+  assert [name for name in os.listdir(tmp_path / 'stores') if not name.endswith('.spill')] == [other.folder.name]
   other.train.verify()
 
 
@@ -376,3 +378,46 @@ def test_a_document_of_two_parts_is_in_the_first(tmp_path):
   assert built.meta['counts']['in-domain']['duplicates'] == 20
   ids = np.concatenate([built.train.doc_ids, built.validation.doc_ids, built.test.doc_ids])
   assert len(set(ids)) == len(ids)
+
+
+def test_a_build_that_was_cut_off_tokenises_only_what_is_missing(tmp_path, monkeypatch):
+  monkeypatch.setattr(corpus, '_GROUP_BYTES', 2000)
+  texts = [f'document {i} ' * 20 for i in range(100)]
+  data = DataConfig(
+    source=write_jsonl(tmp_path / 'a.jsonl', texts), tokenizer='bytes', validation_fraction=0.2, test_fraction=0.2
+  )
+  build = lambda runs: prepare(data, EvalConfig(ood={}), str(runs), progress=False)
+  calm = build(tmp_path / 'calm').fingerprint
+  encoded, original = [], corpus.Tokenizer.encode_batch
+
+  def encode(self, texts, **options):
+    encoded.append(len(texts))
+    if len(encoded) == 7:
+      raise KeyboardInterrupt
+    return original(self, texts, **options)
+
+  monkeypatch.setattr(corpus.Tokenizer, 'encode_batch', encode)
+  with pytest.raises(KeyboardInterrupt):
+    build(tmp_path / 'runs')
+  done = sum(encoded[:6])
+  (spilled,) = (tmp_path / 'runs/stores').glob('.*.spill')
+  damaged = sorted(spilled.glob('*.npy'))[0]
+  damaged.write_bytes(damaged.read_bytes()[:-1] + b'?')  # is made again
+  assert build(tmp_path / 'runs').fingerprint == calm
+  assert 100 - done < sum(encoded[7:]) < 100 - done + 2 * encoded[0]
+  assert not spilled.exists()
+
+
+def test_an_error_of_the_reading_thread_comes_where_the_text_was_to_come():
+  def items():
+    yield 1
+    raise UserError('cannot be read on')
+
+  got = []
+  with pytest.raises(UserError, match='cannot be read on'):
+    got.extend(ahead(items()))
+  assert list(ahead(range(1000))) == list(range(1000))
+  endless = ahead(itertools.count())
+  assert next(endless) == 0
+  endless.close()  # its thread ends too
+  assert not [t for t in threading.enumerate() if t.name.endswith('(read)')]

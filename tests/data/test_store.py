@@ -324,3 +324,21 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_store_or_none(tmp_path):
   assert killed.count(None) > 10  # killed before the rename: no store
   assert set(killed) <= {None, True}
   assert found[-1][2] == 1  # the last, undisturbed build has removed what the dead had left
+
+
+def test_a_large_stream_lies_in_several_files_and_reads_the_same(tmp_path, monkeypatch):
+  rng = np.random.default_rng(0)
+  docs = [(f'{i:016x}', 10, rng.integers(0, 256, 30_000)) for i in range(5)]
+  write_store(tmp_path / 'one', docs, Tokenizer())
+  monkeypatch.setattr(store, 'SHARD_BLOCKS', 4)
+  write_store(tmp_path / 'many', docs, Tokenizer())
+  monkeypatch.undo()
+  one, many = TokenStore.open(tmp_path / 'one'), TokenStore.open(tmp_path / 'many')
+  names = sorted(path.name for path in (tmp_path / 'many').glob('tokens*'))
+  assert names == [f'tokens-{i:05}.array_record' for i in range(5)]
+  assert one.fingerprint == many.fingerprint
+  np.testing.assert_array_equal(one.read(0, one.n_tokens), many.read(0, many.n_tokens))
+  many.verify()
+  (tmp_path / 'many/tokens-00003.array_record').unlink()
+  with pytest.raises(StoreDamaged, match=r'tokens-00003\.array_record: is missing'):
+    TokenStore.open(tmp_path / 'many')
