@@ -1,0 +1,88 @@
+"""Builds the corpus of a config before anything trains on it, and says what is in it.
+
+    python -m kdjax.prepare --config=configs/weak2strong.py --config.data.source='texts/*.jsonl.zst'
+
+The text is tokenised on all cores, split by document and packed into checksummed token stores that every training run of the same data opens;
+one that is killed goes on with the same command. The report tells exact and near duplicates, and how much of each test set stands in the training
+split: it is printed, and kept as report.json in the corpus's folder.
+"""
+
+import argparse
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import tqdm
+
+from kdjax import cli, paths
+from kdjax.data import overlap
+from kdjax.data.corpus import Corpus, prepare
+
+log = logging.getLogger('kdjax')
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  with cli.user_errors():
+    parser = argparse.ArgumentParser(
+      prog='python -m kdjax.prepare', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--no-report', action='store_true', help='build alone: the report reads all tokens again')
+    config, args = cli.parse(parser, sys.argv[1:] if argv is None else argv, cli.load_config)
+    paths.check(config.runs)
+    begin = time.monotonic()
+    corpus = prepare(config.data, config.eval, config.runs)
+    seconds = time.monotonic() - begin
+    print(describe(corpus, seconds))
+    if not args.no_report:
+      found = report(corpus)
+      paths.write_json(corpus.folder / 'report.json', found)
+      print(told(found))
+
+
+def describe(corpus: Corpus, seconds: float) -> str:
+  """The corpus for people: splits, tokens and where it is."""
+  lines = [f'{corpus.folder}, in {seconds:.0f} s', '']
+  sets = {'train': corpus.train, 'validation': corpus.validation, 'test': corpus.test}
+  sets |= {f'{name} (out of domain)': one.test for name, one in corpus.ood.items()}
+  lines.append(f'{"":<28}{"documents":>12}{"bytes":>16}{"tokens":>16}{"bytes/token":>13}')
+  for name, store in sets.items():
+    n_bytes = int(store.n_bytes.sum())
+    lines.append(f'{name:<28}{store.n_docs:>12,}{n_bytes:>16,}{store.n_tokens:>16,}{n_bytes / store.n_tokens:>13.2f}')
+  counts = corpus.meta['counts']['in-domain']
+  lines += [
+    '',
+    f'{counts["read"]:,} documents read; {counts["duplicates"]:,} were exact duplicates and {counts["empty"]:,} empty',
+  ]
+  return '\n'.join(lines)
+
+
+def report(corpus: Corpus, progress: bool = True) -> dict[str, Any]:
+  """Near-duplicates in the training split, and each test set's overlap with it."""
+  sets = {'test': corpus.test, 'validation': corpus.validation} | {name: one.test for name, one in corpus.ood.items()}
+  with tqdm.tqdm(
+    total=2 * corpus.train.n_tokens, desc='report', unit='token', unit_scale=True, disable=not progress, leave=False
+  ) as bar:
+    near = overlap.duplicates(corpus.train, bar.update)
+    found = overlap.overlaps(corpus.train, sets, bar.update)
+  return {'near_duplicates': near, 'overlap': {name: dataclasses.asdict(one) for name, one in found.items()}}
+
+
+def told(found: dict[str, Any]) -> str:
+  near = found['near_duplicates']
+  lines = [
+    '',
+    f'near-duplicates in the training split: {near["in_clusters"]:,} of {near["documents"]:,} documents, in {near["clusters"]:,} clusters '
+    f'(the largest {near["largest"]:,}); {near["left_without"]:,} documents with one of each',
+    '',
+    f'{f"stretches of {overlap.STRETCH} tokens that are in the training split too":<60}{"documents":>10}{"touched":>9}{"mostly":>8}{"share":>9}',
+  ]
+  for name, one in found['overlap'].items():
+    lines.append(f'  {name:<58}{one["documents"]:>10,}{one["touched"]:>9,}{one["mostly"]:>8,}{one["share"]:>9.2%}')
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  main()
