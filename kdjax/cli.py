@@ -96,15 +96,20 @@ def parse(
   return load(spec, overrides), args
 
 
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-  """Prints a user's mistakes as lines on stderr, without a traceback, and exits."""
+def set_up_logging() -> None:
+  """What kdjax has to say, as lines; of the libraries under it, errors alone. For commands and notebooks."""
   logging.basicConfig(level=logging.INFO, format='%(message)s')
   log.setLevel(logging.INFO)  # these two, where a library has set up the root logger before
   for handler in logging.getLogger().handlers:
     handler.setFormatter(logging.Formatter('%(message)s'))
   for name, level in QUIETER.items():
     logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+  """Prints a user's mistakes as lines on stderr, without a traceback, and exits."""
+  set_up_logging()
   sys.unraisablehook = _unraisable
   try:
     yield

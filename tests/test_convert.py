@@ -110,6 +110,7 @@ def test_options_of_the_way_out(folder, tmp_path):
 def test_a_tokenizer_of_its_own_may_be_named(folder, tmp_path, capsys):
   bare = copied(folder, tmp_path / 'bare')
   (bare / 'tokenizer.json').rename(tmp_path / 'mine.json')
+  (bare / 'tokenizer_config.json').unlink()
   assert 'tokenizer.json' in said(capsys, 'from-hf', bare, tmp_path / 'run')
   convert.main(['from-hf', str(bare), str(tmp_path / 'run'), '--tokenizer', str(tmp_path / 'mine.json')])
   other = tmp_path / 'other.json'

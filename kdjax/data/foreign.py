@@ -48,6 +48,7 @@ _TIKTOKEN: dict[str, tuple[str | None, int]] = {
   'o200k_base': (_O200K, 199_999),
 }
 SUFFIXES = ('.model', '.tiktoken')
+_OTHERS = ('vocab.json', 'vocab.txt', 'tokenizer_config.json')
 
 
 def to_json(path: pathlib.Path) -> str:
@@ -59,6 +60,8 @@ def to_json(path: pathlib.Path) -> str:
     if path.suffix == '.tiktoken':
       return _from_ranks(path)
     if path.is_dir():
+      if not any(file.suffix in SUFFIXES or file.name in _OTHERS for file in path.iterdir()):
+        raise UserError(f'{path}: there is no tokenizer.json in it, nor another tokenizer; fetch it, or name one')
       return _from_folder(path)
     with (
       tempfile.TemporaryDirectory() as folder

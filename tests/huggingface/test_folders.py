@@ -220,7 +220,8 @@ def test_the_tokenizer_is_the_folders_and_no_larger_than_the_model(llama, tmp_pa
   assert Source(llama).tokenizer.separator == '<|endoftext|>'
   folder = copied(llama, tmp_path / 'x')
   (folder / 'tokenizer.json').unlink()
-  assert 'cannot be read' in refused(folder)
+  (folder / 'tokenizer_config.json').unlink()
+  assert 'there is no tokenizer.json in it' in refused(folder)
   small = make(tmp_path / 'small', dataclasses.replace(LLAMA, vocab_size=200))
   assert 'its tokenizer has 257 tokens and its model 200' in refused(small)
 

@@ -109,3 +109,6 @@ def test_ranks_of_no_known_encoding_and_broken_files_are_refused(tmp_path):
     Tokenizer.from_file(tmp_path / 'broken.model')
   with pytest.raises(UserError, match='transformers can make no tokenizer of it'):
     Tokenizer.from_file(tmp_path)
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(UserError, match=r'there is no tokenizer\.json in it, nor another tokenizer'):
+    Tokenizer.from_file(tmp_path / 'empty')
