@@ -37,6 +37,7 @@ try:
   import lm_eval
   from lm_eval import utils as lm_eval_utils
   from lm_eval.api.model import TemplateLM
+  from lm_eval.tasks import TaskManager
 except ImportError:  # said when it is needed
   lm_eval, TemplateLM = None, object
 
@@ -189,7 +190,7 @@ def run(args: argparse.Namespace, mesh: Mesh) -> None:
 
 
 def _evaluate(model: Model, tasks: list[str], args: argparse.Namespace) -> dict[str, Any]:
-  manager = lm_eval.tasks.TaskManager(include_path=args.include_path, include_defaults=not args.no_defaults)
+  manager = TaskManager(include_path=args.include_path, include_defaults=not args.no_defaults)
   if unknown := [name for name in tasks if name not in manager.all_tasks]:
     raise UserError(
       f'unknown tasks: {", ".join(unknown)}; lm-eval ls tasks lists them, --include-path adds a folder of your own'
