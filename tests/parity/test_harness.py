@@ -14,7 +14,6 @@ from kdjax.huggingface import Source
 from kdjax.models.decoder import Model as Decoder
 from tests import tiny
 from tests.models import stories
-from tests.parity import trained
 
 if os.environ.get('KDJAX_REQUIRE_PARITY') == '1':
   import lm_eval
@@ -25,6 +24,8 @@ else:
   pytest.importorskip('torch', reason='torch is not installed (the [parity] extra)')
   from lm_eval.models.huggingface import HFLM
   from lm_eval.tasks import TaskManager
+
+from tests.parity import trained
 
 pytestmark = pytest.mark.skipif(
   not stories.FOLDER.exists(), reason=f'the stories260K model is not here ({stories.FOLDER})'

@@ -19,7 +19,6 @@ from kdjax.run import RunFolder
 from tests import tiny
 from tests.huggingface import folders
 from tests.models import stories
-from tests.parity import trained
 
 if os.environ.get('KDJAX_REQUIRE_PARITY') == '1':
   import torch
@@ -28,6 +27,8 @@ else:
   reason = 'the reference implementations are not installed (torch, transformers: the [parity] extra)'
   torch = pytest.importorskip('torch', reason=reason)
   transformers = pytest.importorskip('transformers', reason=reason)
+
+from tests.parity import trained
 
 SHAPE = {
   'vocab_size': 300,
