@@ -42,6 +42,7 @@ _WHOLE = {
   'head/kernel': 'lm_head.weight',
   'final_norm/scale': 'model.norm.weight',
 }
+_VOCABULARY = ('embed/embedding', 'head/kernel')  # theirs have the vocabulary first, and no padding
 _NEEDLESS = re.compile(r'.*\.rotary_emb\.inv_freq')  # old Llama files keep what is computed
 
 
@@ -173,9 +174,6 @@ def _theirs(leaf, place: Place, layer: int, path: str, config: ModelConfig, dtyp
   value = np.asarray(jax.device_get(leaf[layer] if '{}' in place.name else leaf)).astype(dtype)
   value = value.T if place.turned else value
   return np.ascontiguousarray(value[: config.vocab_size] if path in _VOCABULARY else value)
-
-
-_VOCABULARY = ('embed/embedding', 'head/kernel')  # theirs have the vocabulary first, and no padding
 
 
 def _read(tensors: Tensors, place: Place, index: tuple[tuple[int, int], ...]) -> np.ndarray:
