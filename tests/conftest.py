@@ -9,12 +9,16 @@ import tempfile
 import pytest
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# The tests compile the same small programs again and again. (Processes that a test starts have no such cache.)
-os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='kdjax-compiled-')
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
-os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
-atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'.strip()
+
+import jax
+
+# The tests compile the same small programs again and again. Not by the environment: processes that a test starts are as a user's.
+CACHE = tempfile.mkdtemp(prefix='kdjax-compiled-')
+jax.config.update('jax_compilation_cache_dir', CACHE)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope='session')
