@@ -1,5 +1,6 @@
 """What README and docs say: links lead somewhere, commands and their flags exist, fields exist, Python blocks run."""
 
+import concurrent.futures
 import functools
 import importlib
 import pathlib
@@ -46,6 +47,14 @@ def test_links_lead_to_files_that_are_there(page):
   assert not missing
   named = re.findall(r'`((?:kdjax|configs|tests|launch|benchmarks|notebooks)/[\w./-]+\.\w+)`', page.read_text())
   assert not [name for name in named if not (ROOT / name).exists()]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def helps():
+  """All of them, asked two at a time."""
+  modules = {module for page in PAGES for module, flags in commands(page) if set(flags) - {'--config'}}
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    list(pool.map(help_of, modules))
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -41,7 +41,7 @@ class Experiment:
     return [self.workdir / 'students' / arm for arm in STUDENTS[self.kind]] + self.glob('runs/teachers/*')
 
 
-@pytest.fixture(scope='module', params=['fast', pytest.param('whole', marks=pytest.mark.slow)])
+@pytest.fixture(scope='module', params=[pytest.param(kind, marks=pytest.mark.slow) for kind in STUDENTS])
 def undisturbed(request, tmp_path_factory):
   experiment = Experiment(tmp_path_factory.mktemp('undisturbed') / 'e', request.param)
   return experiment, experiment.finish()

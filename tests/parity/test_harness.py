@@ -187,7 +187,7 @@ def test_few_programs_serve_all_requests(folder, tasks):
 
 
 def test_a_tasks_results_stand_in_the_experiments_table(tasks, tmp_path, capsys):
-  config = tiny.config(tmp_path / 'home')
+  config = tiny.config(tmp_path / 'home', **{'student.arms': ('baseline', 'distilled')})
   experiment = train.run(config, progress=False)
   capsys.readouterr()
   argv = [
@@ -205,11 +205,11 @@ def test_a_tasks_results_stand_in_the_experiments_table(tasks, tmp_path, capsys)
   harness.main([*argv, '--output', str(tmp_path / 'out.json')])
   out = capsys.readouterr().out
   assert 'lm-eval-small_choices' in out
-  assert set(json.loads((tmp_path / 'out.json').read_text())) == {'teacher', 'baseline', 'distilled', 'unigram'}
+  assert set(json.loads((tmp_path / 'out.json').read_text())) == {'teacher', 'baseline', 'distilled'}
   text = (experiment / 'table.txt').read_text()
   assert 'lm-eval-small_choices' in text and 'chance' in text and '0.250' in text
   rows = (experiment / 'results.csv').read_text()
-  assert rows.count('lm-eval-small_choices') == 4 and 'small_rolling' not in rows
+  assert rows.count('lm-eval-small_choices') == 3 and 'small_rolling' not in rows
   # The eval job keeps them.
   train.run(config, progress=False)
   assert 'lm-eval-small_choices' in (experiment / 'table.txt').read_text()
