@@ -64,8 +64,8 @@ def run(
     corpus = distributed.first_process_first(lambda: prepare(config.data, config.eval, config.runs, progress))
     # A task that cannot be read is told now, not after the training.
     choices.read_all(config.eval.tasks, config.eval.max_items)
-    preflight.check(config, corpus, mesh)
     teacher = training.teacher_folder(config, corpus)
+    preflight.check(config, corpus, mesh)
     write_experiment(folder, config, teacher)  # before training, for an eval job that watches
     training.train_teacher(config, corpus, teacher, mesh, progress)
     training.train_students(students(config, folder), corpus, teacher, mesh, progress, profile)
