@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import jax
 
 from kdjax import cli, huggingface, paths, sharding, teachers
-from kdjax.config import MeshConfig
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
 from kdjax.run import RunFolder
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def from_hf(args: argparse.Namespace) -> None:
   source = huggingface.Source(args.path, args.separator, args.tokenizer)
   out = RunFolder(paths.absolute(args.out))
-  with jax.set_mesh(mesh := _mesh()):
+  with jax.set_mesh(mesh := sharding.one_device()):
     source.import_into(out, mesh)
   model, tokenizer = source.model, source.tokenizer
   print(
@@ -52,7 +51,7 @@ def to_hf(args: argparse.Namespace) -> None:
     raise UserError(f'{args.run} is no run folder: it has no run.json; an experiment keeps its runs in students/')
   tokenizer = Tokenizer.from_file(args.tokenizer, args.separator) if args.tokenizer else run.tokenizer()
   teachers.check_tokenizer(args.run, identity['fingerprints'].get('tokenizer'), tokenizer)
-  with jax.set_mesh(mesh := _mesh()):
+  with jax.set_mesh(mesh := sharding.one_device()):
     model, params, step = teachers.weights(run, mesh, args.step)
   # How far a model was trained to look, not how far it could: that is what others take it to be good for.
   seen = identity['config'].get('data', {}).get('seq_len') or model.config.max_seq_len
@@ -105,10 +104,6 @@ def _size(text: str) -> int:
   if not found or not int(found[1]):
     raise argparse.ArgumentTypeError(f'{text!r} is no size such as 500MB or 5GB')
   return int(found[1]) * UNITS[found[2] or '']
-
-
-def _mesh() -> jax.sharding.Mesh:
-  return sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
 
 
 if __name__ == '__main__':

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from kdjax import cli, paths, pretrained, sharding
-from kdjax.config import MeshConfig
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.evals import job as jobs
 from kdjax.sampling import Sampling, stream
@@ -28,8 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   with cli.user_errors():
     args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh := sharding.one_device()):
       named = models(args.model)
       for name, path in named:
         opened = pretrained.opened(path, mesh, args.step, args.separator)

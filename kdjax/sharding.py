@@ -59,6 +59,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None, flags
   return Mesh(_arranged(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def one_device() -> Mesh:
+  """A mesh of this process's first device."""
+  return make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
+
+
 def _arranged(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
   """The devices in the mesh's shape, neighbours in the machine as neighbours in the mesh; slices along one of the outer axes."""
   slices = len({getattr(device, 'slice_index', 0) for device in devices})

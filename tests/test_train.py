@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kdjax import cli, flops, train, training
 from kdjax import config as config_lib
-from kdjax import flops, train, training
 from kdjax.analysis import table
 from kdjax.checkpoint import Checkpoints
 from kdjax.errors import UserError
@@ -412,3 +412,10 @@ def test_files_that_say_so_already_are_left_alone(tmp_path):
     write_text(tmp_path / 'x', text)
     inodes.add((tmp_path / 'x').stat().st_ino)
   assert len(inodes) == 2 and (tmp_path / 'x').read_text() == 'other'
+
+
+@pytest.mark.parametrize(('name', 'known'), [('weak2strong', '8c385e2f8494'), ('strong2weak', 'de88abc274da')])
+def test_what_an_experiment_was_called_before_later_fields_came_it_is_called_still(name, known):
+  """By kdjax before the fields of training.LATER: else nobody would find the runs that are done."""
+  config = cli.load_config(f'{pathlib.Path(__file__).parents[1]}/configs/{name}.py')
+  assert config_lib.fingerprint(training.experiment(config)) == known

@@ -1,4 +1,4 @@
-"""Datasets by name: `tfds:NAME/config:split`, prepared as ArrayRecord, read without TensorFlow; `hf:NAME/config:split` through `datasets`.
+"""Datasets by name: `tfds:NAME/config:split`, prepared as ArrayRecord, read without TensorFlow; `hf:NAME:config:split` through `datasets`.
 
 What is not on this machine is fetched by the libraries themselves where they can; where they cannot, that is said at once.
 """
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from kdjax.data.readers import FIELDS, field_of
-from kdjax.data.text import without_surrogates
 from kdjax.errors import UserError
 
 TFDS, HF = 'tfds:', 'hf:'
@@ -125,14 +124,12 @@ class HfSplit:
     while True:
       try:
         item = next(iterator, None)
-      except UserError:
-        raise
       except Exception as e:  # of a file or the network, whatever the library raises
         raise UserError(f'{self.name}: cannot be read on ({_line(e)}); run again, or fetch the files first') from None
       if item is None:
         return
       number, record = item
-      yield without_surrogates(field_of(record, text_field, f'{self.name}, example {number}'), self.name)
+      yield field_of(record, text_field, f'{self.name}, example {number}')
 
 
 def _hub_answers() -> bool:

@@ -18,6 +18,7 @@ import zstandard
 from array_record.python.array_record_module import ArrayRecordReader
 
 from kdjax import paths
+from kdjax.data.store import token_dtype
 from kdjax.data.text import decoded, without_surrogates
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
@@ -102,7 +103,7 @@ def token_texts(path: File, tokenizer: Tokenizer) -> Iterator[str]:
   """The texts of ArrayRecord records that hold token ids, little-endian, two bytes each (four above 65,536 tokens)."""
   if kind(path)[0] != '.array_record':
     raise UserError(f'{path}: token ids are read from .array_record files alone')
-  dtype = np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4')
+  dtype = token_dtype(tokenizer.vocab_size)
   for number, record in enumerate(_array_records(path)):
     if len(record) % dtype.itemsize:
       raise UserError(f'{path}, record {number}: {len(record)} bytes are no whole number of {dtype.name} token ids')
@@ -175,12 +176,9 @@ def _parquet_texts(path: File, text_field: str) -> Iterator[str]:
       schema = file.schema_arrow
       if text_field not in schema.names:
         raise UserError(f'{path}: no column {text_field!r}; it has {sorted(schema.names)}; set {FIELDS} to one of them')
-      if not pa.types.is_string(schema.field(text_field).type) and not pa.types.is_large_string(
-        schema.field(text_field).type
-      ):
-        raise UserError(
-          f'{path}: column {text_field!r} holds {schema.field(text_field).type}, not strings; set {FIELDS} to another one'
-        )
+      column = schema.field(text_field).type
+      if not (pa.types.is_string(column) or pa.types.is_large_string(column)):
+        raise UserError(f'{path}: column {text_field!r} holds {column}, not strings; set {FIELDS} to another one')
       number = 0
       for batch in file.iter_batches(columns=[text_field], batch_size=1024):
         for value in batch.column(0).to_pylist():
@@ -188,10 +186,8 @@ def _parquet_texts(path: File, text_field: str) -> Iterator[str]:
           if value is None:
             raise UserError(f'{path}, row {number}: column {text_field!r} is null; leave such rows out')
           yield value
-  except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-    raise UserError(f'{path}: the Parquet file is damaged ({str(error).splitlines()[0]}); fetch it again') from error
-  except OSError as error:
-    if error.errno:
+  except (pa.ArrowException, OSError) as error:
+    if getattr(error, 'errno', None):  # of the disk, not of what is on it
       raise
     raise UserError(f'{path}: the Parquet file is damaged ({str(error).splitlines()[0]}); fetch it again') from error
 

@@ -102,8 +102,11 @@ class Tensors:
   def check(self, model: Model, family: Family) -> None:
     """Raises UserError, listing them, where tensors are missing, too many, or of another shape or dtype than the model's."""
     config, where = model.config, str(self.folder)
+    leaves = _leaves(model.abstract())
     wanted = {
-      name: shape for path, place in places(model, family).items() for name, shape in _their_shapes(path, place, model)
+      name: shape
+      for path, place in places(model, family).items()
+      for name, shape in _their_shapes(path, place, config, leaves[path].shape)
     }
     tied = {'lm_head.weight'} if config.tied else set()
     extra = sorted(name for name in self.shapes.keys() - wanted.keys() - tied if not _NEEDLESS.fullmatch(name))
@@ -148,7 +151,7 @@ def save(params, model: Model, family: Family, folder: pathlib.Path, dtype: str,
   tensors = [
     (name, path, place, layer, math.prod(shape) * cast_to.itemsize)
     for path, place in places(model, family).items()
-    for layer, (name, shape) in enumerate(_their_shapes(path, place, model))
+    for layer, (name, shape) in enumerate(_their_shapes(path, place, model.config, leaves[path].shape))
   ]
   shards: list[list[tuple]] = [[]]
   for tensor in tensors:
@@ -192,14 +195,15 @@ def _read_one(tensors: Tensors, name: str, turned: bool, index: tuple[tuple[int,
   return value.T if turned else value
 
 
-def _their_shapes(path: str, place: Place, model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
-  """(name, shape) of each tensor of a parameter."""
-  shape = _leaves(model.abstract())[path].shape
+def _their_shapes(
+  path: str, place: Place, config: ModelConfig, shape: tuple[int, ...]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+  """(name, shape) of each tensor of a parameter that has `shape` here."""
   shape = shape[1:] if '{}' in place.name else shape
   shape = shape[::-1] if place.turned else shape
   if path in _VOCABULARY:
-    shape = (model.config.vocab_size, *shape[1:])
-  for name in place.names(model.config.n_layers):
+    shape = (config.vocab_size, *shape[1:])
+  for name in place.names(config.n_layers):
     yield name, shape
 
 
