@@ -1,3 +1,4 @@
+import functools
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 
 from kdjax.errors import UserError
 from kdjax.models import attention as attention_module
-from kdjax.models.attention import IMPLEMENTATIONS, attention, cudnn, splash, xla
+from kdjax.models.attention import IMPLEMENTATIONS, Local, attention, cudnn, splash, xla
 
 
 def inputs(n_tokens=40, n_heads=4, n_kv_heads=2, head_dim=64, dtype='float32', size=1.0):
@@ -68,6 +69,30 @@ def test_splash_has_the_gradients_of_xla():
 
   for got, expected in zip(gradients(splash, interpret=True), gradients(xla), strict=True):
     np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize('here', [True, False])
+@pytest.mark.parametrize('window', [1, 40, 128, 150])
+def test_splash_in_a_local_layer_equals_xla(window, here):
+  """Values and gradients; whether the layer is local is traced, as in a scan over layers."""
+  arrays, segment_ids = inputs(256), segments(256)
+  weights = np.random.default_rng(1).normal(size=arrays[0].shape) * (segment_ids > 0)[..., None, None]
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def values(body, arrays, here):
+    local = Local(window, here)
+    return jax.value_and_grad(lambda q, k, v: (body(q, k, v, segment_ids, local=local) * weights).sum(), (0, 1, 2))(
+      *arrays
+    )
+
+  (got, got_gradients), (expected, gradients) = (
+    values(body, arrays, jnp.asarray(here)) for body in (functools.partial(splash, interpret=True), xla)
+  )
+  np.testing.assert_allclose(got, expected, rtol=1e-4)
+  for one, other in zip(got_gradients, gradients, strict=True):
+    np.testing.assert_allclose(one, other, atol=2e-5)
+  everywhere = xla(*arrays, segment_ids)
+  assert here != np.allclose(xla(*arrays, segment_ids, local=Local(window, jnp.asarray(here))), everywhere)
 
 
 def test_splash_without_documents_and_in_bfloat16():
