@@ -241,9 +241,9 @@ def steps_in(folder: str | os.PathLike) -> list[int]:
 
 def checksums(tree) -> dict[str, int]:
   """An order-sensitive 32-bit sum of each leaf's bit pattern: the same on any mesh, changed by any one flipped bit."""
-  # Leaf by leaf: a CPU's reduction needs as much again as what it reduces.
-  sums = {name: _bit_sum(leaf) for name, leaf in _named(tree).items()}
-  return {name: int(value) for name, value in jax.device_get(sums).items()}
+  # One leaf after the other: a CPU's reduction needs as much again as what it reduces, and several programs at once, each waiting for all
+  # devices, can take one another's threads on a busy CPU (XLA then aborts the process).
+  return {name: int(_bit_sum(leaf)) for name, leaf in _named(tree).items()}
 
 
 def params_fingerprint(params) -> str:
