@@ -248,7 +248,7 @@ def _validation(cohort: Cohort, mesh: Mesh) -> Callable[[Any], jax.Array]:
     return ce / count
 
   jitted = jax.jit(mean_ce)
-  return lambda params: jitted(params, batches)
+  return lambda params: jax.block_until_ready(jitted(params, batches))  # one model after the other, as checkpoint.checksums
 
 
 def _window(windows: Windows, i: int) -> dict[str, np.ndarray]:
