@@ -248,7 +248,8 @@ def _validation(cohort: Cohort, mesh: Mesh) -> Callable[[Any], jax.Array]:
     return ce / count
 
   jitted = jax.jit(mean_ce)
-  return lambda params: jax.block_until_ready(jitted(params, batches))  # one model after the other, as checkpoint.checksums
+  # Waited for: one model after the other, as in checkpoint.checksums.
+  return lambda params: jax.block_until_ready(jitted(params, batches))
 
 
 def _window(windows: Windows, i: int) -> dict[str, np.ndarray]:
