@@ -64,10 +64,8 @@ def assert_all_ended_with_a_line(processes, victim):
     assert 'Traceback' not in runs.errors(process)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-  ('n', 'victim'),
-  [(2, 1), (2, 0), (4, 0), (4, 3)],
+  ('n', 'victim'), [(2, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 0), (4, 0), (4, 3)])]
 )
 def test_one_killed_ends_the_others_and_all_started_again_go_on_bit_identically(home, undisturbed, tmp_path, n, victim):
   config, workdir, processes = begun(home, tmp_path / 'e', n)
