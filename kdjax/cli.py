@@ -96,6 +96,14 @@ def parse(
   return load(spec, overrides), args
 
 
+def positive(text: str) -> int:
+  """Of an option: a whole number from 1 on."""
+  value = int(text)
+  if value < 1:
+    raise argparse.ArgumentTypeError(f'must be at least 1, got {value}')
+  return value
+
+
 def set_up_logging() -> None:
   """What kdjax has to say, as lines; of the libraries under it, errors alone. For commands and notebooks."""
   logging.basicConfig(level=logging.INFO, format='%(message)s')

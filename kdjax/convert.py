@@ -45,12 +45,16 @@ def from_hf(args: argparse.Namespace) -> None:
 
 
 def to_hf(args: argparse.Namespace) -> None:
+  if args.separator and not args.tokenizer:
+    raise UserError('--separator goes with --tokenizer: a run keeps both')
   run = RunFolder(paths.absolute(args.run))
   identity = run.identity()
   if identity is None:
     raise UserError(f'{args.run} is no run folder: it has no run.json; an experiment keeps its runs in students/')
   tokenizer = Tokenizer.from_file(args.tokenizer, args.separator) if args.tokenizer else run.tokenizer()
-  teachers.check_tokenizer(args.run, identity['fingerprints'].get('tokenizer'), tokenizer)
+  known = identity['fingerprints'].get('tokenizer')
+  if known != tokenizer.fingerprint:
+    raise UserError(f'--tokenizer {args.tokenizer} is not the one that {args.run} learned with; name that one')
   with jax.set_mesh(mesh := sharding.one_device()):
     model, params, step = teachers.weights(run, mesh, args.step)
   # How far a model was trained to look, not how far it could: that is what others take it to be good for.
@@ -62,8 +66,9 @@ def to_hf(args: argparse.Namespace) -> None:
   }
   dtype = args.dtype or model.config.param_dtype
   family = huggingface.export(
-    model, params, tokenizer, args.out, dtype, args.shard_size, args.max_positions or seen, origin
-  )
+    model, params, tokenizer, args.out, dtype, args.shard_size, args.max_positions or seen, origin,
+    trained_here='imported' not in identity['config'],
+  )  # fmt: skip
   print(f'{args.run}, step {step} -> {args.out}: {family.name}, {model.n_params:,} parameters in {dtype}')
 
 
@@ -92,7 +97,10 @@ def _parser() -> argparse.ArgumentParser:
   out.add_argument('--dtype', choices=DTYPES, help='of the weights in the files; default: as they are')
   out.add_argument('--shard-size', type=_size, default='5GB', help='of one file, at most; default: 5GB')
   out.add_argument(
-    '--max-positions', type=int, default=0, help='max_position_embeddings; default: the window it was trained with'
+    '--max-positions',
+    type=cli.positive,
+    default=0,
+    help='max_position_embeddings; default: the window it was trained with',
   )
   out.set_defaults(command=to_hf)
   return parser

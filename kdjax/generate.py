@@ -87,14 +87,14 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('model', metavar='RUN', help="a run's folder, an experiment's, or a Hugging Face folder")
   parser.add_argument('prompt', metavar='PROMPT', nargs='?', default='', help='default: the beginning of any document')
-  parser.add_argument('--max-tokens', type=_positive, default=128, help='at most so many; default: 128')
+  parser.add_argument('--max-tokens', type=cli.positive, default=128, help='at most so many; default: 128')
   parser.add_argument('--temperature', type=float, default=1.0, help='0: the likeliest token each time; default: 1')
   parser.add_argument('--top-k', type=int, default=0, help='draw from so many of the likeliest tokens; default: all')
   parser.add_argument(
     '--top-p', type=float, default=1.0, help='draw from the likeliest that have this share of the probability'
   )
   parser.add_argument('--seed', type=int, default=0, help='the same seed, the same text; default: 0')
-  parser.add_argument('--samples', type=_positive, default=1, help='how many texts, of the seeds that follow')
+  parser.add_argument('--samples', type=cli.positive, default=1, help='how many texts, of the seeds that follow')
   parser.add_argument('--step', type=int, default=0, help='which checkpoint; default: the newest')
   parser.add_argument(
     '--separator', default='', metavar='TOKEN', help='of a Hugging Face folder: what starts a document'
@@ -103,13 +103,6 @@ def _parser() -> argparse.ArgumentParser:
     '--special', action='store_true', help='special tokens in the prompt count as such, as chats need them'
   )
   return parser
-
-
-def _positive(text: str) -> int:
-  value = int(text)
-  if value < 1:
-    raise argparse.ArgumentTypeError(f'must be at least 1, got {value}')
-  return value
 
 
 if __name__ == '__main__':

@@ -29,7 +29,7 @@ from kdjax.errors import UserError
 from kdjax.evals import job as jobs
 from kdjax.evals import likelihood, results
 from kdjax.evals.score import Scored
-from kdjax.huggingface.exporting import with_separator_first
+from kdjax.huggingface.exporting import tokenizer_file
 from kdjax.run import RunFolder
 from kdjax.sampling import Sampling, generate
 
@@ -61,7 +61,7 @@ class Model(TemplateLM):
     self._opened, self._mesh, self._batch_size = opened, mesh, batch_size
     self.max_length = max_length or opened.trained_window or opened.model.config.max_seq_len
     # As transformers reads an exported model's tokenizer: special tokens in text count, and what a text begins with is put before it.
-    self._tokenizer = tokenizers.Tokenizer.from_str(with_separator_first(opened.tokenizer))
+    self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_file(opened.tokenizer, not opened.imported))
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
 
@@ -174,11 +174,15 @@ def run(args: argparse.Namespace, mesh: Mesh) -> None:
   job = jobs.find(folder) if (folder / 'experiment.json').exists() else None
   chosen = [(job.arm(run), str(run.path)) for run in job.runs] if job else [(folder.name, args.model)]
   tasks = [name.strip() for name in args.tasks.split(',') if name.strip()]
+  manager = _manager(tasks, args)
   found = {}
   for arm, path in chosen:
-    opened = pretrained.opened(path, mesh, 0 if arm == 'teacher' else args.step)
+    opened = pretrained.opened(path, mesh, 0 if job and arm == 'teacher' else args.step, args.separator)
     log.info('%s: %s, step %d', arm, path, opened.step)
-    answer = _evaluate(Model(opened, mesh, args.batch_size, args.max_length), tasks, args)
+    answer = lm_eval.simple_evaluate(
+      Model(opened, mesh, args.batch_size, args.max_length), tasks=tasks, num_fewshot=args.num_fewshot, limit=args.limit,
+      gen_kwargs=args.gen_kwargs, task_manager=manager, bootstrap_iters=0, log_samples=True,
+    )  # fmt: skip
     print(lm_eval_utils.make_table(answer))
     found[arm] = answer['results']
     if job:
@@ -189,16 +193,28 @@ def run(args: argparse.Namespace, mesh: Mesh) -> None:
     print(table.write(job.folder))
 
 
-def _evaluate(model: Model, tasks: list[str], args: argparse.Namespace) -> dict[str, Any]:
-  manager = TaskManager(include_path=args.include_path, include_defaults=not args.no_defaults)
+def _manager(tasks: Sequence[str], args: argparse.Namespace) -> TaskManager:
+  """The harness's tasks. Raises UserError where one is not known or cannot be loaded: before any model is."""
+  own = args.include_path
+  if own and not paths.Path(own).is_dir():
+    raise UserError(f'--include-path {own}: no such folder')
+  manager = TaskManager(include_path=own, include_defaults=not args.no_defaults)
   if unknown := [name for name in tasks if name not in manager.all_tasks]:
-    raise UserError(
-      f'unknown tasks: {", ".join(unknown)}; lm-eval ls tasks lists them, --include-path adds a folder of your own'
-    )
-  return lm_eval.simple_evaluate(
-    model, tasks=tasks, num_fewshot=args.num_fewshot, limit=args.limit, gen_kwargs=args.gen_kwargs, task_manager=manager,
-    bootstrap_iters=0, log_samples=True,
-  )  # fmt: skip
+    there = 'lm-eval ls tasks lists them, --include-path adds a folder of your own'
+    if own and args.no_defaults:
+      there = f'the YAML files that can be read in {own} hold {", ".join(manager.all_tasks) or "none"}'
+    raise UserError(f'unknown tasks: {", ".join(unknown)}; {there}')
+  if not tasks:
+    raise UserError('--tasks names none')
+  for name in tasks:
+    try:
+      manager.load_task_or_group(name)
+    except Exception as e:  # whatever a task's own code, its file or the library that fetches its data raises
+      what = (str(e).splitlines() or [''])[0][:300]
+      raise UserError(
+        f'the task {name} cannot be loaded ({type(e).__name__}: {what}); mend its file or its data'
+      ) from e
+  return manager
 
 
 def keep(job: jobs.Job, arm: str, run: RunFolder, opened: pretrained.Opened, answer: dict[str, Any]) -> None:
@@ -256,11 +272,14 @@ def _parser() -> argparse.ArgumentParser:
     '--no-defaults', action='store_true', help="know those alone: quicker than reading the harness's thousands"
   )
   parser.add_argument('--num-fewshot', type=int, help="examples in the prompt; default: the task's")
-  parser.add_argument('--limit', type=int, help='items of each task, from its front; default: all')
-  parser.add_argument('--batch-size', type=int, default=16, help='rows of the longest window; default: 16')
+  parser.add_argument('--limit', type=cli.positive, help='items of each task, from its front; default: all')
+  parser.add_argument('--batch-size', type=cli.positive, default=16, help='rows of the longest window; default: 16')
   parser.add_argument('--max-length', type=int, default=0, help='tokens seen at once; default: the window of training')
   parser.add_argument('--gen-kwargs', metavar='K=V,...', help='of generations, e.g. max_gen_toks=64')
   parser.add_argument('--step', type=int, default=0, help='which checkpoint; default: the newest')
+  parser.add_argument(
+    '--separator', default='', metavar='TOKEN', help='of a Hugging Face folder: what starts a document'
+  )
   parser.add_argument('--output', metavar='FILE', help='write the results there too, as JSON')
   for axis in sharding.AXES:
     parser.add_argument(f'--{axis}', type=int, default=-1 if axis == 'fsdp' else 1, help=f'devices along {axis}')

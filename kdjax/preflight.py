@@ -15,13 +15,15 @@ from kdjax.models.attention import check_backend
 
 def check(config: Config, corpus: Corpus, mesh: Mesh) -> None:
   """Raises UserError for a model that cannot be made, or does not fit the mesh: before the first one is trained, not after."""
+  if (
+    config.student.init
+  ):  # first: another tokenizer than its own is what is to be told of, not how many tokens that has
+    pretrained.check(config.student.init, 'student.init', config, corpus.tokenizer)
   make = lambda model, name: build(teachers.with_vocabulary(model, corpus.tokenizer, name))
   distils = 'distilled' in config.student.arms
   student, teacher = make(config.student.model, 'student'), make(config.teacher.model, 'teacher') if distils else None
   check_models(config, mesh, student, teacher)
   check_memory(config, mesh, student, teacher)
-  if config.student.init:
-    pretrained.check(config.student.init, 'student.init', config, corpus.tokenizer)
 
 
 def check_models(

@@ -4,6 +4,7 @@ A folder of a run is used where it is. One of Hugging Face is imported once, int
 """
 
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from kdjax.errors import UserError
 from kdjax.models import Model
 from kdjax.run import RunFolder
 
+log = logging.getLogger('kdjax')
+
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
@@ -29,6 +32,7 @@ class Opened:
   name: str
   step: int = 0
   trained_window: int = 0  # tokens; 0: unknown
+  imported: bool = False  # not trained here: its tokenizer puts before a text what it does, and no more
 
 
 def opened(path: str, mesh: Mesh, step: int = 0, separator: str = '') -> Opened:
@@ -36,11 +40,14 @@ def opened(path: str, mesh: Mesh, step: int = 0, separator: str = '') -> Opened:
   folder = RunFolder(path)
   if folder.identity() is None and not paths.is_remote(path):
     source = huggingface.Source(path, separator)
+    if step:
+      raise UserError(f'{path} is a Hugging Face folder: it has no steps; leave --step out')
     params = teachers.cast(source.load(mesh), 'auto', mesh, 'student')
-    return Opened(source.model, params, source.tokenizer, source.path.name)
+    return Opened(source.model, params, source.tokenizer, source.path.name, imported=True)
   model, params, step, _ = teachers.load(folder, 'auto', mesh, step)
   known = (folder.identity() or {})['config']
-  return Opened(model, params, folder.tokenizer(), folder.name, step, known.get('data', {}).get('seq_len', 0))
+  window = known.get('data', {}).get('seq_len', 0)
+  return Opened(model, params, folder.tokenizer(), folder.name, step, window, 'imported' in known)
 
 
 def adopted(config: Config) -> Config:
@@ -58,12 +65,18 @@ def check(path: str, field: str, config: Config, tokenizer: Tokenizer, step: int
   if not huggingface.is_folder(path):
     folder = RunFolder(path)
     teachers.check(folder, field, tokenizer, step)
-    return folder
-  if step:
+  elif step:
     raise UserError(f'{field} = {path} is a Hugging Face folder: it has no steps; leave teacher.step at 0')
-  source = huggingface.Source(path, config.data.separator)
-  teachers.check_tokenizer(f'{field} = {path}', source.tokenizer.fingerprint, tokenizer)
-  return _imported(source, config)
+  else:
+    source = huggingface.Source(path, config.data.separator)
+    teachers.check_tokenizer(f'{field} = {path}', source.tokenizer.fingerprint, tokenizer)
+    folder = _imported(source, config)
+  limit = _model(path, config).max_seq_len
+  if config.data.seq_len > limit:
+    log.warning(
+      'warning: %s = %s is made for %d tokens at once, and data.seq_len is %d', field, path, limit, config.data.seq_len
+    )
+  return folder
 
 
 def ready(path: str, config: Config, mesh: Mesh) -> RunFolder:

@@ -39,7 +39,11 @@ def model_of(folder: RunFolder, like: ModelConfig | None = None) -> Model:
   """The model that a run's folder holds, run as `like` says (attention, remat, ...). Raises UserError where it is no run's folder."""
   identity = folder.identity()
   if identity is None:
-    raise UserError(f'{folder.path} is no run folder: it has no run.json')
+    if not folder.path.is_dir():
+      raise UserError(
+        f'{folder.path}: no such folder; a model of the hub is fetched with: hf download NAME --local-dir FOLDER'
+      )
+    raise UserError(f'{folder.path} is no run folder: it has no run.json; an experiment keeps its runs in students/')
   try:
     values = identity['config']['model']
     config = ModelConfig(**values | {'rope_scaling': RopeScaling(**values['rope_scaling'])})

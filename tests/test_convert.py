@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from kdjax import convert, huggingface, pretrained, sharding, teachers, train
 from kdjax.checkpoint import Checkpoints
@@ -14,6 +15,7 @@ from kdjax.data.tokenizer import Tokenizer, train_bpe
 from kdjax.errors import UserError
 from kdjax.evals import job as jobs
 from kdjax.huggingface import Source
+from kdjax.huggingface.exporting import tokenizer_file
 from kdjax.models import build
 from kdjax.run import RunFolder
 from tests import tiny
@@ -60,16 +62,54 @@ def test_there_and_back_is_the_same_folder(folder, tmp_path, capsys):
   assert origin['run'] == 'run' and origin['config']['imported'] == {
     'from': 'small',
     'architecture': 'LlamaForCausalLM',
+    'version': Source(folder).folder_name.removeprefix('small-'),
   }
 
 
-def test_importing_again_does_nothing_and_another_model_is_refused(folder, tmp_path, capsys):
+def test_importing_again_does_nothing_and_anything_else_in_the_folder_is_refused(folder, tmp_path, capsys):
   convert.main(['from-hf', str(folder), str(tmp_path / 'run')])
   before = (tmp_path / 'run/run.json').read_bytes()
   convert.main(['from-hf', str(folder), str(tmp_path / 'run')])
   assert (tmp_path / 'run/run.json').read_bytes() == before
-  other = make(tmp_path / 'other', dataclasses.replace(SMALL, tied=True))
-  assert 'was written by another config' in said(capsys, 'from-hf', other, tmp_path / 'run')
+  same_model = make(tmp_path / 'other/small', SMALL, seed=1)
+  other_tokenizer = tmp_path / 'other.json'
+  other_tokenizer.write_text(train_bpe(['a text'], 257).to_json())
+  (tmp_path / 'precious').mkdir()
+  (tmp_path / 'precious/file.txt').write_text('mine')
+  for argv in (
+    (same_model, tmp_path / 'run'),
+    (folder, tmp_path / 'run', '--tokenizer', other_tokenizer),
+    (folder, tmp_path / 'precious'),
+    (folder, folder),
+  ):
+    before = sorted(path.name for path in argv[1].iterdir())
+    assert f'{argv[1]} holds something else already; name a new folder' in said(capsys, 'from-hf', *argv)
+    assert sorted(path.name for path in argv[1].iterdir()) == before
+
+
+def test_what_an_exported_tokenizer_puts_before_a_text(folder, tmp_path):
+  """The separator, where the model was trained here, whatever the file did; what it always did, where it was imported."""
+  trained = tokenizers.Tokenizer.from_str(train_bpe(['a text'], 257).to_json())
+  silent = tokenizers.processors.TemplateProcessing(single='$A:0', special_tokens=[])
+  for processor in (None, tokenizers.processors.ByteLevel(trim_offsets=False), silent):
+    if processor:
+      trained.post_processor = processor
+    first = tokenizers.Tokenizer.from_str(tokenizer_file(Tokenizer(trained.to_str()), True))
+    assert first.encode('a text').ids == [
+      trained.token_to_id('<|endoftext|>'),
+      *trained.encode('a text', add_special_tokens=False).ids,
+    ]
+    again = tokenizer_file(Tokenizer(first.to_str()), True)
+    assert tokenizers.Tokenizer.from_str(again).encode('a').ids == first.encode('a').ids
+  other = copied(folder, tmp_path / 'other')
+  (other / 'tokenizer.json').write_text(train_bpe(['a text'], 257).to_json())
+  convert.main(['from-hf', str(other), str(tmp_path / 'run')])
+  convert.main(['to-hf', str(tmp_path / 'run'), str(tmp_path / 'back')])
+  assert len(tokenizers.Tokenizer.from_file(str(tmp_path / 'back/tokenizer.json')).encode('a').ids) == 1
+  assert (
+    pretrained.opened(str(other), one_device()).imported
+    and pretrained.opened(str(tmp_path / 'run'), one_device()).imported
+  )
 
 
 def test_an_import_that_was_cut_off_is_no_run_and_is_made_whole(folder, tmp_path, monkeypatch):
@@ -115,9 +155,9 @@ def test_a_tokenizer_of_its_own_may_be_named(folder, tmp_path, capsys):
   convert.main(['from-hf', str(bare), str(tmp_path / 'run'), '--tokenizer', str(tmp_path / 'mine.json')])
   other = tmp_path / 'other.json'
   other.write_text(train_bpe(['a text'], 257).to_json())
-  assert 'learned with another tokenizer' in said(
-    capsys, 'to-hf', tmp_path / 'run', tmp_path / 'out', '--tokenizer', other
-  )
+  argv = ('to-hf', tmp_path / 'run', tmp_path / 'out')
+  assert f'--tokenizer {other} is not the one' in said(capsys, *argv, '--tokenizer', other)
+  assert '--separator goes with --tokenizer' in said(capsys, *argv, '--separator', '<s>')
 
 
 @pytest.mark.parametrize(
@@ -127,6 +167,8 @@ def test_a_tokenizer_of_its_own_may_be_named(folder, tmp_path, capsys):
     (('to-hf', '{t}', '{t}/out'), 'is no run folder: it has no run.json; an experiment keeps its runs in students/'),
     (('to-hf', '{t}/run', '{t}'), 'exists already; name a new folder'),
     (('to-hf', '{t}/run', '{t}/out', '--step', '7'), 'has no checkpoint of step 7; it has 0'),
+    (('to-hf', '{t}/run', 'gs://bucket/out'), 'gs://bucket/out: a Hugging Face folder is written on a disk'),
+    (('to-hf', '{t}/run', '{t}/out', '--max-positions', '-5'), 'must be at least 1, got -5'),
     (('to-hf', '{t}/run', '{t}/out', '--shard-size', 'big'), "'big' is no size such as 500MB or 5GB"),
   ],
 )
@@ -179,6 +221,13 @@ def test_a_student_starts_from_a_folders_weights_goes_on_and_is_exported(folder,
   train.run(again, progress=False)
 
 
+def test_a_window_beyond_the_one_that_a_model_is_made_for_is_said(folder, tmp_path, caplog):
+  short = copied(folder, tmp_path / 'short')
+  change_config(short, max_position_embeddings=12)
+  train.run(config(tmp_path / 'home', init=short, **{'student.arms': ('baseline',)}), progress=False)
+  assert f'warning: student.init = {short} is made for 12 tokens at once, and data.seq_len is 16' in caplog.text
+
+
 def test_a_run_can_start_a_student_too(main_job, tmp_path):
   run = next((main_job / 'runs').glob('tiny-*/students/baseline'))
   adopted = pretrained.adopted(config(tmp_path, init=run))
@@ -197,6 +246,12 @@ def test_where_the_folder_does_not_go_with_the_corpus_it_is_said_before_training
     train.run(config(tmp_path, init=folder, **bpe, **{'student.arms': ('baseline',)}), progress=False)
   with pytest.raises(UserError, match=r'it has no steps; leave teacher\.step at 0'):
     train.run(config(tmp_path, teacher=folder, **{'teacher.step': 3}), progress=False)
+  # Of another tokenizer that is said, not that it has more tokens than the model that it names.
+  bpe = {'data.tokenizer': 'bpe', 'data.vocab_size': 300, 'student.model.vocab_size': 0}
+  with pytest.raises(UserError, match=r'student.init = .* learned with another tokenizer'):
+    train.run(config(tmp_path, init=folder, **bpe, **{'student.arms': ('baseline',)}), progress=False)
+  with pytest.raises(UserError, match='no such folder; a model of the hub is fetched with: hf download'):
+    train.run(config(tmp_path, teacher=tmp_path / 'none'), progress=False)
   wide = make(tmp_path / 'wide', dataclasses.replace(SMALL, vocab_size=300))
   with pytest.raises(
     UserError, match=r'\(300 tokens\) is not the student.s \(257\).*--config.student.model.vocab_size=300'

@@ -87,7 +87,7 @@ def test_a_teacher_of_the_same_architecture_and_tokenizer_is_taken(run):
 
 
 def test_a_missing_folder_is_no_run_folder(tmp_path):
-  assert 'is no run folder' in refused(tmp_path / 'none')
+  assert 'no such folder' in refused(tmp_path / 'none')
   assert 'is no run folder' in refused(tmp_path)
   assert 'is no run folder' in load_refused(tmp_path)
 

@@ -303,7 +303,7 @@ def test_a_folder_of_something_else_is_left_alone(folder, home, config, tmp_path
 @pytest.mark.parametrize(
   ('changes', 'words'),
   [
-    ({'teacher.run': 'nowhere'}, 'nowhere is no run folder'),
+    ({'teacher.run': 'nowhere'}, 'nowhere: no such folder'),
     ({'teacher.step': 5}, 'has no checkpoint of step 5; it has'),
     ({'data.tokenizer': 'bpe', 'data.vocab_size': 300}, 'learned with another tokenizer'),
   ],

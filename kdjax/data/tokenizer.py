@@ -72,10 +72,10 @@ class Tokenizer:
       self.fingerprint = digest(b'bytes')
       return
     self.separator = separator or _guess_separator(parsed, name)
-    self._model = _model(parsed, self.separator)
+    self._model = _model(parsed, self.separator, name)
     separator_id = self._model.token_to_id(self.separator)
     if separator_id is None:
-      raise UserError(f'{name}: no token {self.separator!r}; set data.separator to one of {_special_names(parsed)}')
+      raise UserError(f'{name}: no token {self.separator!r}; {_name_one(parsed)}')
     self.separator_id = separator_id
     self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
     self.fingerprint = digest(canonical([_content(parsed), self.separator]))
@@ -185,7 +185,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _parse(model_json: str, name: str) -> dict:
-  # Checked here, as `tokenizers` raises the bare class Exception, which nothing ought to catch.
   try:
     parsed = json.loads(model_json)
   except ValueError as error:
@@ -195,10 +194,13 @@ def _parse(model_json: str, name: str) -> dict:
   return parsed
 
 
-def _model(parsed: dict, separator: str) -> tokenizers.Tokenizer:
+def _model(parsed: dict, separator: str, name: str) -> tokenizers.Tokenizer:
   # Only tokens marked special are kept out of text; some files leave the mark off.
-  added = [{**t, 'special': t['special'] or t['content'] == separator} for t in parsed.get('added_tokens') or []]
-  model = tokenizers.Tokenizer.from_str(json.dumps({**parsed, 'added_tokens': added}))
+  added = [{**t, 'special': t.get('special') or t['content'] == separator} for t in parsed.get('added_tokens') or []]
+  try:
+    model = tokenizers.Tokenizer.from_str(json.dumps({**parsed, 'added_tokens': added}))
+  except Exception as error:  # the class that `tokenizers` raises
+    raise UserError(f'{name}: the tokenizers package cannot read it ({error}); fetch it again') from error
   model.no_truncation()
   model.no_padding()
   model.encode_special_tokens = True
@@ -228,8 +230,10 @@ def _content(parsed: dict) -> dict:
   return {**parsed, 'model': model, 'truncation': None, 'padding': None, 'post_processor': None}
 
 
-def _special_names(parsed: dict) -> list[str]:
-  return [t['content'] for t in parsed.get('added_tokens') or [] if t['special']][:20]
+def _name_one(parsed: dict) -> str:
+  names = [t['content'] for t in parsed.get('added_tokens') or [] if t.get('special')]
+  such = f', such as one of {names[:20]}' if names else ''
+  return f'set data.separator (--separator of a command) to a token that starts each document{such}'
 
 
 def _guess_separator(parsed: dict, name: str) -> str:
@@ -239,7 +243,6 @@ def _guess_separator(parsed: dict, name: str) -> str:
   known = next((s for s in _KNOWN_SEPARATORS if s in present), None)
   if known is None:
     raise UserError(
-      f'{name}: none of the usual separators ({" ".join(_KNOWN_SEPARATORS)}) is in it; '
-      f'set data.separator to a token that starts each document, such as one of {_special_names(parsed)}'
+      f'{name}: none of the usual separators ({" ".join(_KNOWN_SEPARATORS)}) is in it; {_name_one(parsed)}'
     )
   return known

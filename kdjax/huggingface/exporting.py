@@ -7,6 +7,7 @@ from typing import Any
 
 import tokenizers
 
+from kdjax import paths
 from kdjax.data import files
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
@@ -23,6 +24,7 @@ def export(
   max_bytes: int = 5_000_000_000,
   max_positions: int = 0,
   origin: dict[str, Any] | None = None,
+  trained_here: bool = True,
 ) -> families.Family:
   """Writes config.json, safetensors files and the tokenizer into a new folder, which appears whole or not at all.
 
@@ -31,6 +33,7 @@ def export(
     max_bytes: of one file.
     max_positions: the longest text that the model is said to be good for; 0: the model's max_seq_len.
     origin: kept as kdjax.json, for people.
+    trained_here: the model's documents began with the separator: so shall what the exported tokenizer makes of a text.
 
   Raises:
     UserError: the folder exists, or no known architecture is this model.
@@ -44,11 +47,13 @@ def export(
     'eos_token_id': separator,
     'use_cache': True,
   }
+  if paths.is_remote(out):
+    raise UserError(f'{out}: a Hugging Face folder is written on a disk; name a folder there and copy it')
   try:
     with files.building(out) as folder:
       weights.save(params, model, family, folder, dtype, max_bytes)
       _write(folder / 'config.json', values)
-      (folder / 'tokenizer.json').write_text(with_separator_first(tokenizer), encoding='utf-8')
+      (folder / 'tokenizer.json').write_text(tokenizer_file(tokenizer, trained_here), encoding='utf-8')
       _write(folder / 'tokenizer_config.json', {
         'tokenizer_class': 'PreTrainedTokenizerFast',
         'bos_token': tokenizer.separator,
@@ -63,15 +68,19 @@ def export(
   return family
 
 
-def with_separator_first(tokenizer: Tokenizer) -> str:
-  """The tokenizer's file, such that a text begins with the separator, as each document did in training. A file that adds tokens of its own
-  is left as it is."""
+def tokenizer_file(tokenizer: Tokenizer, trained_here: bool) -> str:
+  """The tokenizer's file as transformers is to read it.
+
+  Where the model was trained here, a text begins with the separator, as each document did; a file that adds tokens of its own is left as it is.
+  """
   model = tokenizers.Tokenizer.from_str(tokenizer.to_json())
-  if model.post_processor is None:
-    first = tokenizer.separator
-    model.post_processor = tokenizers.processors.TemplateProcessing(
+  plain, processed = (model.encode('a', add_special_tokens=add).ids for add in (False, True))
+  if plain == processed and (trained_here or tokenizer.is_bytes):
+    first, known = tokenizer.separator, model.post_processor
+    added = tokenizers.processors.TemplateProcessing(
       single=f'{first}:0 $A:0', pair=f'{first}:0 $A:0 $B:0', special_tokens=[(first, tokenizer.separator_id)]
     )
+    model.post_processor = tokenizers.processors.Sequence([known, added]) if known else added
   return model.to_str()
 
 

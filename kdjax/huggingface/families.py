@@ -116,7 +116,8 @@ FAMILIES = {
 def family_of(values: Mapping[str, Any], where: str) -> Family:
   """The family of a config.json. Raises UserError for an architecture that is not known."""
   names = values.get('architectures') or []
-  found = [FAMILIES[name] for name in names if name in FAMILIES]
+  names = names if isinstance(names, list) else [names]
+  found = [FAMILIES[name] for name in map(str, names) if name in FAMILIES]
   found = found or [
     family for family in FAMILIES.values() if not names and family.model_type == values.get('model_type')
   ]
@@ -134,9 +135,10 @@ def read(values: Mapping[str, Any], where: str = 'config.json') -> tuple[Family,
     value = known.get(name)
     if (value and value != 1.0) or value is True:
       raise UserError(f'{where}: {name} = {value}: {what} are not supported')
-  missing = [name for name in _SIZES.values() if not isinstance(known.get(name), int)]
+  sizes = (*_SIZES.values(), 'max_position_embeddings')
+  missing = [name for name in sizes if not isinstance(known.get(name), int) or known[name] < 1]
   if missing:
-    raise UserError(f'{where}: no whole number for {", ".join(missing)}')
+    raise UserError(f'{where}: no whole number above 0 for {", ".join(missing)}')
   activation = known['hidden_activation' if family.is_gemma else 'hidden_act']
   if activation != family.defaults['hidden_activation' if family.is_gemma else 'hidden_act']:
     raise UserError(f'{where}: the activation {activation!r} is not supported in {family.name}')
@@ -219,6 +221,9 @@ def _write(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 def _read_rope(known: Mapping[str, Any], family: Family, where: str) -> tuple[float, RopeScaling, float]:
   """(theta, scaling, the local layers' theta): transformers 5 has them in `rope_parameters`, 4 in fields of their own."""
+  for name in ('rope_parameters', 'rope_scaling'):
+    if not isinstance(known.get(name) or {}, dict):
+      raise UserError(f'{where}: {name} = {known[name]!r} is no object with fields')
   parameters = known.get('rope_parameters') or {}
   local = parameters.get('sliding_attention') or {}
   whole = parameters.get('full_attention') or (parameters if not local else {}) or known.get('rope_scaling') or {}

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from jax.sharding import Mesh
@@ -18,6 +19,7 @@ from kdjax.huggingface import families, weights
 from kdjax.models import build
 from kdjax.run import Heartbeat, RunFolder, claim_all, git_commit, versions
 
+_LEFT_BY_AN_IMPORT = re.compile(r'owner-\d+\.json|status\.json|tokenizer\.json|checkpoints|logs')
 STEP = 0  # of the one checkpoint: nothing was trained here
 
 
@@ -68,8 +70,11 @@ class Source:
   @property
   def folder_name(self) -> str:
     """Of the run's folder: with a fingerprint of the files' sizes and times, so that another version is another folder."""
+    return f'{self.path.resolve().name}-{self._version()}'
+
+  def _version(self) -> str:
     files = [(p.name, (stat := p.stat()).st_size, stat.st_mtime_ns) for p in sorted(self.path.iterdir()) if p.is_file()]
-    return f'{self.path.resolve().name}-{config_lib.fingerprint([self._values, files, self.tokenizer.fingerprint])}'
+    return config_lib.fingerprint([self._values, files, self.tokenizer.fingerprint])
 
   def load(self, mesh: Mesh) -> Any:
     """The weights, on the mesh as a student's are."""
@@ -77,14 +82,20 @@ class Source:
     return weights.load(self.tensors, self.model, self.family, shardings)
 
   def import_into(self, folder: RunFolder, mesh: Mesh, timeout: float = 30) -> None:
-    """Makes the folder the one of a finished run with these weights. What an import that was cut off has left is replaced."""
+    """Makes the folder the one of a finished run with these weights. What an import that was cut off has left is replaced.
+
+    Raises UserError where anything else is in the folder.
+    """
     config = dataclasses.asdict(self.model.config)
     identity = {
       'arm': 'teacher',
       'model': config,
-      'imported': {'from': self.path.name, 'architecture': self.family.name},
+      'imported': {'from': self.path.name, 'architecture': self.family.name, 'version': self._version()},
     }
-    folder.check_config(identity)
+    known = folder.identity()
+    other = known is not None and known['config'] != json.loads(json.dumps(identity))
+    if other or not all(_LEFT_BY_AN_IMPORT.fullmatch(name) for name in _names(folder) if known is None):
+      raise UserError(f'{folder.path} holds something else already; name a new folder')
     if folder.is_done():
       return
     claim_all([folder], timeout)
@@ -110,6 +121,10 @@ class Source:
       }
       folder.record(identity, known, notes)
       heart.finish('done')
+
+
+def _names(folder: RunFolder) -> list[str]:
+  return [path.name for path in folder.path.iterdir()] if folder.path.exists() else []
 
 
 def _config(folder: pathlib.Path) -> dict[str, Any]:

@@ -128,6 +128,7 @@ def load(tensors: Tensors, model: Model, family: Family, shardings) -> Any:
   """The parameters on a mesh, in the model's param_dtype: each process reads the slices that its devices hold, each once."""
   all_places = places(model, family)
   dtype = jnp.dtype(model.config.param_dtype)
+  _check_tied(tensors, model.config)
 
   def read(path, leaf, sharding):
     place = all_places[path_name(path)]
@@ -139,6 +140,8 @@ def load(tensors: Tensors, model: Model, family: Family, shardings) -> Any:
     arrays = []
     for key, holders in devices.items():
       value = _read(tensors, place, key).astype(dtype)
+      if not np.isfinite(value).all():
+        raise UserError(f'{tensors.folder}: {place.name} holds numbers that are not finite; fetch the weights again')
       arrays += [jax.device_put(value, device) for device in holders]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
@@ -170,6 +173,19 @@ def save(params, model: Model, family: Family, folder: pathlib.Path, dtype: str,
   if len(shards) > 1:
     whole = {'metadata': {'total_size': sum(size for *_, size in tensors)}, 'weight_map': index}
     (folder / INDEX).write_text(json.dumps(whole, indent=2, sort_keys=True) + '\n')
+
+
+def _check_tied(tensors: Tensors, config: ModelConfig, n_rows: int = 8192) -> None:
+  """Raises UserError where a tied model's files have a head that is not the embedding: transformers would use it."""
+  head, embedding = _WHOLE['head/kernel'], _WHOLE['embed/embedding']
+  if not config.tied or head not in tensors.shapes:
+    return
+  for first in range(0, config.vocab_size, n_rows):
+    rows = (slice(first, min(first + n_rows, config.vocab_size)),)
+    if not np.array_equal(tensors.slice(head, rows), tensors.slice(embedding, rows)):
+      raise UserError(
+        f'{tensors.folder}: tie_word_embeddings is true, but {head} is not {embedding}; set it to false in config.json'
+      )
 
 
 def _theirs(leaf, place: Place, layer: int, path: str, config: ModelConfig, dtype) -> np.ndarray:

@@ -143,9 +143,9 @@ def test_the_separator_is_guessed_or_taken_from_the_config():
 
 def test_no_usual_separator_or_an_unknown_one_lists_what_to_set():
   text = word_level(['<unk>', 'a'], ['<start>', '<mask>'])
-  with pytest.raises(UserError, match=r"set data.separator to .*'<start>', '<mask>'"):
+  with pytest.raises(UserError, match=r"set data.separator .* to .*'<start>', '<mask>'"):
     Tokenizer(text)
-  with pytest.raises(UserError, match=r"no token '<s>'; set data.separator to one of \['<start>', '<mask>'\]"):
+  with pytest.raises(UserError, match=r"no token '<s>'; set data.separator .* such as one of \['<start>', '<mask>'\]"):
     Tokenizer(text, '<s>')
 
 
@@ -173,6 +173,16 @@ def test_what_is_no_tokenizer_file_says_so(tmp_path, text):
   (tmp_path / 'x.json').write_text(text)
   with pytest.raises(UserError, match=r'x.json: .*give the path of a Hugging Face tokenizer.json'):
     Tokenizer.from_file(tmp_path / 'x.json')
+
+
+def test_a_model_that_the_package_cannot_read_says_so_and_an_added_token_may_leave_its_mark_out():
+  values = json.loads(word_level(['<unk>', 'a'], ['</s>']))
+  for token in values['added_tokens']:
+    del token['special']
+  assert Tokenizer(json.dumps(values)).separator == '</s>'
+  values['model']['type'] = 'Mystery'
+  with pytest.raises(UserError, match=r'x: the tokenizers package cannot read it .*; fetch it again'):
+    Tokenizer(json.dumps(values), '', 'x')
 
 
 def test_a_tokenizer_that_is_not_there_says_so(tmp_path):

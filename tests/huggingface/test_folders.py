@@ -202,6 +202,17 @@ def test_an_index_that_is_none_or_points_outside_is_refused(index, llama, tmp_pa
   assert 'model.safetensors.index.json' in said or 'files that are not there: ../secret' in said
 
 
+def test_a_tied_model_with_another_head_and_numbers_that_are_none_are_refused(llama, tmp_path):
+  tied = make(tmp_path / 'tied', MODELS['LlamaForCausalLM tied'])
+  change_tensors(tied, lambda t: t.update({'lm_head.weight': 2 * t['model.embed_tokens.weight']}))
+  with pytest.raises(UserError, match=r'tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens'):
+    Source(tied).load(one_device())
+  broken = copied(llama, tmp_path / 'broken')
+  change_tensors(broken, lambda t: t.update({'model.norm.weight': np.full_like(t['model.norm.weight'], np.nan)}))
+  with pytest.raises(UserError, match=r'model.norm.weight holds numbers that are not finite'):
+    Source(broken).load(one_device())
+
+
 def test_folders_that_are_none(llama, tmp_path):
   assert 'no such folder; a model of the hub is fetched with: hf download' in refused(
     tmp_path / 'HuggingFaceTB/SmolLM2'

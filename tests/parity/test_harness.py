@@ -109,6 +109,7 @@ def tasks(tmp_path_factory) -> pathlib.Path:
   (folder / 'items.jsonl').write_text(''.join(json.dumps(item) + '\n' for item in items))
   for name, template in (('small_choices', MULTIPLE), ('small_rolling', ROLLING), ('small_texts', GENERATE)):
     (folder / f'{name}.yaml').write_text(template.format(name=name, data=folder / 'items.jsonl'))
+  (folder / 'without_data.yaml').write_text(MULTIPLE.format(name='without_data', data=folder / 'none.jsonl'))
   return folder
 
 
@@ -217,7 +218,15 @@ def test_a_tasks_results_stand_in_the_experiments_table(tasks, tmp_path, capsys)
 
 def test_mistakes_are_one_line(folder, tasks, capsys):
   for argv, line in (
-    (['--tasks', 'none_such'], 'unknown tasks: none_such; lm-eval ls tasks lists them'),
+    (
+      ['--tasks', 'none_such'],
+      f'unknown tasks: none_such; the YAML files that can be read in {tasks} hold small_choices',
+    ),
+    (['--tasks', ','], '--tasks names none'),
+    (['--tasks', 'small_choices', '--include-path', 'nowhere'], '--include-path nowhere: no such folder'),
+    (['--tasks', 'small_choices', '--limit', '0'], 'must be at least 1, got 0'),
+    (['--tasks', 'small_choices', '--step', '5'], 'is a Hugging Face folder: it has no steps; leave --step out'),
+    (['--tasks', 'without_data'], 'the task without_data cannot be loaded (FileNotFoundError: '),
     (
       ['--tasks', 'small_texts', '--gen-kwargs', 'max_gen_toks=600'],
       'the task asks for 600 tokens, and the model sees 512 at once',
