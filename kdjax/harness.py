@@ -193,7 +193,7 @@ def run(args: argparse.Namespace, mesh: Mesh) -> None:
     print(table.write(job.folder))
 
 
-def _manager(tasks: Sequence[str], args: argparse.Namespace) -> TaskManager:
+def _manager(tasks: Sequence[str], args: argparse.Namespace) -> 'TaskManager':
   """The harness's tasks. Raises UserError where one is not known or cannot be loaded: before any model is."""
   own = args.include_path
   if own and not paths.Path(own).is_dir():

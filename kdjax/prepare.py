@@ -56,6 +56,11 @@ def describe(corpus: Corpus, seconds: float) -> str:
     '',
     f'{counts["read"]:,} documents read; {counts["duplicates"]:,} were exact duplicates and {counts["empty"]:,} empty',
   ]
+  used = sum(counts[f'{split}_documents'] for split in ('train', 'validation', 'test'))
+  if rest := counts['read'] - counts['duplicates'] - counts['empty'] - used:
+    lines.append(
+      f'{rest:,} stand in no split: held out beyond eval.max_bytes and eval.max_validation_bytes, or left over of a mixture'
+    )
   return '\n'.join(lines)
 
 

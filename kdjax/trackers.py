@@ -56,21 +56,16 @@ class Csv:
 
   def __init__(self, folder: pathlib.Path, step: int, about: dict[str, Any]):
     self._path, self._columns = folder / 'metrics.csv', ['step']
-    self._rows: list[dict[str, Any]] = []
-    if self._path.exists():
-      with self._path.open(newline='') as f:
-        reader = csv.DictReader(f)
-        self._columns = list(reader.fieldnames or self._columns)
-        self._rows = [row for row in reader if _whole(row) and int(row['step']) <= step]
-    self._anew()
+    rows = [row for row in self._read() if int(row['step']) <= step] if self._path.exists() else []
+    self._anew(rows)
 
   def write(self, step: int, values: dict[str, float]) -> None:
     row = {'step': step, **values}
-    self._rows.append(row)
     if new := [name for name in row if name not in self._columns]:
-      self._columns += new
       self._file.close()
-      self._anew()
+      rows = self._read()
+      self._columns += new
+      self._anew([*rows, row])
     else:
       self._file.write(self._text([row]))
 
@@ -81,9 +76,18 @@ class Csv:
     with contextlib.suppress(OSError):
       self._file.close()
 
-  def _anew(self) -> None:
-    self._file = self._path.open('w', newline='')
-    self._file.write(','.join(self._columns) + '\n' + self._text(self._rows))
+  def _read(self) -> list[dict[str, Any]]:
+    with self._path.open(newline='') as f:
+      reader = csv.DictReader(f)
+      self._columns = list(reader.fieldnames or self._columns)
+      return [row for row in reader if _whole(row)]
+
+  def _anew(self, rows: Sequence[dict[str, Any]]) -> None:
+    """The whole file, old or new: a kill leaves one of them."""
+    temporary = self._path.with_name(f'.{self._path.name}')
+    temporary.write_text(','.join(self._columns) + '\n' + self._text(rows))
+    os.replace(temporary, self._path)
+    self._file = self._path.open('a', newline='')
 
   def _text(self, rows: Sequence[dict[str, Any]]) -> str:
     out = io.StringIO()

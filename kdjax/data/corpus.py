@@ -239,7 +239,10 @@ def _plan_splits(data: DataConfig, evals: EvalConfig, tokenizer: Tokenizer | Non
 def _plan_ood(
   name: str, source: str, evals: EvalConfig, seed: int, train_ids: frozenset[str], tokenizer: Tokenizer, progress: bool
 ) -> _Plan:
-  found, counts = _scan(source, evals.ood_text_field, tokenizer, progress)
+  try:
+    found, counts = _scan(source, evals.ood_text_field, tokenizer, progress)
+  except UserError as e:
+    raise UserError(f'eval.ood.{name}: {e}') from None
   distinct = {doc: n for doc, n in found.items() if doc not in train_ids}
   splits = splits_lib.split(distinct, {'validation': evals.ood_validation_fraction}, 'test', seed)
   splits = {split: splits_lib.cap(docs, split, evals) for split, docs in splits.items()}
