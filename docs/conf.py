@@ -26,6 +26,8 @@ napoleon_use_rtype = False
 
 def _escaped(app, what, name, obj, options, lines) -> None:
   """Docstrings are plain text: a star or a bar outside of backticks is one."""
+  if lines and lines[0].startswith('Alias for field number'):  # a NamedTuple's own words for its fields
+    lines.clear()
   for i, line in enumerate(lines):
     parts = re.split('(`[^`]*`)', line)
     lines[i] = ''.join(part if part.startswith('`') else re.sub(r'([*|])', r'\\\1', part) for part in parts)
