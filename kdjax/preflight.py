@@ -15,9 +15,7 @@ from kdjax.models.attention import check_backend
 
 def check(config: Config, corpus: Corpus, mesh: Mesh) -> None:
   """Raises UserError for a model that cannot be made, or does not fit the mesh: before the first one is trained, not after."""
-  if (
-    config.student.init
-  ):  # first: another tokenizer than its own is what is to be told of, not how many tokens that has
+  if config.student.init:  # before its vocabulary is looked at: that another tokenizer is meant is what is to be told
     pretrained.check(config.student.init, 'student.init', config, corpus.tokenizer)
   make = lambda model, name: build(teachers.with_vocabulary(model, corpus.tokenizer, name))
   distils = 'distilled' in config.student.arms

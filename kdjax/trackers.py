@@ -16,6 +16,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from kdjax import paths
 from kdjax.errors import UserError
 
 
@@ -84,9 +85,8 @@ class Csv:
 
   def _anew(self, rows: Sequence[dict[str, Any]]) -> None:
     """The whole file, old or new: a kill leaves one of them."""
-    temporary = self._path.with_name(f'.{self._path.name}')
-    temporary.write_text(','.join(self._columns) + '\n' + self._text(rows))
-    os.replace(temporary, self._path)
+    with paths.replacing(self._path) as temporary:
+      temporary.write_text(','.join(self._columns) + '\n' + self._text(rows))
     self._file = self._path.open('a', newline='')
 
   def _text(self, rows: Sequence[dict[str, Any]]) -> str:

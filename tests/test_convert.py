@@ -119,6 +119,7 @@ def test_an_import_that_was_cut_off_is_no_run_and_is_made_whole(folder, tmp_path
     with pytest.raises(ZeroDivisionError):
       Source(folder).import_into(run, one_device())
   assert run.identity() is None and not run.is_done()
+  (tmp_path / 'run/.0123abcd.status.json').write_text('{')  # as a kill leaves it
   with pytest.raises(UserError, match='is no run folder'):
     teachers.model_of(run)
   Source(folder).import_into(run, one_device())

@@ -19,7 +19,8 @@ from kdjax.huggingface import families, weights
 from kdjax.models import build
 from kdjax.run import Heartbeat, RunFolder, claim_all, git_commit, versions
 
-_LEFT_BY_AN_IMPORT = re.compile(r'owner-\d+\.json|status\.json|tokenizer\.json|checkpoints|logs')
+# The first: of a file that was being written.
+_LEFT_BY_AN_IMPORT = re.compile(r'(\.[0-9a-f]{8}\.)?((owner-\d+|status|tokenizer|run)\.json|checkpoints|logs)')
 STEP = 0  # of the one checkpoint: nothing was trained here
 
 
@@ -93,8 +94,12 @@ class Source:
       'imported': {'from': self.path.name, 'architecture': self.family.name, 'version': self._version()},
     }
     known = folder.identity()
-    other = known is not None and known['config'] != json.loads(json.dumps(identity))
-    if other or not all(_LEFT_BY_AN_IMPORT.fullmatch(name) for name in _names(folder) if known is None):
+    if known is None:
+      there = folder.path.iterdir() if folder.path.exists() else ()
+      its_own = all(_LEFT_BY_AN_IMPORT.fullmatch(path.name) for path in there)
+    else:
+      its_own = known['config'] == json.loads(json.dumps(identity))
+    if not its_own:
       raise UserError(f'{folder.path} holds something else already; name a new folder')
     if folder.is_done():
       return
@@ -121,10 +126,6 @@ class Source:
       }
       folder.record(identity, known, notes)
       heart.finish('done')
-
-
-def _names(folder: RunFolder) -> list[str]:
-  return [path.name for path in folder.path.iterdir()] if folder.path.exists() else []
 
 
 def _config(folder: pathlib.Path) -> dict[str, Any]:

@@ -140,8 +140,6 @@ def load(tensors: Tensors, model: Model, family: Family, shardings) -> Any:
     arrays = []
     for key, holders in devices.items():
       value = _read(tensors, place, key).astype(dtype)
-      if not np.isfinite(value).all():
-        raise UserError(f'{tensors.folder}: {place.name} holds numbers that are not finite; fetch the weights again')
       arrays += [jax.device_put(value, device) for device in holders]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
@@ -207,6 +205,8 @@ def _read_one(tensors: Tensors, name: str, turned: bool, index: tuple[tuple[int,
   wanted = index[::-1] if turned else index
   there = [(min(a, n), min(b, n)) for (a, b), n in zip(wanted, tensors.shapes[name], strict=True)]
   value = tensors.slice(name, tuple(slice(a, b) for a, b in there))
+  if not np.isfinite(value).all():
+    raise UserError(f'{tensors.folder}: {name} holds numbers that are not finite; fetch the weights again')
   value = np.pad(value, [(0, (b - a) - n) for (a, b), n in zip(wanted, value.shape, strict=True)])  # of the vocabulary
   return value.T if turned else value
 
