@@ -77,6 +77,10 @@ class HfSplit:
     path, *rest = name.removeprefix(HF).split(':')
     self.name = name
     self._config, self._split = (rest[0] if len(rest) > 1 else None), (rest[-1] if rest else 'train')
+    if not path:
+      raise UserError(f'{name} names no dataset; give hf:NAME:config:split of one of the hub, or hf:FOLDER')
+    if os.path.exists(os.path.join(os.path.expanduser(path), 'state.json')):
+      raise UserError(f'{name} was written by save_to_disk; write it as Parquet (its to_parquet) and give that file')
     datasets = self._library(path)
     try:
       self._builder = datasets.load_dataset_builder(os.path.expanduser(path), self._config)

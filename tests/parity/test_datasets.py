@@ -12,9 +12,9 @@ from kdjax.data.sources import documents, signature
 from kdjax.errors import UserError
 
 if os.environ.get('KDJAX_REQUIRE_PARITY') == '1':
-  import datasets  # noqa: F401
+  import datasets
 else:
-  pytest.importorskip('datasets', reason='the datasets package is not installed (the [hf] extra)')
+  datasets = pytest.importorskip('datasets', reason='the datasets package is not installed (the [hf] extra)')
 
 TEXTS = [f'document {i} ü' for i in range(2500)]
 
@@ -50,6 +50,7 @@ def test_the_signature_follows_the_files(folder):
     ('hf:{f}', 'body', r"no column 'body'; it has \['n', 'text'\]; set data\.text_field"),
     ('hf:{f}', 'n', r"example 0: field 'n' holds a int, not a string"),
     ('hf:{f}/none', 'text', r'hf:.*/none: '),
+    ('hf:', 'text', r'hf: names no dataset; give hf:NAME'),
   ],
 )
 def test_what_is_not_there_is_one_line(name, field, said, folder, monkeypatch):
@@ -57,6 +58,12 @@ def test_what_is_not_there_is_one_line(name, field, said, folder, monkeypatch):
   with pytest.raises(UserError, match=said) as e:
     list(documents(name.format(f=folder), field))
   assert '\n' not in str(e.value)
+
+
+def test_what_save_to_disk_wrote_is_told_how_to_be_written(tmp_path):
+  datasets.Dataset.from_dict({'text': TEXTS}).save_to_disk(tmp_path / 'saved')
+  with pytest.raises(UserError, match='was written by save_to_disk; write it as Parquet'):
+    list(documents(f'hf:{tmp_path / "saved"}'))
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch):
