@@ -50,6 +50,8 @@ class Cohort:
   keep_period: int
   keep_minutes: float
   keep_steps: tuple[int, ...]  # and these checkpoints for good
+  local: str  # where each host keeps checkpoints of its own; '': none
+  local_every: int
   max_skipped: int
   heartbeat_timeout: float
   fingerprints: dict[str, str]

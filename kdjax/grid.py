@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import jax
 
-from kdjax import cli, distributed, loop, paths, sharding
+from kdjax import cli, distributed, paths, sharding
 from kdjax.analysis.table import align
 from kdjax.data.corpus import prepare
 from kdjax.errors import TrainingError, UserError
@@ -33,6 +33,7 @@ from kdjax.grids import executors, plan, runner
 from kdjax.grids.config import GridConfig
 from kdjax.grids.plan import Job
 from kdjax.paths import read_json
+from kdjax.preemption import Preempted
 from kdjax.run import RunFolder
 
 log = logging.getLogger('kdjax')
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       distributed.initialize(args, grid.base.heartbeat_timeout)
       try:
         run(grid, folder, args.cell, args.shard)
-      except loop.Preempted as e:
+      except Preempted as e:
         log.info('%s', e)
         sys.exit(e.code)
 

@@ -7,41 +7,35 @@ Where a run may start: its newest checkpoint that verifies, else from scratch.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import logging
+import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import distributed, sharding
+from kdjax import distributed, paths, sharding
 from kdjax.checkpoint import Checkpoints, Restored, params_fingerprint
 from kdjax.cohort import Cohort
+from kdjax.config import fingerprint
 from kdjax.data.batches import Windows, local_rows, to_global
 from kdjax.errors import TrainingError
 from kdjax.goodput import Session, goodput
+from kdjax.local import LocalCheckpoints
 from kdjax.losses import fused_loss
 from kdjax.metrics import MetricWriter, Progress, Speed, memory_gib
+from kdjax.preemption import Preempted, stop_signal
 from kdjax.profiling import Profiler
 from kdjax.run import Heartbeat, RunFolder, claim_all
 from kdjax.step import TrainState, init_state, make_step, state_shardings
 
 log = logging.getLogger('kdjax')
-_ASKED = itertools.count(1)  # how often this process has asked for a preemption notice
-
-
-class Preempted(Exception):
-  """The run was asked to stop; it has saved and goes on with the same command. `code` is for the command to exit with."""
-
-  code = 0
 
 
 def fit(cohort: Cohort, mesh: Mesh) -> None:
@@ -64,13 +58,17 @@ def fit(cohort: Cohort, mesh: Mesh) -> None:
   heart = Heartbeat(folders, cohort.total_steps)
   # A kill may leave one member a checkpoint ahead: the one before must still be there.
   keep = max(cohort.keep, 2) if len(folders) > 1 else cohort.keep
-  with heart.beating(), _stop_signal() as asked_to_stop, contextlib.ExitStack() as stack:
+  with heart.beating(), stop_signal() as asked_to_stop, contextlib.ExitStack() as stack:
+    abstract = _abstract(cohort, mesh)
     saves = [_saves(f, keep, cohort, stack) for f in folders]
+    local = _local(cohort, abstract, stack)
     session = Session([f.path for f in folders if f.writes], begin)
-    states, shardings, start = _start(cohort, saves, mesh)
+    states, start = _start(cohort, saves, local, abstract)
     session.starts_at(start)
-    stopped = _train(cohort, mesh, states, shardings, start, saves, heart, asked_to_stop, session)
+    stopped = _train(cohort, mesh, states, start, saves, local, heart, asked_to_stop, session)
     heart.finish('preempted' if stopped is not None and stopped < cohort.total_steps else 'done')
+    if local and stopped in (None, cohort.total_steps):
+      local.clear()
     if cohort.progress and folders[0].writes:
       log.info('%s: %s', cohort.title, goodput(folders[0].path))
     if stopped is not None:
@@ -104,36 +102,58 @@ def calls(start: int, total: int, size: int, *every: int, at: Sequence[int] = ()
   return out
 
 
+def _abstract(cohort: Cohort, mesh: Mesh) -> tuple[TrainState, ...]:
+  """Each member's state, as ShapeDtypeStructs with shardings."""
+  abstract = []
+  for member in cohort.members:
+    shapes = jax.eval_shape(functools.partial(init_state, cohort.recipe, member.alpha), jax.random.key(cohort.seed))
+    placed = state_shardings(cohort.recipe, shapes, mesh)
+    abstract.append(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed))
+  return tuple(abstract)
+
+
 def _start(
-  cohort: Cohort, saves: list[Checkpoints], mesh: Mesh
-) -> tuple[tuple[TrainState, ...], list[TrainState], int]:
-  """(states, their shardings, step): from the newest step at which every member's checkpoint verifies, else fresh."""
-  key = jax.random.key(cohort.seed)
-  states, shardings, abstract = [], [], []
-  inits = [functools.partial(init_state, cohort.recipe, member.alpha) for member in cohort.members]
-  for init in inits:
-    shapes = jax.eval_shape(init, key)
-    shardings.append(state_shardings(cohort.recipe, shapes, mesh))
-    abstract.append(
-      jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings[-1])
-    )
-  found = _restore(saves, abstract, cohort.fingerprints)
+  cohort: Cohort, saves: list[Checkpoints], local: LocalCheckpoints | None, abstract: tuple[TrainState, ...]
+) -> tuple[tuple[TrainState, ...], int]:
+  """(states, step): from the newest step at which every member's checkpoint verifies, else fresh."""
+  states = []
+  found = _restore_local(cohort, saves, local) or _restore(saves, abstract, cohort.fingerprints)
   params = cohort.initial() if cohort.initial and found is None else None
-  for k, (member, placed) in enumerate(zip(cohort.members, shardings, strict=True)):
+  for k, (member, shape) in enumerate(zip(cohort.members, abstract, strict=True)):
     known = dict(cohort.fingerprints)
     if found is None:
-      states.append(jax.jit(inits[k], out_shardings=placed)(key, params))
+      placed = jax.tree.map(lambda x: x.sharding, shape)
+      init = functools.partial(init_state, cohort.recipe, member.alpha)
+      states.append(jax.jit(init, out_shardings=placed)(jax.random.key(cohort.seed), params))
       known['init'] = params_fingerprint(states[-1].params)
     else:
       saves[k].set_aside_after(found[k].step)
       states.append(found[k].state)
     notes = member.notes | {'facts': cohort.facts, 'tokenizer': member.folder.keep_tokenizer(cohort.tokenizer)}
     member.folder.record(member.config, known, notes)
-  return tuple(states), shardings, found[0].step if found else 0
+  start = found[0].step if found else 0
+  if local:
+    local.forget(start)
+  return tuple(states), start
+
+
+def _restore_local(cohort: Cohort, saves: list[Checkpoints], local: LocalCheckpoints | None) -> list[Restored] | None:
+  """A local checkpoint of a later step than all that the folders keep, if one can be gone on from."""
+  if local is None:
+    return None
+  begun = distributed.from_first_process([member.folder.identity() is not None for member in cohort.members])
+  if not all(begun):  # what lies there is of runs that were deleted
+    return None
+  found = local.restore(max((step for save in saves for step in save.steps()), default=0))
+  if found is None:
+    return None
+  states, step = found
+  log.info('%s: goes on from the local checkpoint of step %d', cohort.title, step)
+  return [Restored(state, step) for state in states]
 
 
 def _restore(
-  saves: list[Checkpoints], abstract: list[TrainState], fingerprints: dict[str, str]
+  saves: list[Checkpoints], abstract: Sequence[TrainState], fingerprints: dict[str, str]
 ) -> list[Restored] | None:
   """Every member's checkpoint of the newest step that all have and that verifies; None where no step has been saved by all."""
   common = set.intersection(*(set(save.steps()) for save in saves))
@@ -152,32 +172,32 @@ def _restore(
 def _train(
   cohort: Cohort,
   mesh: Mesh,
-  states,
-  shardings,
+  states: tuple[TrainState, ...],
   start: int,
   saves: list[Checkpoints],
+  local: LocalCheckpoints | None,
   heart: Heartbeat,
   asked_to_stop,
   session: Session,
 ) -> int | None:
   """Trains to the last step, or until asked to stop: then returns the step that it stopped at. Everything is saved."""
   recipe, stream, total = cohort.recipe, cohort.stream, cohort.total_steps
-  step_fn = make_step(recipe, shardings)
+  step_fn = make_step(recipe, [state_shardings(recipe, state, mesh) for state in states])
   validate = _validation(cohort, mesh)
   report = _Report(cohort, start)
   stacked = NamedSharding(mesh, P(None, sharding.BATCH_AXES))
   rows = local_rows(NamedSharding(mesh, P(sharding.BATCH_AXES)), stream.batch_size)
   profiler = Profiler(cohort.members[0].folder.path, cohort.profile, start, recipe.size)
   at = (*cohort.keep_steps, *profiler.edges)
-  plan = calls(start, total, recipe.size, cohort.checkpoint_every, cohort.eval_every, at=at)
+  plan = calls(start, total, recipe.size, cohort.checkpoint_every, cohort.local_every, cohort.eval_every, at=at)
   stopped = None
   with contextlib.closing(report), contextlib.closing(profiler):
     session.turn_to('data')
-    for (first, n), local in zip(
+    for (first, n), held in zip(
       plan, stream.iterate(plan, recipe.size, rows, cohort.threads, cohort.prefetch), strict=True
     ):
       session.turn_to('compile' if first == start else 'steps')
-      batches = to_global(local, rows, stacked, stream.batch_size)
+      batches = to_global(held, rows, stacked, stream.batch_size)
       profiler.before(first, states)
       states, metrics = step_fn(states, cohort.teacher, batches, n)
       session.turn_to('steps')
@@ -196,6 +216,11 @@ def _train(
         report.flush()
         with session.doing('checkpoints'):
           _save(cohort, saves, step, states)
+          session.keep(step)
+      elif local and step % cohort.local_every == 0:
+        report.flush()
+        with session.doing('checkpoints'):
+          local.save(step, states)
           session.keep(step)
       if stop:
         stopped = step
@@ -316,46 +341,17 @@ class _Report:
         )
 
 
-class _Asked:
-  """Whether a signal has come, and which."""
-
-  number = 0
-
-  def __call__(self, first: int, n: int) -> bool:
-    return self.number != 0
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[Callable[[int, int], bool]]:
-  """Says after a call (first step, number of steps) whether the run has been asked to stop, the same on all processes.
-
-  One process: a handler for SIGTERM and SIGINT; a second SIGINT stops at once. Several: JAX's own preemption notice, which a handler of
-  ours would switch off.
-  """
-  if jax.process_count() > 1:
-    # The processes agree on the number after the greatest that any of them has asked about, and a number that is never asked about is
-    # missed: so the count goes on through all the runs of a process, whatever their steps.
-    yield lambda first, n: multihost_utils.reached_preemption_sync_point(next(_ASKED))
-    return
-  asked = _Asked()
-  if threading.current_thread() is not threading.main_thread():
-    yield lambda first, n: False
-    return
-
-  def ask(number, frame):
-    if asked.number and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    asked.number = number
-
-  old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield asked
-  finally:
-    for number, handler in old.items():
-      signal.signal(number, handler)
-
-
 def _saves(folder: RunFolder, keep: int, cohort: Cohort, stack: contextlib.ExitStack) -> Checkpoints:
   saves = Checkpoints(folder.checkpoints, keep, cohort.keep_period, cohort.keep_minutes, cohort.keep_steps)
   stack.callback(saves.close)
   return saves
+
+
+def _local(cohort: Cohort, abstract: tuple[TrainState, ...], stack: contextlib.ExitStack) -> LocalCheckpoints | None:
+  if not cohort.local_every:
+    return None
+  path = paths.absolute(cohort.members[0].folder.path)
+  identity = [[member.folder.name, member.config] for member in cohort.members], cohort.fingerprints
+  local = LocalCheckpoints(os.path.join(cohort.local, f'{path.name}-{fingerprint(str(path), 8)}'), abstract, identity)
+  stack.callback(local.close)
+  return local

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import jax
 
-from kdjax import cli, distributed, logs, loop, paths, preflight, pretrained, profiling, sharding, trackers, training
+from kdjax import cli, distributed, logs, paths, preflight, pretrained, profiling, sharding, trackers, training
 from kdjax import config as config_lib
 from kdjax.analysis import figures, table
 from kdjax.config import Config
@@ -22,6 +22,7 @@ from kdjax.errors import UserError
 from kdjax.evals import choices
 from kdjax.evals import job as jobs
 from kdjax.paths import read_json, write_json
+from kdjax.preemption import Preempted
 from kdjax.run import RunFolder
 
 log = logging.getLogger('kdjax')
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.initialize(args, config.heartbeat_timeout)
     try:
       run(config, paths.Path(args.workdir) if args.workdir else None, profile=window)
-    except loop.Preempted as e:
+    except Preempted as e:
       log.info('%s', e)
       sys.exit(e.code)
 

@@ -249,6 +249,8 @@ def _cohort(
     keep=config.checkpoint.keep,
     keep_period=config.checkpoint.keep_period,
     keep_minutes=config.checkpoint.keep_minutes,
+    local=config.checkpoint.local,
+    local_every=config.checkpoint.local_every,
     keep_steps=trunk_steps(config) if name == 'teacher' else (),
     max_skipped=config.max_skipped,
     heartbeat_timeout=config.heartbeat_timeout,

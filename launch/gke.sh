@@ -10,7 +10,9 @@
 # `runs` must outlive the pods: gs://..., or with --bucket=BUCKET, which is mounted with gcsfuse (the cluster's GcsFuseCsiDriver), a folder in /mnt/bucket.
 # Several slices speak over their hosts' own network, and reach gs:// as the nodes' service account; a single slice, and pods with a mounted bucket, have the
 # pods' network, which is slower between slices, and their service account (--service-account).
-# Settings may stand in the environment too (NAME, IMAGE, ACCELERATOR, SLICES, SPOT, BUCKET, SERVICE_ACCOUNT, CONTEXT, NAMESPACE).
+# Local checkpoints outlive the pods with --local=FOLDER, of each node (its memory: /dev/shm/kdjax), which is mounted as /mnt/local:
+# -- ... --config.checkpoint.local=/mnt/local --config.checkpoint.local_every=50
+# Settings may stand in the environment too (NAME, IMAGE, ACCELERATOR, SLICES, SPOT, BUCKET, LOCAL, SERVICE_ACCOUNT, CONTEXT, NAMESPACE).
 # --dry-run prints what would be done.
 #
 #   run      creates the JobSet. What was preempted, lost or crashed is started again, all of it, at most RESTARTS times (100); where a process ends with
@@ -30,11 +32,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/common.sh
 
 commands=(run print logs status stop resume delete)
-options=(NAME IMAGE ACCELERATOR SLICES BUCKET SERVICE_ACCOUNT CONTEXT NAMESPACE)
+options=(NAME IMAGE ACCELERATOR SLICES BUCKET LOCAL SERVICE_ACCOUNT CONTEXT NAMESPACE)
 switches=(SPOT)
 parse "$@"
 case $command in
-run | print) requires NAME IMAGE ACCELERATOR && requires_train && requires_runs ;;
+run | print) requires NAME IMAGE ACCELERATOR && requires_train && requires_runs
+  ! keeps_local || [[ -n ${LOCAL:-} && ${train[*]} == *local=/mnt/local* ]] ||
+    fail "$command: local checkpoints would go with the pods; add --local=FOLDER, of each node, and -- --config.checkpoint.local=/mnt/local"
+  [[ ${LOCAL:-/} == /* ]] || fail "--local=$LOCAL: must be an absolute path, as /dev/shm/kdjax"
+  ;;
 *) requires NAME ;;
 esac
 SLICES=${SLICES:-1} RESTARTS=${RESTARTS:-100}
@@ -129,9 +135,13 @@ EOF
     word=${word//\$/\$\$} # $(...) would be a variable to Kubernetes
     printf "              - '%s'\n" "${word//\'/\'\'}"
   done
+  [[ -n ${BUCKET:-}${LOCAL:-} ]] || return 0
+  echo '              volumeMounts:'
+  [[ -z ${BUCKET:-} ]] || echo '              - {name: bucket, mountPath: /mnt/bucket}'
+  [[ -z ${LOCAL:-} ]] || echo '              - {name: local, mountPath: /mnt/local}'
+  echo '            volumes:'
+  [[ -z ${LOCAL:-} ]] || echo "            - {name: local, hostPath: {path: '$LOCAL', type: DirectoryOrCreate}}"
   [[ -z ${BUCKET:-} ]] || cat <<EOF
-              volumeMounts: [{name: bucket, mountPath: /mnt/bucket}]
-            volumes:
             - name: bucket
               csi:
                 driver: gcsfuse.csi.storage.gke.io

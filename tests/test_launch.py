@@ -18,6 +18,7 @@ PODS = ['--name=kd', '--image=us-docker.pkg.dev/my-project/my/kdjax']
 XPK = [*PLACE, '--cluster=my-cluster']
 TRAIN = ['--', '--config=configs/weak2strong.py:scale=paper']
 KEPT = [*TRAIN, '--config.runs=gs://my-bucket/runs']
+LOCAL = ['--config.checkpoint.local=/dev/shm/kdjax', '--config.checkpoint.local_every=50']
 
 
 def launch(script: str, *arguments: str, root: pathlib.Path = REPO, **environment: str) -> subprocess.CompletedProcess:
@@ -62,6 +63,10 @@ DRY = {
   'gke_print_bucket': [
     'gke.sh', 'print', *PODS, '--accelerator=v4-128', '--bucket=b', '--service-account=kd', *TRAIN, '--config.runs=/mnt/bucket/runs',
   ],
+  'gke_print_local': [
+    'gke.sh', 'print', *PODS, '--accelerator=v6e-64', '--bucket=b', '--local=/dev/shm/kdjax', *TRAIN, '--config.runs=/mnt/bucket/runs',
+    '--config.checkpoint.local=/mnt/local', '--config.checkpoint.local_every=50',
+  ],
   'xpk_run': ['xpk.sh', 'run', *XPK, '--accelerator=v6e-64', '--image=my/kdjax', '--spot', *KEPT, "--config.name=it's two"],
   'xpk_run_slices': ['xpk.sh', 'run', *XPK, '--accelerator=v5p-64', '--slices=2', '--base-image=my/kdjax', *KEPT],
   'xpk_logs': ['xpk.sh', 'logs', '--name=kd'],
@@ -105,6 +110,9 @@ def test_every_recorded_dry_run_is_compared():
     (['gke.sh', 'print', *PODS, '--accelerator=v9-64', *KEPT], '--accelerator=v9-64: no such slice; as in v4-128,'),
     (['gke.sh', 'print', *PODS, '--accelerator=v6e-48', *KEPT], '--accelerator=v6e-48: counts chips; there are slices'),
     (['gke.sh', 'run', *PODS, '--accelerator=v5p-7', *KEPT], '--accelerator=v5p-7: counts TensorCores, two a chip'),
+    (['gke.sh', 'run', *PODS, '--accelerator=v6e-64', *KEPT, *LOCAL], 'would go with the pods; add --local=FOLDER'),
+    (['gke.sh', 'run', *PODS, '--accelerator=v6e-64', '--local=shm', *KEPT], '--local=shm: must be an absolute path'),
+    (['xpk.sh', 'run', *XPK, '--accelerator=v6e-64', '--image=i', *KEPT, *LOCAL], "would go with xpk's pods"),
     (['gke.sh', 'resume', '--name=never'], 'resume: launched/never/jobset.yaml is not here'),
     (
       ['xpk.sh', 'run', '--zone=z'],

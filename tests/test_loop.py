@@ -1,29 +1,24 @@
-import contextlib
 import json
 import logging
 import os
-import pathlib
 import shutil
 import signal
 import threading
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdjax import loop, train, training
 from kdjax.checkpoint import Checkpoints
-from kdjax.data.corpus import prepare
 from kdjax.errors import TrainingError, UserError
 from kdjax.loop import calls
 from kdjax.metrics import MetricWriter, read_metrics
 from kdjax.paths import write_json
+from kdjax.preemption import Preempted
 from kdjax.run import RunFolder
 from tests import runs, tiny
-
-ARMS = ('baseline', 'unigram')  # a cohort that needs no teacher
+from tests.cohorts import assert_same_runs, at_step, fit, interrupted, students, write_text
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 12), st.lists(st.integers(0, 13), max_size=3))
@@ -40,25 +35,7 @@ def test_calls_cover_every_step_once_and_are_cut_at_every_boundary(start, more, 
 
 @pytest.fixture(scope='module')
 def text(tmp_path_factory):
-  """One folder of text and token stores for all."""
-  folder = tmp_path_factory.mktemp('text')
-  config = make_config(folder)
-  prepare(config.data, config.eval, config.runs, progress=False)
-  return folder
-
-
-def make_config(folder, **overrides):
-  fields = {'student.arms': ARMS, 'checkpoint.every': 3, 'checkpoint.keep': 9, 'eval.every': 5, 'mesh.fsdp': 1}
-  return tiny.config(folder, **fields | overrides)
-
-
-def fit(text, folder: pathlib.Path, **overrides) -> None:
-  """Trains the students of an experiment in `folder`; no teacher, no evaluation."""
-  config = make_config(text, **overrides)
-  corpus = prepare(config.data, config.eval, config.runs, progress=False)
-  on = runs.mesh()
-  with jax.set_mesh(on):
-    training.train_students(train.students(config, folder), corpus, None, on, progress=False)
+  return write_text(tmp_path_factory.mktemp('text'))
 
 
 @pytest.fixture(scope='module')
@@ -66,28 +43,6 @@ def undisturbed(text, tmp_path_factory):
   folder = tmp_path_factory.mktemp('undisturbed')
   fit(text, folder)
   return folder
-
-
-def students(folder):
-  return [folder / 'students' / arm for arm in ARMS]
-
-
-def assert_same_runs(folder, expected):
-  for one, other in zip(students(folder), students(expected), strict=True):
-    assert runs.leaves(one) == runs.leaves(other)
-    assert runs.metrics(one) == runs.metrics(other)
-    assert RunFolder(one).is_done()
-
-
-def interrupted(undisturbed, folder, *steps: int, metrics_to: int | None = None) -> None:
-  """A copy of the finished run as a kill would leave it: the checkpoints of each student up to a step, the status still running."""
-  shutil.copytree(undisturbed, folder)
-  for student, step in zip(students(folder), steps, strict=True):
-    for path in (student / 'checkpoints').iterdir():
-      if path.name.isdigit() and int(path.name) > step:
-        shutil.rmtree(path)
-    status = json.loads((student / 'status.json').read_text())
-    write_json(student / 'status.json', status | {'state': 'running'})
 
 
 def test_a_run_writes_one_line_a_step_checkpoints_and_what_it_is(undisturbed):
@@ -244,28 +199,11 @@ def test_too_many_steps_that_are_not_finite_stop_the_run_and_its_last_checkpoint
   assert [p.name for p in (students(tmp_path / 'r')[0] / 'checkpoints').iterdir()] == steps
 
 
-@contextlib.contextmanager
-def at_step(monkeypatch, step: int, action):
-  """Runs `action` when the trainer has dispatched this step."""
-  tell = loop.Heartbeat.step
-
-  def step_(self, at):
-    tell(self, at)
-    if at >= step and not step_.done:
-      step_.done = True
-      action()
-
-  step_.done = False
-  with monkeypatch.context() as m:
-    m.setattr(loop.Heartbeat, 'step', step_)
-    yield
-
-
 @pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_stops_the_run_saved_and_it_goes_on_bit_identically(text, undisturbed, tmp_path, monkeypatch, number):
   before = signal.getsignal(number)
   with at_step(monkeypatch, 7, lambda: os.kill(os.getpid(), number)):
-    with pytest.raises(loop.Preempted, match='stopped at step 8 of 12, saved; the same command goes on'):
+    with pytest.raises(Preempted, match='stopped at step 8 of 12, saved; the same command goes on'):
       fit(text, tmp_path / 'r')
   assert signal.getsignal(number) is before
   for student in students(tmp_path / 'r'):
@@ -277,7 +215,7 @@ def test_a_signal_stops_the_run_saved_and_it_goes_on_bit_identically(text, undis
 
 def test_a_signal_in_the_last_step_ends_the_command_with_the_run_done(text, undisturbed, tmp_path, monkeypatch):
   with at_step(monkeypatch, 12, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-    with pytest.raises(loop.Preempted, match='stopped at step 12 of 12'):
+    with pytest.raises(Preempted, match='stopped at step 12 of 12'):
       fit(text, tmp_path / 'r')
   assert_same_runs(tmp_path / 'r', undisturbed)
 

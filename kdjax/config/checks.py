@@ -86,6 +86,7 @@ NOT_NEGATIVE = (
   'checkpoint.every',
   'checkpoint.keep_period',
   'checkpoint.keep_minutes',
+  'checkpoint.local_every',
 )
 
 
@@ -130,6 +131,10 @@ def problems(config: Config) -> Iterator[str]:
       yield f'data.{key}: must be between 0 and 1, got {getattr(data, key):g}'
   if data.validation_fraction + data.test_fraction >= 1:
     yield 'data: validation_fraction + test_fraction leave no documents for training'
+  if '://' in config.checkpoint.local:
+    yield f'checkpoint.local: must be a folder of each host, as /dev/shm/kdjax, got {config.checkpoint.local}'
+  elif bool(config.checkpoint.local.strip()) != bool(config.checkpoint.local_every):
+    yield 'checkpoint: local and local_every belong together; set both, as local=/dev/shm/kdjax and local_every=50, or neither'
   if not 0 < config.eval.ood_validation_fraction < 1:
     yield f'eval.ood_validation_fraction: must be between 0 and 1, got {config.eval.ood_validation_fraction:g}'
   yield from set_problems(config.eval)

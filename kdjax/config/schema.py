@@ -186,6 +186,8 @@ class CheckpointConfig:
   keep: int = 2  # the newest
   keep_period: int = 0  # and each multiple of this for good; 0: none but the last
   keep_minutes: float = 0.0  # and, for good, one each time that so many minutes have gone by; 0: none
+  local: str = ''  # a folder of each host's own, on its disk or in memory (/dev/shm/kdjax), for checkpoints between these; '': none
+  local_every: int = 0  # steps between them (kdjax/local.py)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ import jax
 from jax.sharding import Mesh
 
 from kdjax import config as config_lib
-from kdjax import loop, paths, preflight, training
+from kdjax import paths, preflight, training
 from kdjax.checkpoint import steps_in
 from kdjax.config import Config
 from kdjax.data.corpus import Corpus
@@ -36,6 +36,7 @@ from kdjax.grids.cells import Cell, Group
 from kdjax.grids.config import GridConfig
 from kdjax.grids.plan import Job
 from kdjax.paths import read_json, write_json
+from kdjax.preemption import Preempted
 from kdjax.run import Heartbeat, RunFolder, git_commit, versions
 
 log = logging.getLogger('kdjax')
@@ -176,7 +177,7 @@ class Runner:
       with heart.beating():
         try:
           scores = self._do(job)
-        except (loop.Preempted, OwnedError):
+        except (Preempted, OwnedError):
           heart.finish('preempted')
           raise
         flop = plan.cost(self.grid, job).flops
@@ -184,7 +185,7 @@ class Runner:
         if here.writes:
           write_json(here.path / 'job.json', record | {'scores': scores})
         heart.finish('done')
-    except loop.Preempted:
+    except Preempted:
       raise
     except OwnedError:
       return False  # a teacher that a runner of another grid trains at this moment

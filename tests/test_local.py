@@ -1,0 +1,249 @@
+"""Local checkpoints: what they save a run that was cut off, from which it may go on, from which it must not."""
+
+import logging
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdjax import local, sharding
+from kdjax.errors import UserError
+from kdjax.local import LocalCheckpoints
+from kdjax.step import state_shardings
+from tests import runs, several
+from tests.cohorts import assert_same_runs, at_step, fit, write_text
+
+GOES_ON = 'goes on from the local checkpoint of step'
+
+
+class Crash(Exception):
+  pass
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  return write_text(tmp_path_factory.mktemp('text'))
+
+
+@pytest.fixture(scope='module')
+def undisturbed(text, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('undisturbed')
+  fit(text, folder)
+  return folder
+
+
+@pytest.fixture
+def fields(tmp_path):
+  return {'checkpoint.every': 5, 'checkpoint.local': str(tmp_path / 'local'), 'checkpoint.local_every': 2}
+
+
+@pytest.fixture
+def cut_off(text, tmp_path, fields, monkeypatch):
+  """A run that went down in its tenth step: its folder has a checkpoint of step 5, and local ones are there of 6 and 8."""
+
+  def down():
+    raise Crash
+
+  with at_step(monkeypatch, 9, down), pytest.raises(Crash):
+    fit(text, tmp_path / 'r', **fields)
+  assert steps(tmp_path) == [6, 8]
+  return tmp_path / 'r'
+
+
+def steps(home):
+  return sorted(int(path.stem) for path in (home / 'local').glob('*/0/*'))
+
+
+def file_of(home, step):
+  (file,) = (home / 'local').glob(f'*/0/{step}.safetensors')
+  return file
+
+
+def go_on(caplog, *args, **fields):
+  with caplog.at_level(logging.INFO, 'kdjax'):
+    fit(*args, **fields)
+  return caplog.text
+
+
+def test_a_run_goes_on_from_its_newest_local_checkpoint_bit_identically(
+  text, undisturbed, cut_off, fields, caplog, tmp_path
+):
+  told = go_on(caplog, text, cut_off, **fields)
+  assert f'{GOES_ON} 8' in told
+  assert_same_runs(cut_off, undisturbed)
+  assert not list((tmp_path / 'local').iterdir())  # a run that is done leaves none
+
+
+def test_a_checkpoint_of_the_folder_is_gone_on_from_where_it_is_newer(
+  text, undisturbed, cut_off, fields, caplog, tmp_path
+):
+  for step in (6, 8):
+    path = file_of(tmp_path, step)
+    path.rename(path.with_stem(str(step - 4)))
+  assert GOES_ON not in go_on(caplog, text, cut_off, **fields)
+  assert_same_runs(cut_off, undisturbed)
+
+
+def cut(content: bytes) -> bytes:
+  return content[: len(content) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+  where = len(content) * 3 // 4
+  return content[:where] + bytes([content[where] ^ 1]) + content[where + 1 :]
+
+
+@pytest.mark.parametrize('damage', [cut, flipped, lambda content: b'', lambda content: b'\xff' * len(content)])
+def test_one_that_is_damaged_is_passed_over(text, undisturbed, cut_off, fields, caplog, tmp_path, damage):
+  file = file_of(tmp_path, 8)
+  file.write_bytes(damage(file.read_bytes()))
+  told = go_on(caplog, text, cut_off, **fields)
+  assert f'{GOES_ON} 6' in told
+  assert 'passing over local checkpoint 8' in told
+  assert_same_runs(cut_off, undisturbed)
+
+
+def test_those_of_a_run_that_was_deleted_are_not_gone_on_from(text, undisturbed, cut_off, fields, caplog):
+  shutil.rmtree(cut_off)
+  assert GOES_ON not in go_on(caplog, text, cut_off, **fields)
+  assert_same_runs(cut_off, undisturbed)
+
+
+def test_without_local_checkpoints_the_folder_s_is_gone_on_from(text, undisturbed, cut_off, caplog):
+  assert GOES_ON not in go_on(caplog, text, cut_off)
+  assert_same_runs(cut_off, undisturbed)
+
+
+def test_a_full_disk_is_told_and_does_not_end_the_run(text, undisturbed, fields, caplog, tmp_path, monkeypatch):
+  def full(*args):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(local.safetensors.numpy, 'save_file', full)
+  told = go_on(caplog, text, tmp_path / 'r', **fields)
+  assert 'a local checkpoint could not be written' in told and 'No space left on device' in told
+  assert_same_runs(tmp_path / 'r', undisturbed)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_one_line(text, tmp_path):
+  (tmp_path / 'file').touch()
+  with pytest.raises(
+    UserError, match=r'checkpoint.local: .*/file/.* cannot be written .*; name a folder of each host'
+  ) as e:
+    fit(text, tmp_path / 'r', **{'checkpoint.local': str(tmp_path / 'file'), 'checkpoint.local_every': 2})
+  assert '\n' not in str(e.value)
+
+
+def placed_state(mesh):
+  """(a state on the mesh, the shapes of it)."""
+  recipe = runs.recipe()
+  state = runs.state(recipe)
+  state = jax.device_put(state, state_shardings(recipe, state, mesh))
+  return (state,), jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state,))
+
+
+def test_each_part_is_written_once_and_comes_back_where_it_was(tmp_path):
+  states, abstract = placed_state(runs.mesh(2, 2, 2))
+  saves = LocalCheckpoints(tmp_path, abstract, 'run')
+  for step in (1, 2, 3):
+    saves.save(step, states)
+  saves.close()
+  saves = LocalCheckpoints(tmp_path, abstract, 'run')
+  found, step = saves.restore(0)
+  assert step == 3
+  runs.assert_identical(runs.host(found), runs.host(states))
+  assert all(a.sharding == b.sharding for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(states), strict=True))
+  n_numbers = sum(x.size for x in jax.tree.leaves(states))
+  assert sum(x.size for x in local._parts(states).values()) == n_numbers
+  assert saves.restore(3) is None
+  assert saves.steps() == [2, 3]
+  saves.forget(2)
+  assert saves.restore(0)[1] == 2
+  saves.close()
+
+
+@pytest.mark.parametrize(('identity', 'shape'), [('another', (2, 2, 2)), ('run', (1, 8, 1)), ('run', (1, 1, 1))])
+def test_those_of_another_run_or_mesh_are_not_gone_on_from(tmp_path, identity, shape):
+  states, abstract = placed_state(runs.mesh(2, 2, 2))
+  saves = LocalCheckpoints(tmp_path, abstract, 'run')
+  saves.save(1, states)
+  saves.close()
+  saves = LocalCheckpoints(tmp_path, placed_state(runs.mesh(*shape))[1], identity)
+  assert saves.restore(0) is None
+  saves.close()
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.int32, jnp.int8])
+@pytest.mark.parametrize('spec', [jax.P(), jax.P('fsdp'), jax.P(None, ('fsdp', 'tensor')), jax.P('tensor', 'fsdp')])
+def test_what_one_device_of_a_group_gives_all_of_it_have_bit_for_bit(dtype, spec):
+  mesh = runs.mesh(2, 2, 2)
+  rng = np.random.default_rng(0)
+  bits = rng.integers(0, 256, (4, 8, jnp.dtype(dtype).itemsize), np.uint8)  # -0.0, infinities and NaNs of any payload
+  wanted = np.ascontiguousarray(bits).view(dtype)[..., 0]
+  wanted[0, 0] = -0.0
+  on = jax.NamedSharding(mesh, spec)
+  places = on.devices_indices_map(wanted.shape)
+  groups = {}
+  for device in mesh.devices.flat:
+    groups.setdefault(str(places[device]), []).append(device)
+  givers = {group[rng.integers(len(group))] for group in groups.values()}
+  blocks = [
+    wanted[places[d]] if d in givers else np.zeros(on.shard_shape(wanted.shape), dtype) for d in mesh.devices.flat
+  ]
+  stack = jax.device_put(np.stack(blocks), jax.NamedSharding(mesh, jax.P(sharding.AXES)))
+  got = jax.jit(lambda x: local._sum_of_given(x, on), out_shardings=on)(stack)
+  assert np.asarray(got).tobytes() == wanted.tobytes()
+  for shard in got.addressable_shards:
+    assert np.asarray(shard.data).tobytes() == wanted[shard.index].tobytes()
+
+
+def begun(home, folder, n, **fields):
+  """(config, workdir, processes) of an experiment past several local checkpoints and one of the folder's."""
+  shared = {'student.tokens': 60 * 8 * 16, 'heartbeat_timeout': 10, 'checkpoint.every': 20}
+  local_ = {'checkpoint.local': str(folder / 'local'), 'checkpoint.local_every': 3}
+  config, workdir = several.experiment(home, folder, **several.LONG | shared | local_ | fields)
+  processes = several.start(n, config, workdir)
+  runs.wait_for(lambda: several.lines(workdir) >= 28, processes[0], timeout=300)
+  return config, workdir, processes
+
+
+def killed(processes):
+  for process in processes:
+    runs.kill(process)
+  runs.finish(*processes, timeout=60)
+
+
+def went_on(config, workdir, n):
+  """What process 0 said as the experiment was finished."""
+  processes = several.start(n, config, workdir)
+  several.done(*processes)
+  return runs.errors(processes[0])
+
+
+CASES = [
+  (2, {'mesh.replica': 2, 'mesh.fsdp': 1}, [1], True),  # a replica has lost its disk
+  pytest.param(4, {'mesh.replica': 2, 'mesh.fsdp': 2}, [0, 3], True, marks=pytest.mark.slow),  # half of each has
+  pytest.param(4, {'mesh.replica': 2, 'mesh.fsdp': 2}, [1, 3], False, marks=pytest.mark.slow),  # the same half of both
+  pytest.param(2, {'mesh.replica': 1, 'mesh.fsdp': 2}, [1], False, marks=pytest.mark.slow),
+  pytest.param(2, {'mesh.replica': 1, 'mesh.fsdp': 2}, [], True, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(('n', 'mesh', 'lost', 'whole'), CASES)
+def test_several_processes_go_on_from_what_is_left_of_their_local_checkpoints(home, tmp_path, n, mesh, lost, whole):
+  config, workdir, processes = begun(home, tmp_path / 'e', n, **mesh)
+  killed(processes)
+  for process in lost:
+    for folder in (tmp_path / 'e' / 'local').glob(f'*/{process}'):
+      shutil.rmtree(folder)
+  told = went_on(config, workdir, n)
+  assert (GOES_ON in told) == whole
+  assert ('is on no host any more' in told) == (not whole)
+  undisturbed, _ = several.experiment(home, tmp_path / 'u', **several.LONG | {'student.tokens': 60 * 8 * 16, **mesh})
+  several.done(*several.start(n, undisturbed, tmp_path / 'u' / 'run'))
+  for one, other in zip(
+    *(several.trained(each, several.LONG['student.arms']) for each in (workdir, tmp_path / 'u' / 'run')), strict=True
+  ):
+    assert runs.leaves(one) == runs.leaves(other)
+    assert runs.metrics(one) == runs.metrics(other)
