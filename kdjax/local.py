@@ -61,6 +61,9 @@ class LocalCheckpoints:
       self.folder.mkdir(parents=True, exist_ok=True)
       for cut_off in self.folder.glob('.*'):
         cut_off.unlink()
+      for other in self.folder.parent.iterdir():  # of a start with more processes
+        if other.name.isdigit() and int(other.name) >= jax.process_count():
+          shutil.rmtree(other, ignore_errors=True)
     except OSError as e:
       raise UserError(
         f'checkpoint.local: {self.folder} cannot be written ({e.strerror or e}); name a folder of each host, as /dev/shm/kdjax'
@@ -69,9 +72,8 @@ class LocalCheckpoints:
   def save(self, step: int, states: States) -> None:
     """Starts a save; the arrays may be donated once this returns. By all processes. A disk that is full does not end the run."""
     self.wait()
-    sums = checksums(
-      states
-    )  # on all devices together: no process comes by here before all have finished the save before
+    # On all devices together: no process comes by here before all have finished the save before.
+    sums = checksums(states)
     about = {'identity': self._identity, 'checksums': json.dumps(sums)}
     self._writing = self._writer.submit(self._write, step, _parts(states), about)
 
@@ -97,7 +99,9 @@ class LocalCheckpoints:
       parts, sums = self._read(step) if step in mine else (None, {})
       has = multihost_utils.process_allgather(np.asarray(parts is not None)).reshape(-1)
       if not _is_whole(self._abstract, has):
-        log.warning('passing over local checkpoint %d: a part of the state is on no host any more', step)
+        log.warning(
+          'passing over local checkpoint %d: a part of it is on no host here, or it is of another mesh or config', step
+        )
         continue
       states = _assembled(self._abstract, parts or {}, has)
       found = checksums(states)

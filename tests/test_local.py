@@ -157,6 +157,9 @@ def test_each_part_is_written_once_and_comes_back_where_it_was(tmp_path):
   n_numbers = sum(x.size for x in jax.tree.leaves(states))
   assert sum(x.size for x in local._parts(states).values()) == n_numbers
   assert saves.restore(3) is None
+  (tmp_path / '1').mkdir()
+  LocalCheckpoints(tmp_path, abstract, 'run').close()
+  assert [path.name for path in tmp_path.iterdir()] == ['0']  # nothing of processes that there are no more
   assert saves.steps() == [2, 3]
   saves.forget(2)
   assert saves.restore(0)[1] == 2
@@ -239,7 +242,7 @@ def test_several_processes_go_on_from_what_is_left_of_their_local_checkpoints(ho
       shutil.rmtree(folder)
   told = went_on(config, workdir, n)
   assert (GOES_ON in told) == whole
-  assert ('is on no host any more' in told) == (not whole)
+  assert ('is on no host here' in told) == (not whole)
   undisturbed, _ = several.experiment(home, tmp_path / 'u', **several.LONG | {'student.tokens': 60 * 8 * 16, **mesh})
   several.done(*several.start(n, undisturbed, tmp_path / 'u' / 'run'))
   for one, other in zip(
