@@ -159,7 +159,7 @@ class Checkpoints:
         log.warning('passing over checkpoint %d of %s: %s', step, self.folder, e)
     if steps:
       raise CheckpointDamaged(
-        f'{self.folder}: none of the checkpoints {steps} verifies; delete the folder to start the run again'
+        f'{self.folder}: none of its checkpoints can be gone on from; delete the folder to start the run again'
       )
     return None
 

@@ -1,9 +1,10 @@
 """Local checkpoints: between those that a run's folder keeps, each process writes what its own devices hold to its own host's disk or memory.
 
 A save is as fast as that disk, so it may come often; what a lost host, slice or process costs is then few steps. Which of them can be gone on
-from: one of which each part of the state is on some host, sound. Data parallel replicas hold the same parts, so that a host which lost its
-disk gets its part from the devices of another replica; with a single replica every host must have its own still. Where that fails (another
-mesh, another number of processes, a host moved to another place, damage), the run goes on from its folder's newest checkpoint.
+from: one of which each part of the state is on some host, sound. A process reads what its host has, whichever process wrote it: a launcher that
+starts all again may have placed them otherwise, and the devices send each part to where it belongs. Data parallel replicas hold the same parts,
+so that a host which lost its disk gets its part from another replica; with a single replica every host must have its own still. Where that fails
+(another mesh, another number of processes, damage), the run goes on from its folder's newest checkpoint.
 
 Each process writes a safetensors file of its own; the whole is verified as other checkpoints are. (Orbax's own emergency checkpoints are marked
 as not to be used, and its asynchronous saves are the work of all processes together: managers of single processes wait for one another's signals.)
@@ -17,7 +18,9 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable
+import socket
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -33,17 +36,19 @@ from kdjax import distributed, paths
 from kdjax.checkpoint import checksums
 from kdjax.config import fingerprint
 from kdjax.errors import UserError
+from kdjax.run import boot_id
 from kdjax.step import TrainState
 
 log = logging.getLogger('kdjax')
 
-# Of one process a save may be whole and of another not, and no process is ever more than one save ahead: the one before is whole on all.
+# Of one process a save may be whole and of another not, and none begins the next before all have finished: the one before is whole on all.
 KEEP = 2
+DAMAGE = (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError)
 States = tuple[TrainState, ...]
 
 
 class LocalCheckpoints:
-  """A cohort's.
+  """A cohort's. To be made, and called, by all processes.
 
   Args:
     folder: on this host; each process has a folder of its own in it.
@@ -52,36 +57,36 @@ class LocalCheckpoints:
   """
 
   def __init__(self, folder: str | os.PathLike, abstract: States, identity: Any):
-    self.folder = pathlib.Path(folder).absolute() / str(jax.process_index())
+    self._home = pathlib.Path(folder).absolute()
+    self.folder = self._home / str(jax.process_index())
     self._abstract = abstract
     self._identity = fingerprint([identity, jax.process_count(), _layout(abstract)])
     self._writer = concurrent.futures.ThreadPoolExecutor(1, 'local-checkpoint')
     self._writing: concurrent.futures.Future | None = None
+    host = int(fingerprint([boot_id() or socket.gethostname(), str(self._home)], 8), 16)
+    self._here = np.flatnonzero(_of_each(np.uint32(host)) == np.uint32(host)).tolist()
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
+      tempfile.TemporaryFile(dir=self.folder).close()
       for cut_off in self.folder.glob('.*'):
         cut_off.unlink()
-      for other in self.folder.parent.iterdir():  # of a start with more processes
-        if other.name.isdigit() and int(other.name) >= jax.process_count():
-          shutil.rmtree(other, ignore_errors=True)
     except OSError as e:
       raise UserError(
         f'checkpoint.local: {self.folder} cannot be written ({e.strerror or e}); name a folder of each host, as /dev/shm/kdjax'
       ) from None
 
   def save(self, step: int, states: States) -> None:
-    """Starts a save; the arrays may be donated once this returns. By all processes. A disk that is full does not end the run."""
+    """Starts a save; the arrays may be donated once this returns. A disk that is full does not end the run."""
     self.wait()
-    # On all devices together: no process comes by here before all have finished the save before.
-    sums = checksums(states)
-    about = {'identity': self._identity, 'checksums': json.dumps(sums)}
+    distributed.on_any_process(False)  # no process goes on before all have come by here
+    about = {'identity': self._identity, 'checksums': json.dumps(checksums(states))}
     self._writing = self._writer.submit(self._write, step, _parts(states), about)
 
   def _write(self, step: int, parts: dict[str, np.ndarray], about: dict[str, str]) -> None:
-    with paths.replacing(self._file(step)) as file:
+    with paths.replacing(self._file(jax.process_index(), step)) as file:
       safetensors.numpy.save_file({name: part.view(_bits(part.dtype)) for name, part in parts.items()}, file, about)
-    for old in self.steps()[:-KEEP]:
-      self._file(old).unlink()
+    oldest = self.steps()[-KEEP:][0]
+    self._delete(lambda other: other < oldest)
 
   def wait(self) -> None:
     """Until the save under way is written."""
@@ -89,39 +94,42 @@ class LocalCheckpoints:
     try:
       if writing:
         writing.result()
-    except (OSError, safetensors.SafetensorError) as e:
+    except Exception as e:  # whatever it is: the run has the checkpoints of its folder
       log.warning('a local checkpoint could not be written in %s (%s)', self.folder, e)
 
-  def restore(self, after: int) -> tuple[States, int] | None:
-    """The newest that can be gone on from and is of a step above `after`, verified; its step. None where there is none. By all processes."""
-    mine = [step for step in self.steps() if step > after]
-    for step in sorted(_of_all(mine), reverse=True):
-      parts, sums = self._read(step) if step in mine else (None, {})
-      has = multihost_utils.process_allgather(np.asarray(parts is not None)).reshape(-1)
-      if not _is_whole(self._abstract, has):
+  def restore(self, after: int, upto: int) -> tuple[States, int] | None:
+    """The newest that can be gone on from, verified, and its step, above `after` and not above `upto`. None where there is none."""
+    held = {(process, step) for process, step in self._held() if after < step <= upto}
+    for step in sorted(_of_all({step for _, step in held}), reverse=True):
+      mine = [(process, step) in held and self._fits(process, step) for process in range(jax.process_count())]
+      gives = _gives(_of_each(np.asarray(mine)).reshape(len(mine), -1))
+      giver = gives[jax.process_index()]
+      parts, sums = self._read(giver, step) if giver is not None else ({}, {})
+      gives = [of if ok else None for of, ok in zip(gives, _of_each(np.asarray(bool(parts))), strict=True)]
+      if not _is_whole(self._abstract, gives):
         log.warning(
           'passing over local checkpoint %d: a part of it is on no host here, or it is of another mesh or config', step
         )
         continue
-      states = _assembled(self._abstract, parts or {}, has)
+      states = _assembled(self._abstract, parts, gives)
       found = checksums(states)
-      if not distributed.on_any_process(parts is not None and found != sums):
+      if not distributed.on_any_process(bool(parts) and found != sums):
         return states, step
       log.warning('passing over local checkpoint %d: its checksums are not those that were written', step)
+      del states, parts  # before the next is read
     return None
 
   def forget(self, after: int) -> None:
-    """Deletes this process's checkpoints of steps above `after`: the run goes on from there, and will come by again."""
-    for step in self.steps():
-      if step > after:
-        self._file(step).unlink()
+    """Deletes this host's checkpoints of steps above `after`: the run goes on from there, and will come by again."""
+    self._delete(lambda step: step > after)
 
   def clear(self) -> None:
-    """Deletes this process's folder: the run is done."""
+    """Deletes them all: the run is done."""
     self.wait()
-    shutil.rmtree(self.folder, ignore_errors=True)
+    for folder in [path for path in self._home.iterdir() if path.name.isdigit() and self._cleans(int(path.name))]:
+      shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # another process's may still be there
-      self.folder.parent.rmdir()
+      self._home.rmdir()
 
   def close(self) -> None:
     self.wait()
@@ -129,33 +137,55 @@ class LocalCheckpoints:
 
   def steps(self) -> list[int]:
     """Of this process's checkpoints, oldest first."""
-    return sorted(int(path.stem) for path in self.folder.glob('[0-9]*.safetensors'))
+    return [step for process, step in self._held() if process == jax.process_index()]
 
-  def _file(self, step: int) -> pathlib.Path:
-    return self.folder / f'{step}.safetensors'
+  def _held(self) -> list[tuple[int, int]]:
+    """(process, step) of all that are on this host."""
+    files = [path for path in self._home.glob('*/*.safetensors') if path.stem.isdigit() and path.parent.name.isdigit()]
+    return sorted((int(path.parent.name), int(path.stem)) for path in files)
 
-  def _read(self, step: int) -> tuple[dict[str, np.ndarray] | None, dict[str, int]]:
-    """(this process's parts, the checksums of the whole); (None, {}) where they cannot be read or are of another run."""
+  def _cleans(self, process: int) -> bool:
+    """Whether that process's files here are this one's to delete: its own, and as the first on this host those of processes now elsewhere."""
+    me = jax.process_index()
+    return process == me or (process not in self._here and me == self._here[0])
+
+  def _delete(self, which: Callable[[int], bool]) -> None:
+    for process, step in self._held():
+      if which(step) and self._cleans(process):
+        self._file(process, step).unlink(missing_ok=True)
+
+  def _file(self, process: int, step: int) -> pathlib.Path:
+    return self._home / str(process) / f'{step}.safetensors'
+
+  def _fits(self, process: int, step: int) -> bool:
+    """Whether a file is of this run."""
     try:
-      with safetensors.safe_open(self._file(step), framework='np') as file:
-        about = file.metadata() or {}
-        if about.get('identity') != self._identity:
-          return None, {}
-        dtypes = [leaf.dtype for leaf in jax.tree.leaves(self._abstract)]
-        parts = {name: file.get_tensor(name).view(dtypes[_leaf_of(name)]) for name in file.keys()}  # noqa: SIM118
-        return parts, json.loads(about['checksums'])
-    except (OSError, ValueError, safetensors.SafetensorError) as e:
-      log.warning('local checkpoint %s cannot be read (%s)', self._file(step), e)
-      return None, {}
+      with safetensors.safe_open(self._file(process, step), framework='np') as file:
+        return (file.metadata() or {}).get('identity') == self._identity
+    except DAMAGE as e:
+      log.warning('local checkpoint %s cannot be read (%s)', self._file(process, step), e)
+      return False
+
+  def _read(self, process: int, step: int) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """(the parts that the process held, the checksums of the whole); nothing where they cannot be read or are not what they must be."""
+    leaves, parts = jax.tree.leaves(self._abstract), {}
+    try:
+      with safetensors.safe_open(self._file(process, step), framework='np') as file:
+        sums = json.loads(file.metadata()['checksums'])
+        for i, leaf in enumerate(leaves):
+          for name in {name for device, name in _places(i, leaf).items() if device.process_index == process}:
+            parts[name] = file.get_tensor(name).view(leaf.dtype)
+            if parts[name].shape != leaf.sharding.shard_shape(leaf.shape):
+              raise ValueError(f'{name} is of another shape')
+      return parts, sums
+    except DAMAGE as e:
+      log.warning('local checkpoint %s cannot be read (%s)', self._file(process, step), e)
+      return {}, {}
 
 
 def _part(leaf: int, index: tuple[slice, ...]) -> str:
   """The name of the part of a leaf that begins there."""
   return '_'.join(map(str, [leaf, *(cut.start or 0 for cut in index)]))
-
-
-def _leaf_of(part: str) -> int:
-  return int(part.partition('_')[0])
 
 
 def _places(i: int, leaf: Any) -> dict[jax.Device, str]:
@@ -169,16 +199,13 @@ def _bits(dtype: Any) -> np.dtype:
 
 
 def _layout(abstract: States) -> list:
-  """What this process has parts of, and which."""
-  me = jax.process_index()
-  return [
-    [
-      str(leaf.dtype),
-      leaf.shape,
-      sorted({part for device, part in _places(i, leaf).items() if device.process_index == me}),
-    ]
-    for i, leaf in enumerate(jax.tree.leaves(abstract))
-  ]
+  """Which part each device has, and whose it is."""
+  described = []
+  for i, leaf in enumerate(jax.tree.leaves(abstract)):
+    places = _places(i, leaf)
+    held = [(device.process_index, places[device]) for device in leaf.sharding.mesh.devices.flat]
+    described.append([str(leaf.dtype), leaf.shape, held])
+  return described
 
 
 def _parts(states: States) -> dict[str, np.ndarray]:
@@ -188,62 +215,102 @@ def _parts(states: States) -> dict[str, np.ndarray]:
     for shard in leaf.addressable_shards:
       name = _part(i, shard.index)
       if name not in parts:
-        # The view of an array on the CPU would change with it once it is donated.
-        parts[name] = np.array(shard.data) if shard.device.platform == 'cpu' else np.asarray(shard.data)
+        # The view of an array on the CPU would change with it once it is donated. The file's order is C.
+        copy = np.array if shard.device.platform == 'cpu' else np.asarray
+        parts[name] = copy(shard.data, order='C')
   return parts
 
 
+def _of_each(value: np.ndarray | np.generic) -> np.ndarray:
+  """Every process's value, [processes, ...]."""
+  return np.asarray(multihost_utils.process_allgather(value)).reshape(jax.process_count(), *np.shape(value))
+
+
 def _of_all(steps: Iterable[int]) -> set[int]:
-  """The steps that any process has."""
-  padded = ([*steps] + [-1] * 8)[:8]
-  return {int(step) for step in multihost_utils.process_allgather(np.asarray(padded)).reshape(-1) if step >= 0}
+  """The steps that any process has: of each its newest, which are all but where a disk holds what was never cleaned up."""
+  padded = ([-1] * 8 + sorted(steps))[-8:]
+  return {int(step) for step in _of_each(np.asarray(padded)).reshape(-1) if step >= 0}
 
 
-def _is_whole(abstract: States, has: np.ndarray) -> bool:
-  """Whether the processes that have their parts have all of them."""
+def _gives(has_PxP: np.ndarray) -> list[int | None]:
+  """For each process the one whose parts it is to give, itself or one whose parts nobody else gives; None: it has none.
+
+  Args:
+    has_PxP: whether the first process's host has what the second one wrote.
+  """
+  gives: list[int | None] = [p if has_PxP[p, p] else None for p in range(len(has_PxP))]
+  for p, has in enumerate(has_PxP):
+    if gives[p] is None:
+      gives[p] = next((int(q) for q in np.flatnonzero(has) if q not in gives), None)
+  return gives
+
+
+def _is_whole(abstract: States, gives: list[int | None]) -> bool:
+  """Whether all parts are given."""
   for i, leaf in enumerate(jax.tree.leaves(abstract)):
     places = _places(i, leaf)
-    if {part for device, part in places.items() if has[device.process_index]} != set(places.values()):
+    if {part for device, part in places.items() if device.process_index in gives} != set(places.values()):
       return False
   return True
 
 
-def _assembled(abstract: States, parts: dict[str, np.ndarray], has: np.ndarray) -> States:
+def _assembled(abstract: States, parts: dict[str, np.ndarray], gives: list[int | None]) -> States:
   leaves, tree = jax.tree.flatten(abstract)
-  return jax.tree.unflatten(tree, [_array(i, leaf, parts, has) for i, leaf in enumerate(leaves)])
+  return jax.tree.unflatten(tree, [_array(i, leaf, parts, gives) for i, leaf in enumerate(leaves)])
 
 
-def _array(i: int, leaf: Any, parts: dict[str, np.ndarray], has: np.ndarray) -> jax.Array:
-  """The i-th leaf of the parts that all processes have; where some have none, of those on devices that hold the same."""
-  if has.all():
+def _array(i: int, leaf: Any, parts: dict[str, np.ndarray], gives: list[int | None]) -> jax.Array:
+  """The i-th leaf of the parts that each process gives.
+
+  Args:
+    parts: of the process whose parts this one gives.
+    gives: as of `_gives`.
+  """
+  if gives == list(range(len(gives))):
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parts[_part(i, index or ())])
-  mesh, places = leaf.sharding.mesh, _places(i, leaf)
-  devices, block = list(mesh.devices.flat), leaf.sharding.shard_shape(leaf.shape)
-  givers: dict[str, jax.Device] = {}
-  for device in devices:
-    if has[device.process_index]:
-      givers.setdefault(places[device], device)
+  mesh, places, block = leaf.sharding.mesh, _places(i, leaf), leaf.sharding.shard_shape(leaf.shape)
+  devices = list(mesh.devices.flat)
+  moves = _moves(devices, gives)
+  given_by: dict[str, int] = {}  # of a part that several give the first is taken
+  for place, to in sorted(moves.items()):
+    given_by.setdefault(places[devices[to]], place)
 
   def given(index: tuple[slice, ...] | None) -> np.ndarray:
-    device = devices[index[0].start or 0] if index else devices[0]
-    part = places[device]
-    return (parts[part] if parts and givers[part] == device else np.zeros(block, leaf.dtype))[None]
+    place = (index[0].start or 0) if index else 0
+    part = places[devices[moves[place]]] if place in moves else ''
+    return (parts[part] if given_by.get(part) == place else np.zeros(block, leaf.dtype))[None]
 
-  by_device = NamedSharding(mesh, P(mesh.axis_names))
-  stack = jax.make_array_from_callback((len(devices), *block), by_device, given)
+  stack = jax.make_array_from_callback((len(devices), *block), NamedSharding(mesh, P(mesh.axis_names)), given)
+  moved = tuple(moves.items()) if any(place != to for place, to in moves.items()) else ()
   # One after the other, as in checkpoint.checksums.
-  taken = jax.jit(functools.partial(_sum_of_given, sharding=leaf.sharding), out_shardings=leaf.sharding)(stack)
-  return jax.block_until_ready(taken)
+  taken = jax.jit(functools.partial(_sum_of_given, sharding=leaf.sharding, moves=moved), out_shardings=leaf.sharding)
+  return jax.block_until_ready(taken(stack))
 
 
-def _sum_of_given(stack_NxB: jax.Array, sharding: NamedSharding) -> jax.Array:
-  """[devices, ...] of which one of each group that shares a part is its bits and the others are nought: the array, on every device of it."""
+def _moves(devices: list[jax.Device], gives: list[int | None]) -> dict[int, int]:
+  """From the place in the mesh of each device of a process that gives to that of the device whose part it has: the n-th of a process has
+  what was the n-th's of the other."""
+  of_process: dict[int, list[int]] = {}
+  for place, device in enumerate(devices):
+    of_process.setdefault(device.process_index, []).append(place)
+  pairs = [(of_process[p], of_process[q]) for p, q in enumerate(gives) if q is not None]
+  return {place: to for ours, theirs in pairs for place, to in zip(ours, theirs, strict=True)}
+
+
+def _sum_of_given(stack_NxB: jax.Array, sharding: NamedSharding, moves: Sequence[tuple[int, int]] = ()) -> jax.Array:
+  """[devices, ...] of which one of each group that shares a part is its bits and the others are nought: the array, on every device of it.
+
+  Args:
+    moves: (from, to): first each block goes to that place among the devices; of () they stay.
+  """
   taken = {axis for entry in sharding.spec for axis in (entry if isinstance(entry, tuple) else (entry,))}
   shared = tuple(axis for axis in sharding.mesh.axis_names if axis not in taken)
   bits = _bits(stack_NxB.dtype)
 
   def block(x_1xB: jax.Array) -> jax.Array:  # in integers: -0.0 + 0.0 is another number than -0.0
     x = jax.lax.bitcast_convert_type(x_1xB[0], bits).astype(jnp.uint32)
+    if moves:
+      x = jax.lax.ppermute(x, sharding.mesh.axis_names, moves)
     return jax.lax.bitcast_convert_type(jax.lax.psum(x, shared).astype(bits), stack_NxB.dtype)
 
   by_device = P(sharding.mesh.axis_names)

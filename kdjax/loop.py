@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdjax import distributed, paths, sharding
-from kdjax.checkpoint import Checkpoints, Restored, params_fingerprint
+from kdjax.checkpoint import CheckpointDamaged, Checkpoints, Restored, params_fingerprint
 from kdjax.cohort import Cohort
 from kdjax.config import fingerprint
 from kdjax.data.batches import Windows, local_rows, to_global
@@ -29,7 +29,7 @@ from kdjax.errors import TrainingError
 from kdjax.goodput import Session, goodput
 from kdjax.local import LocalCheckpoints
 from kdjax.losses import fused_loss
-from kdjax.metrics import MetricWriter, Progress, Speed, memory_gib
+from kdjax.metrics import MetricWriter, Progress, Speed, memory_gib, read_metrics
 from kdjax.preemption import Preempted, stop_signal
 from kdjax.profiling import Profiler
 from kdjax.run import Heartbeat, RunFolder, claim_all
@@ -117,7 +117,7 @@ def _start(
 ) -> tuple[tuple[TrainState, ...], int]:
   """(states, step): from the newest step at which every member's checkpoint verifies, else fresh."""
   states = []
-  found = _restore_local(cohort, saves, local) or _restore(saves, abstract, cohort.fingerprints)
+  found = _restore(cohort, saves, local, abstract)
   params = cohort.initial() if cohort.initial and found is None else None
   for k, (member, shape) in enumerate(zip(cohort.members, abstract, strict=True)):
     known = dict(cohort.fingerprints)
@@ -137,36 +137,36 @@ def _start(
   return tuple(states), start
 
 
-def _restore_local(cohort: Cohort, saves: list[Checkpoints], local: LocalCheckpoints | None) -> list[Restored] | None:
-  """A local checkpoint of a later step than all that the folders keep, if one can be gone on from."""
-  if local is None:
-    return None
-  begun = distributed.from_first_process([member.folder.identity() is not None for member in cohort.members])
-  if not all(begun):  # what lies there is of runs that were deleted
-    return None
-  found = local.restore(max((step for save in saves for step in save.steps()), default=0))
-  if found is None:
-    return None
-  states, step = found
-  log.info('%s: goes on from the local checkpoint of step %d', cohort.title, step)
-  return [Restored(state, step) for state in states]
-
-
 def _restore(
-  saves: list[Checkpoints], abstract: Sequence[TrainState], fingerprints: dict[str, str]
+  cohort: Cohort, saves: list[Checkpoints], local: LocalCheckpoints | None, abstract: tuple[TrainState, ...]
 ) -> list[Restored] | None:
-  """Every member's checkpoint of the newest step that all have and that verifies; None where no step has been saved by all."""
+  """Every member's state at the newest step of which all have a checkpoint, in their folders or on the hosts, that verifies; None where no
+  step has been saved by all."""
   common = set.intersection(*(set(save.steps()) for save in saves))
-  while common:
-    found = [save.verified(shape, fingerprints, common) for save, shape in zip(saves, abstract, strict=True)]
-    restored = [one for one in found if one]
-    oldest = min(one.step for one in restored)
-    if all(one.step == oldest for one in restored):
-      return restored
-    common = {step for step in common if step <= oldest}
+  upto, damaged = _recorded(cohort) if local else 0, None
+  for step in (*sorted(common, reverse=True), 0):
+    if local and (kept := local.restore(step, upto)):
+      log.info('%s: goes on from the local checkpoint of step %d', cohort.title, kept[1])
+      return [Restored(state, kept[1]) for state in kept[0]]
+    try:
+      found = [save.verified(one, cohort.fingerprints, {step}) for save, one in zip(saves, abstract, strict=True)]
+      if step:
+        return [one for one in found if one]
+    except CheckpointDamaged as e:
+      damaged = e.with_traceback(None)  # which would keep the arrays that have been read
+    upto = min(upto, step)
+  if damaged:
+    raise damaged
   if any(save.steps() for save in saves):
     log.warning('no checkpoint of one step is in every folder of the cohort: starting from step 0')
   return None
+
+
+def _recorded(cohort: Cohort) -> int:
+  """The last step that all members' metrics have: a run that went on from a later one would lack some."""
+  files = [member.folder.path for member in cohort.members if member.folder.writes]
+  last = [max((int(record['step']) for record in read_metrics(path)), default=0) for path in files]
+  return distributed.of_first_process([min(last, default=0)])[0]
 
 
 def _train(
@@ -218,7 +218,7 @@ def _train(
           _save(cohort, saves, step, states)
           session.keep(step)
       elif local and step % cohort.local_every == 0:
-        report.flush()
+        report.flush(pause=False)  # what it takes belongs to the rates: it may follow on every call
         with session.doing('checkpoints'):
           local.save(step, states)
           session.keep(step)
@@ -306,13 +306,14 @@ class _Report:
     if validation is not None:
       self.flush()
 
-  def flush(self) -> None:
+  def flush(self, pause: bool = True) -> None:
     if self._pending:
       self._write(*self._pending)
       self._pending = None
     for writer in self._writers:
       writer.flush()
-    self._speed.pause()
+    if pause:
+      self._speed.pause()
 
   def close(self) -> None:
     self._bar.close()
@@ -351,7 +352,11 @@ def _local(cohort: Cohort, abstract: tuple[TrainState, ...], stack: contextlib.E
   if not cohort.local_every:
     return None
   path = paths.absolute(cohort.members[0].folder.path)
-  identity = [[member.folder.name, member.config] for member in cohort.members], cohort.fingerprints
+  marks = distributed.of_first_process([member.folder.birthmark for member in cohort.members])
+  identity = (
+    [[m.folder.name, m.config, mark] for m, mark in zip(cohort.members, marks, strict=True)],
+    cohort.fingerprints,
+  )
   local = LocalCheckpoints(os.path.join(cohort.local, f'{path.name}-{fingerprint(str(path), 8)}'), abstract, identity)
   stack.callback(local.close)
   return local

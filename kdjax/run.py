@@ -1,7 +1,7 @@
 """A run's folder: who it is, who owns it, how it stands.
 
 run.json       config, command, commit, versions, fingerprints: written once, compared on every later start
-owner-N.json   the token of the process that may write here: the one of the greatest N; each claim creates the next
+owner-N.json   the token of the process that may write here: the one of the greatest N; each claim creates the next; and the folder's birthmark
 status.json    state, step, heartbeat; renewed every few seconds by a thread, so that a long compile still beats
 tokenizer.json what its tokens mean, for whoever comes later; absent where they are bytes
 checkpoints/   see kdjax/checkpoint.py
@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import platform
+import secrets
 import socket
 import subprocess
 import sys
@@ -45,6 +46,7 @@ class RunFolder:
     self._tokenizer = self.path / 'tokenizer.json'
     self._token: str | None = None
     self._claim: paths.Path
+    self.birthmark = 0  # drawn at the first claim (on process 0): a folder that was deleted and made again has another
 
   @property
   def writes(self) -> bool:
@@ -142,8 +144,9 @@ class RunFolder:
         f'{self.path}: another trainer owns it (process {owner.get("pid")} on {owner.get("host")}); wait for it, or stop it and start again'
       )
     self._claim = self.path / f'owner-{number + 1}.json'
+    self.birthmark = owner.get('birthmark') or 1 + secrets.randbelow(2**31 - 1)
     try:
-      paths.create(self._claim, json.dumps({'token': self._token, 'time': time.time(), **_this_process()}, indent=1))
+      paths.create(self._claim, json.dumps(self._ownership() | {'time': time.time()}, indent=1))
     except FileExistsError:
       raise OwnedError(
         f'{self.path}: another trainer has claimed it at the same moment; this one leaves it alone'
@@ -162,7 +165,10 @@ class RunFolder:
   def release(self) -> None:
     if self.writes and self.owns():
       with contextlib.suppress(OSError):  # a full disk: the next trainer finds this process gone
-        paths.write_json(self._claim, {'token': self._token, **_this_process(), 'released': time.time()})
+        paths.write_json(self._claim, self._ownership() | {'released': time.time()})
+
+  def _ownership(self) -> dict[str, Any]:
+    return {'token': self._token, 'birthmark': self.birthmark, **_this_process()}
 
   def _owner(self) -> tuple[int, dict[str, Any]]:
     """The number and the content of the newest claim; (0, {}) where there is none, {} for one that was cut by a kill."""
@@ -177,7 +183,7 @@ class RunFolder:
     return number, {}
 
   def _is_gone(self, owner: dict[str, Any], timeout: float) -> bool:
-    if owner.get('host') == socket.gethostname() and owner.get('boot') == _boot_id():
+    if owner.get('host') == socket.gethostname() and owner.get('boot') == boot_id():
       return _start_time(owner['pid']) != owner.get('started')
     first = (self.status() or {}).get('heartbeat')
     if time.time() - max(first or 0, owner.get('time', 0)) > timeout:
@@ -276,10 +282,10 @@ def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
 
 
 def _this_process() -> dict[str, Any]:
-  return {'host': socket.gethostname(), 'boot': _boot_id(), 'pid': os.getpid(), 'started': _start_time(os.getpid())}
+  return {'host': socket.gethostname(), 'boot': boot_id(), 'pid': os.getpid(), 'started': _start_time(os.getpid())}
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
   """Tells hosts of the same name apart, and a host from itself before a restart."""
   with contextlib.suppress(OSError):
     return pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()

@@ -211,7 +211,7 @@ def test_it_walks_back_as_far_as_it_must(copy, three, caplog):
 def test_where_none_verifies_it_says_so_and_starts_nothing(copy, three):
   for step in (2, 4, 6):
     shutil.rmtree(copy / str(step) / 'counters')
-  with pytest.raises(CheckpointDamaged, match=r'none of the checkpoints \[2, 4, 6\] verifies'):
+  with pytest.raises(CheckpointDamaged, match='none of its checkpoints can be gone on from'):
     read(copy, three[1][6])
 
 

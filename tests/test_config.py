@@ -313,6 +313,16 @@ def test_a_value_out_of_range_is_refused_naming_the_field(key, value, words):
   assert words in problem(**{key: value})
 
 
+def test_local_checkpoints_come_between_those_of_the_folder():
+  fields = {'checkpoint__local': '/dev/shm/kdjax', 'checkpoint__every': 10}
+  for every in (10, 20):
+    told = f'checkpoint.local_every: must be below checkpoint.every = 10, got {every}: none would be written'
+    assert problem(**fields, checkpoint__local_every=every) == told
+  other = {'checkpoint__local': '/dev/shm/kdjax', 'scale': 'huge'}
+  for every, local_every in ((10, 4), (10, 15), (0, 4)):
+    assert problem(**other, checkpoint__every=every, checkpoint__local_every=local_every).startswith('scale')
+
+
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), float('-inf')])
 @pytest.mark.parametrize('key', [key for key, annotation in LEAVES.items() if annotation is float])
 def test_every_number_must_be_finite(key, value):

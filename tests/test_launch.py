@@ -83,6 +83,21 @@ def test_a_dry_run_prints_what_would_be_done_and_does_nothing(name):
   assert done.stdout == (RECORDED / f'{name}.txt').read_text()
 
 
+@pytest.mark.parametrize('where', ['=/mnt/local', ' /mnt/local', '=/mnt/local/kd'])
+def test_local_checkpoints_in_what_is_mounted_are_no_mistake(where):
+  pod = launch(
+    'gke.sh',
+    'print',
+    *PODS,
+    '--accelerator=v6e-64',
+    '--local=/l',
+    *KEPT,
+    *f'{LOCAL[0].partition("=")[0]}{where}'.split(),
+  )
+  assert pod.returncode == 0, pod.stderr
+  assert "hostPath: {path: '/l'" in pod.stdout
+
+
 def test_every_recorded_dry_run_is_compared():
   assert {path.stem for path in RECORDED.iterdir()} == set(DRY)
 
@@ -111,6 +126,12 @@ def test_every_recorded_dry_run_is_compared():
     (['gke.sh', 'print', *PODS, '--accelerator=v6e-48', *KEPT], '--accelerator=v6e-48: counts chips; there are slices'),
     (['gke.sh', 'run', *PODS, '--accelerator=v5p-7', *KEPT], '--accelerator=v5p-7: counts TensorCores, two a chip'),
     (['gke.sh', 'run', *PODS, '--accelerator=v6e-64', *KEPT, *LOCAL], 'would go with the pods; add --local=FOLDER'),
+    (['gke.sh', 'run', *PODS, '--accelerator=v6e-64', *KEPT, *LOCAL[0].split('=')], 'would go with the pods'),
+    (['gke.sh', 'run', *PODS, '--accelerator=v6e-64', '--local=/l', *KEPT, *LOCAL], 'would go with the'),
+    (
+      ['gke.sh', 'run', *PODS, '--accelerator=v6e-64', '--local=/l', *KEPT, '--config.checkpoint.local=/mnt/local2'],
+      'would go with the',
+    ),
     (['gke.sh', 'run', *PODS, '--accelerator=v6e-64', '--local=shm', *KEPT], '--local=shm: must be an absolute path'),
     (['xpk.sh', 'run', *XPK, '--accelerator=v6e-64', '--image=i', *KEPT, *LOCAL], "would go with xpk's pods"),
     (['gke.sh', 'resume', '--name=never'], 'resume: launched/never/jobset.yaml is not here'),

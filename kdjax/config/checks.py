@@ -135,6 +135,12 @@ def problems(config: Config) -> Iterator[str]:
     yield f'checkpoint.local: must be a folder of each host, as /dev/shm/kdjax, got {config.checkpoint.local}'
   elif bool(config.checkpoint.local.strip()) != bool(config.checkpoint.local_every):
     yield 'checkpoint: local and local_every belong together; set both, as local=/dev/shm/kdjax and local_every=50, or neither'
+  elif (
+    config.checkpoint.local_every
+    and config.checkpoint.every
+    and not config.checkpoint.local_every % config.checkpoint.every
+  ):
+    yield f'checkpoint.local_every: must be below checkpoint.every = {config.checkpoint.every}, got {config.checkpoint.local_every}: none would be written'
   if not 0 < config.eval.ood_validation_fraction < 1:
     yield f'eval.ood_validation_fraction: must be between 0 and 1, got {config.eval.ood_validation_fraction:g}'
   yield from set_problems(config.eval)
