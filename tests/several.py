@@ -16,11 +16,12 @@ LONG = {
 }
 
 
-def start(n, config, workdir, *arguments, devices=1):
-  """So many processes over loopback."""
+def start(n, config, workdir, *arguments, devices=1, each=()):
+  """So many processes over loopback; `each`: arguments of each alone."""
   port = runs.free_port()
   flags = (f'--coordinator=127.0.0.1:{port}', f'--processes={n}')
-  return [runs.start(config, workdir, *flags, f'--process={i}', *arguments, devices=devices) for i in range(n)]
+  own = each or [()] * n
+  return [runs.start(config, workdir, *flags, f'--process={i}', *arguments, *own[i], devices=devices) for i in range(n)]
 
 
 def done(*processes, timeout=400):

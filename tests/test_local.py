@@ -1,19 +1,22 @@
 """Local checkpoints: what they save a run that was cut off, from which it may go on, from which it must not."""
 
+import json
 import logging
+import re
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.layout import Format, Layout
 
 from kdjax import local, sharding
 from kdjax.errors import UserError
 from kdjax.local import LocalCheckpoints
 from kdjax.step import state_shardings
 from tests import runs, several
-from tests.cohorts import assert_same_runs, at_step, fit, write_text
+from tests.cohorts import assert_same_runs, at_step, fit, students, write_text
 
 GOES_ON = 'goes on from the local checkpoint of step'
 
@@ -43,13 +46,17 @@ def fields(tmp_path):
 def cut_off(text, tmp_path, fields, monkeypatch):
   """A run that went down in its tenth step: its folder has a checkpoint of step 5, and local ones are there of 6 and 8."""
 
+  go_down(text, tmp_path / 'r', fields, monkeypatch, 9)
+  assert steps(tmp_path) == [6, 8]
+  return tmp_path / 'r'
+
+
+def go_down(text, folder, fields, monkeypatch, step):
   def down():
     raise Crash
 
-  with at_step(monkeypatch, 9, down), pytest.raises(Crash):
-    fit(text, tmp_path / 'r', **fields)
-  assert steps(tmp_path) == [6, 8]
-  return tmp_path / 'r'
+  with at_step(monkeypatch, step, down), pytest.raises(Crash):
+    fit(text, folder, **fields)
 
 
 def steps(home):
@@ -95,10 +102,35 @@ def flipped(content: bytes) -> bytes:
   return content[:where] + bytes([content[where] ^ 1]) + content[where + 1 :]
 
 
-@pytest.mark.parametrize('damage', [cut, flipped, lambda content: b'', lambda content: b'\xff' * len(content)])
+def other_names(content: bytes) -> bytes:
+  return re.sub(rb'"1(_\d+)+"', lambda m: m[0].replace(b'1', b'7', 1), content)
+
+
+def other_shapes(content: bytes) -> bytes:
+  return re.sub(rb'"shape":\[(\d+),(\d\d)\]', rb'"shape":[\2,\1]', content)
+
+
+def no_checksums(content: bytes) -> bytes:
+  return content.replace(b'"checksums"', b'"checkmums"')
+
+
+DAMAGE = [
+  cut,
+  flipped,
+  other_names,
+  other_shapes,
+  no_checksums,
+  lambda content: b'',
+  lambda content: b'\xff' * len(content),
+]
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
 def test_one_that_is_damaged_is_passed_over(text, undisturbed, cut_off, fields, caplog, tmp_path, damage):
   file = file_of(tmp_path, 8)
-  file.write_bytes(damage(file.read_bytes()))
+  damaged = damage(file.read_bytes())
+  assert damaged != file.read_bytes()
+  file.write_bytes(damaged)
   told = go_on(caplog, text, cut_off, **fields)
   assert f'{GOES_ON} 6' in told
   assert 'passing over local checkpoint 8' in told
@@ -109,6 +141,42 @@ def test_those_of_a_run_that_was_deleted_are_not_gone_on_from(text, undisturbed,
   shutil.rmtree(cut_off)
   assert GOES_ON not in go_on(caplog, text, cut_off, **fields)
   assert_same_runs(cut_off, undisturbed)
+
+
+def test_those_of_a_run_that_was_deleted_and_begun_again_are_not_gone_on_from(
+  text, undisturbed, cut_off, fields, caplog, tmp_path, monkeypatch
+):
+  old = file_of(tmp_path, 8).read_bytes()
+  shutil.rmtree(cut_off)
+  go_down(text, cut_off, fields, monkeypatch, 9)
+  file_of(tmp_path, 8).write_bytes(old)  # of a host that was not there meanwhile
+  assert f'{GOES_ON} 6' in go_on(caplog, text, cut_off, **fields)
+  assert_same_runs(cut_off, undisturbed)
+
+
+def test_no_step_is_missing_from_the_metrics(text, undisturbed, cut_off, fields, caplog):
+  metrics = students(cut_off)[1] / 'metrics.jsonl'  # as a start without that host has left it
+  metrics.write_text(''.join(metrics.read_text().splitlines(keepends=True)[:7]))
+  assert f'{GOES_ON} 6' in go_on(caplog, text, cut_off, **fields)
+  assert_same_runs(cut_off, undisturbed)
+
+
+def test_where_the_folder_s_newest_is_damaged_the_local_ones_before_it_are_tried(
+  text, undisturbed, fields, caplog, tmp_path, monkeypatch
+):
+  go_down(text, tmp_path / 'r', fields, monkeypatch, 11)
+  assert steps(tmp_path) == [6, 8]
+  for student in students(tmp_path / 'r'):
+    shutil.rmtree(student / 'checkpoints' / '10' / 'params')
+  told = go_on(caplog, text, tmp_path / 'r', **fields)
+  assert 'passing over checkpoint 10' in told and f'{GOES_ON} 8' in told
+  assert_same_runs(tmp_path / 'r', undisturbed)
+
+
+def test_rates_are_told_where_every_call_ends_with_a_local_checkpoint(text, tmp_path, fields):
+  fit(text, tmp_path / 'r', **fields)
+  lines = [json.loads(line) for line in (students(tmp_path / 'r')[0] / 'metrics.jsonl').read_text().splitlines()]
+  assert sum('tokens_per_second' in line for line in lines) >= len(lines) // 3
 
 
 def test_without_local_checkpoints_the_folder_s_is_gone_on_from(text, undisturbed, cut_off, caplog):
@@ -150,19 +218,46 @@ def test_each_part_is_written_once_and_comes_back_where_it_was(tmp_path):
     saves.save(step, states)
   saves.close()
   saves = LocalCheckpoints(tmp_path, abstract, 'run')
-  found, step = saves.restore(0)
+  found, step = saves.restore(0, 9)
   assert step == 3
   runs.assert_identical(runs.host(found), runs.host(states))
   assert all(a.sharding == b.sharding for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(states), strict=True))
   n_numbers = sum(x.size for x in jax.tree.leaves(states))
   assert sum(x.size for x in local._parts(states).values()) == n_numbers
-  assert saves.restore(3) is None
-  (tmp_path / '1').mkdir()
-  LocalCheckpoints(tmp_path, abstract, 'run').close()
-  assert [path.name for path in tmp_path.iterdir()] == ['0']  # nothing of processes that there are no more
-  assert saves.steps() == [2, 3]
+  assert saves.restore(3, 9) is None and saves.restore(0, 1) is None
+  assert saves.restore(0, 2)[1] == 2
   saves.forget(2)
-  assert saves.restore(0)[1] == 2
+  assert saves.steps() == [2] and saves.restore(0, 9)[1] == 2
+  saves.clear()
+  assert not tmp_path.exists() or not list(tmp_path.iterdir())
+  saves.close()
+
+
+def test_what_is_left_of_processes_that_are_elsewhere_now_goes_once_there_is_newer(tmp_path):
+  states, abstract = placed_state(runs.mesh(2, 2, 2))
+  saves = LocalCheckpoints(tmp_path, abstract, 'run')
+  left = tmp_path / '1'
+  left.mkdir()
+  for step in (3, 9):
+    (left / f'{step}.safetensors').touch()
+  saves.forget(5)
+  names = lambda: sorted(path.name for path in left.iterdir())
+  assert names() == ['3.safetensors']
+  saves.save(6, states)
+  saves.save(7, states)
+  saves.close()
+  assert names() == []
+
+
+def test_the_order_of_an_array_in_memory_is_not_the_file_s(tmp_path):
+  on = jax.NamedSharding(runs.mesh(1, 2, 1), jax.P('fsdp'))
+  wanted = np.arange(32.0, dtype=np.float32).reshape(4, 8)
+  states = (jax.device_put(wanted, Format(Layout((1, 0)), on)),)
+  assert not np.asarray(states[0].addressable_shards[0].data).flags.c_contiguous
+  saves = LocalCheckpoints(tmp_path, (jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=on),), 'run')
+  saves.save(1, states)
+  saves.wait()
+  runs.assert_identical(runs.host(saves.restore(0, 1)[0]), (wanted,))
   saves.close()
 
 
@@ -173,74 +268,97 @@ def test_those_of_another_run_or_mesh_are_not_gone_on_from(tmp_path, identity, s
   saves.save(1, states)
   saves.close()
   saves = LocalCheckpoints(tmp_path, placed_state(runs.mesh(*shape))[1], identity)
-  assert saves.restore(0) is None
+  assert saves.restore(0, 9) is None
   saves.close()
 
 
+@pytest.mark.parametrize('moved', [False, True])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.int32, jnp.int8])
 @pytest.mark.parametrize('spec', [jax.P(), jax.P('fsdp'), jax.P(None, ('fsdp', 'tensor')), jax.P('tensor', 'fsdp')])
-def test_what_one_device_of_a_group_gives_all_of_it_have_bit_for_bit(dtype, spec):
+def test_what_one_device_of_a_group_gives_all_of_it_have_bit_for_bit(dtype, spec, moved):
   mesh = runs.mesh(2, 2, 2)
   rng = np.random.default_rng(0)
   bits = rng.integers(0, 256, (4, 8, jnp.dtype(dtype).itemsize), np.uint8)  # -0.0, infinities and NaNs of any payload
   wanted = np.ascontiguousarray(bits).view(dtype)[..., 0]
   wanted[0, 0] = -0.0
   on = jax.NamedSharding(mesh, spec)
-  places = on.devices_indices_map(wanted.shape)
+  devices, places = list(mesh.devices.flat), on.devices_indices_map(wanted.shape)
   groups = {}
-  for device in mesh.devices.flat:
-    groups.setdefault(str(places[device]), []).append(device)
+  for place, device in enumerate(devices):
+    groups.setdefault(str(places[device]), []).append(place)
   givers = {group[rng.integers(len(group))] for group in groups.values()}
-  blocks = [
-    wanted[places[d]] if d in givers else np.zeros(on.shard_shape(wanted.shape), dtype) for d in mesh.devices.flat
-  ]
+  to = rng.permutation(len(devices)) if moved else np.arange(len(devices))
+  zeros = np.zeros(on.shard_shape(wanted.shape), dtype)
+  blocks = [wanted[places[devices[place]]] if place in givers else zeros for place in to]
   stack = jax.device_put(np.stack(blocks), jax.NamedSharding(mesh, jax.P(sharding.AXES)))
-  got = jax.jit(lambda x: local._sum_of_given(x, on), out_shardings=on)(stack)
+  moves = tuple((i, int(place)) for i, place in enumerate(to) if place in givers) if moved else ()
+  got = jax.jit(lambda x: local._sum_of_given(x, on, moves), out_shardings=on)(stack)
   assert np.asarray(got).tobytes() == wanted.tobytes()
   for shard in got.addressable_shards:
     assert np.asarray(shard.data).tobytes() == wanted[shard.index].tobytes()
 
 
+@pytest.mark.parametrize(
+  ('has', 'gives'),
+  [
+    (['100', '010', '001'], [0, 1, 2]),
+    (['010', '001', '100'], [1, 2, 0]),  # all elsewhere than before
+    (['111', '111', '111'], [0, 1, 2]),  # a folder that all see
+    (['011', '011', '000'], [2, 1, None]),
+    (['000', '000', '001'], [None, None, 2]),
+    (['010', '010', '000'], [None, 1, None]),
+  ],
+)
+def test_each_process_gives_what_its_host_has_its_own_before_others(has, gives):
+  assert local._gives(np.asarray([[x == '1' for x in row] for row in has])) == gives
+
+
+def start(n, config, workdir, *hosts):
+  """So many processes, each on a host of its own: those of a list of folders."""
+  return several.start(n, config, workdir, each=[[f'--config.checkpoint.local={host}'] for host in hosts])
+
+
 def begun(home, folder, n, **fields):
-  """(config, workdir, processes) of an experiment past several local checkpoints and one of the folder's."""
+  """(config, workdir, hosts) of an experiment that was killed past several local checkpoints and one of the folder's."""
   shared = {'student.tokens': 60 * 8 * 16, 'heartbeat_timeout': 10, 'checkpoint.every': 20}
-  local_ = {'checkpoint.local': str(folder / 'local'), 'checkpoint.local_every': 3}
+  local_ = {'checkpoint.local': str(folder / 'host'), 'checkpoint.local_every': 3}
   config, workdir = several.experiment(home, folder, **several.LONG | shared | local_ | fields)
-  processes = several.start(n, config, workdir)
+  hosts = [folder / f'host{process}' for process in range(n)]
+  processes = start(n, config, workdir, *hosts)
   runs.wait_for(lambda: several.lines(workdir) >= 28, processes[0], timeout=300)
-  return config, workdir, processes
-
-
-def killed(processes):
   for process in processes:
     runs.kill(process)
   runs.finish(*processes, timeout=60)
-
-
-def went_on(config, workdir, n):
-  """What process 0 said as the experiment was finished."""
-  processes = several.start(n, config, workdir)
-  several.done(*processes)
-  return runs.errors(processes[0])
+  return config, workdir, hosts
 
 
 CASES = [
-  (2, {'mesh.replica': 2, 'mesh.fsdp': 1}, [1], True),  # a replica has lost its disk
-  pytest.param(4, {'mesh.replica': 2, 'mesh.fsdp': 2}, [0, 3], True, marks=pytest.mark.slow),  # half of each has
-  pytest.param(4, {'mesh.replica': 2, 'mesh.fsdp': 2}, [1, 3], False, marks=pytest.mark.slow),  # the same half of both
-  pytest.param(2, {'mesh.replica': 1, 'mesh.fsdp': 2}, [1], False, marks=pytest.mark.slow),
-  pytest.param(2, {'mesh.replica': 1, 'mesh.fsdp': 2}, [], True, marks=pytest.mark.slow),
+  (2, {'mesh.replica': 2, 'mesh.fsdp': 1}, [1], [0, 1], True),  # a replica has lost its disk
+  pytest.param(
+    4, {'mesh.replica': 2, 'mesh.fsdp': 2}, [0, 3], [0, 1, 2, 3], True, marks=pytest.mark.slow
+  ),  # half of each
+  pytest.param(
+    4, {'mesh.replica': 2, 'mesh.fsdp': 2}, [1, 3], [0, 1, 2, 3], False, marks=pytest.mark.slow
+  ),  # of both the same
+  pytest.param(2, {'mesh.replica': 1, 'mesh.fsdp': 2}, [1], [0, 1], False, marks=pytest.mark.slow),
+  pytest.param(2, {'mesh.replica': 1, 'mesh.fsdp': 2}, [], [0, 1], True, marks=pytest.mark.slow),
+  pytest.param(
+    2, {'mesh.replica': 1, 'mesh.fsdp': 2}, [], [1, 0], True, marks=pytest.mark.slow
+  ),  # elsewhere than before
+  pytest.param(4, {'mesh.replica': 2, 'mesh.fsdp': 2}, [0, 3], [1, 3, 0, 2], True, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(('n', 'mesh', 'lost', 'whole'), CASES)
-def test_several_processes_go_on_from_what_is_left_of_their_local_checkpoints(home, tmp_path, n, mesh, lost, whole):
-  config, workdir, processes = begun(home, tmp_path / 'e', n, **mesh)
-  killed(processes)
+@pytest.mark.parametrize(('n', 'mesh', 'lost', 'placed', 'whole'), CASES)
+def test_several_processes_go_on_from_what_is_left_of_their_local_checkpoints(
+  home, tmp_path, n, mesh, lost, placed, whole
+):
+  config, workdir, hosts = begun(home, tmp_path / 'e', n, **mesh)
   for process in lost:
-    for folder in (tmp_path / 'e' / 'local').glob(f'*/{process}'):
-      shutil.rmtree(folder)
-  told = went_on(config, workdir, n)
+    shutil.rmtree(hosts[process])
+  processes = start(n, config, workdir, *(hosts[host] for host in placed))
+  several.done(*processes)
+  told = runs.errors(processes[0])
   assert (GOES_ON in told) == whole
   assert whole or 'is on no host here' in told
   undisturbed, _ = several.experiment(home, tmp_path / 'u', **several.LONG | {'student.tokens': 60 * 8 * 16, **mesh})
@@ -250,3 +368,4 @@ def test_several_processes_go_on_from_what_is_left_of_their_local_checkpoints(ho
   ):
     assert runs.leaves(one) == runs.leaves(other)
     assert runs.metrics(one) == runs.metrics(other)
+  assert not list((tmp_path / 'e').glob('host*/*/*/*'))
