@@ -101,23 +101,29 @@ class LocalCheckpoints:
     """The newest that can be gone on from, verified, and its step, above `after` and not above `upto`. None where there is none."""
     held = {(process, step) for process, step in self._held() if after < step <= upto}
     for step in sorted(_of_all({step for _, step in held}), reverse=True):
-      mine = [(process, step) in held and self._fits(process, step) for process in range(jax.process_count())]
-      gives = _gives(_of_each(np.asarray(mine)).reshape(len(mine), -1))
-      giver = gives[jax.process_index()]
-      parts, sums = self._read(giver, step) if giver is not None else ({}, {})
-      gives = [of if ok else None for of, ok in zip(gives, _of_each(np.asarray(bool(parts))), strict=True)]
-      if not _is_whole(self._abstract, gives):
-        log.warning(
-          'passing over local checkpoint %d: a part of it is on no host here, or it is of another mesh or config', step
-        )
-        continue
-      states = _assembled(self._abstract, parts, gives)
-      found = checksums(states)
-      if not distributed.on_any_process(bool(parts) and found != sums):
+      states = self._restored(step, {process for process, of in held if of == step})
+      if states is not None:
         return states, step
-      log.warning('passing over local checkpoint %d: its checksums are not those that were written', step)
-      del states, parts  # before the next is read
     return None
+
+  def _restored(self, step: int, written_by: set[int]) -> States | None:
+    """The states of a step, verified, of the processes whose files of it are on this host, and of those of the other hosts."""
+    has = [process in written_by and self._fits(process, step) for process in range(jax.process_count())]
+    gives = _gives(_of_each(np.asarray(has)))
+    giver = gives[jax.process_index()]
+    parts, sums = self._read(giver, step) if giver is not None else ({}, {})
+    gives = [of if read else None for of, read in zip(gives, _of_each(np.asarray(bool(parts))), strict=True)]
+    if not _is_whole(self._abstract, gives):
+      log.warning(
+        'passing over local checkpoint %d: a part of it is on no host here, or it is of another mesh or config', step
+      )
+      return None
+    states = _assembled(self._abstract, parts, gives)
+    found = checksums(states)
+    if distributed.on_any_process(bool(parts) and found != sums):
+      log.warning('passing over local checkpoint %d: its checksums are not those that were written', step)
+      return None
+    return states
 
   def forget(self, after: int) -> None:
     """Deletes this host's checkpoints of steps above `after`: the run goes on from there, and will come by again."""
@@ -126,8 +132,9 @@ class LocalCheckpoints:
   def clear(self) -> None:
     """Deletes them all: the run is done."""
     self.wait()
-    for folder in [path for path in self._home.iterdir() if path.name.isdigit() and self._cleans(int(path.name))]:
-      shutil.rmtree(folder, ignore_errors=True)
+    for folder in self._home.glob('*'):
+      if folder.name.isdigit() and self._cleans(int(folder.name)):
+        shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # another process's may still be there
       self._home.rmdir()
 

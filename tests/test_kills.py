@@ -1,6 +1,7 @@
 """Real trainers, killed at any point and started again: in the end there is no trace of it in any number."""
 
 import contextlib
+import itertools
 import random
 import time
 
@@ -61,28 +62,41 @@ def assert_same(experiment: Experiment, printed: str, undisturbed) -> None:
       pd.testing.assert_frame_equal(results.read(file)[0], results.read(like)[0], check_exact=True)
 
 
-# When to kill: each is seen in the files.
+# When to kill: each is seen in the files; what makes it so, with the time of its last change.
 
 
 def building_stores(experiment):
-  return experiment.glob('runs/stores/*/*') and not experiment.glob('runs/stores/*/corpus.json')
+  return stamped([] if experiment.glob('runs/stores/*/corpus.json') else experiment.glob('runs/stores/*/*'))
 
 
 def compiling(experiment):
   """A run folder is claimed and not a step has been written."""
-  claimed = {path.parent for path in experiment.glob('**/run.json')}
-  return any(not (p / 'results').exists() and not (p / 'metrics.jsonl').exists() for p in claimed)
+  claimed = experiment.glob('**/run.json')
+  return stamped(p for p in claimed if not any((p.parent / name).exists() for name in ('results', 'metrics.jsonl')))
 
 
 def saving(experiment):
-  return experiment.glob('**/checkpoints/*tmp*')
+  return stamped(experiment.glob('**/checkpoints/*tmp*'))
+
+
+def started(experiment):
+  return {(experiment.folder, time.monotonic_ns())}
+
+
+def stamped(paths):
+  found = set()
+  for path in paths:
+    with contextlib.suppress(FileNotFoundError):
+      found.add((path, path.stat().st_mtime_ns))
+  return found
 
 
 def kill_when(experiment, condition, delay: float = 0.0) -> bool:
   """Starts it and kills it at the moment; False where it has come to its end before."""
+  left = condition(experiment)  # by the kill before
   process = experiment.start()
   until = time.monotonic() + 200
-  while process.poll() is None and not condition(experiment):
+  while process.poll() is None and not condition(experiment) - left:
     assert time.monotonic() < until, runs.errors(process)
     time.sleep(0.002)
   time.sleep(delay)
@@ -112,20 +126,18 @@ def test_killed_twenty_times_at_random_points_it_ends_as_if_it_had_not_been(undi
   whole = time.monotonic() - began  # a start that finds all done: mostly imports
   seen = (building_stores, compiling, saving)
   plan = [(condition, delay) for condition in seen for delay in (0.0, 0.0, rng.uniform(0, 2), rng.uniform(0, 2))]
-  plan += [(None, rng.uniform(0.3, 3) * whole) for _ in range(8)]
+  plan += [(started, rng.uniform(0.3, 3) * whole) for _ in range(8)]
   rng.shuffle(plan)
   in_flight = 0
+  numbers = itertools.count()
   while plan:
-    experiment = Experiment(tmp_path / f'e{len(plan)}', 'whole')
+    experiment = Experiment(tmp_path / f'e{next(numbers)}', 'whole')
     alive = True
     while alive and plan:  # what comes too late in this experiment is the first in the next
       condition, delay = plan[-1]
-      if condition is None:
-        moment = time.monotonic() + delay
-        alive = kill_when(experiment, lambda _, moment=moment: time.monotonic() > moment)
-      else:
-        alive = kill_when(experiment, condition, delay)
-      in_flight += alive and bool(saving(experiment))
+      left = saving(experiment)
+      alive = kill_when(experiment, condition, delay)
+      in_flight += alive and bool(saving(experiment) - left)
       if alive:
         plan.pop()
     assert_same(experiment, experiment.finish(), undisturbed)
