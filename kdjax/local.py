@@ -12,6 +12,7 @@ as not to be used, and its asynchronous saves are the work of all processes toge
 
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -41,8 +42,7 @@ from kdjax.step import TrainState
 
 log = logging.getLogger('kdjax')
 
-# Of one process a save may be whole and of another not, and none begins the next before all have finished: the one before is whole on all.
-KEEP = 2
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a disk that is the host's fault, and not the config's
 DAMAGE = (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError)
 States = tuple[TrainState, ...]
 
@@ -63,39 +63,46 @@ class LocalCheckpoints:
     self._identity = fingerprint([identity, jax.process_count(), _layout(abstract)])
     self._writer = concurrent.futures.ThreadPoolExecutor(1, 'local-checkpoint')
     self._writing: concurrent.futures.Future | None = None
+    self._last: int | None = None  # the step of the newest save
     host = int(fingerprint([boot_id() or socket.gethostname(), str(self._home)], 8), 16)
     self._here = np.flatnonzero(_of_each(np.uint32(host)) == np.uint32(host)).tolist()
     try:
+      for cut_off in self._home.glob('*/.*'):
+        if self._cleans(cut_off.parent.name):
+          cut_off.unlink()
       self.folder.mkdir(parents=True, exist_ok=True)
       tempfile.TemporaryFile(dir=self.folder).close()
-      for cut_off in self.folder.glob('.*'):
-        cut_off.unlink()
     except OSError as e:
-      raise UserError(
-        f'checkpoint.local: {self.folder} cannot be written ({e.strerror or e}); name a folder of each host, as /dev/shm/kdjax'
-      ) from None
+      told = f'checkpoint.local: {self.folder} cannot be written ({e.strerror or e}); name a folder of each host, as /dev/shm/kdjax'
+      if e.errno not in NO_ROOM:
+        raise UserError(told) from None
+      log.warning(told)
 
   def save(self, step: int, states: States) -> None:
     """Starts a save; the arrays may be donated once this returns. A disk that is full does not end the run."""
-    self.wait()
-    distributed.on_any_process(False)  # no process goes on before all have come by here
+    # Of one process a save may be whole and of another not: what was there before goes once it is whole on all.
+    failed = distributed.on_any_process(not self.wait())
+    if self._last is not None:
+      last = self._last
+      self._delete(lambda other: other == last if failed else other < last)
     about = {'identity': self._identity, 'checksums': json.dumps(checksums(states))}
     self._writing = self._writer.submit(self._write, step, _parts(states), about)
+    self._last = step
 
   def _write(self, step: int, parts: dict[str, np.ndarray], about: dict[str, str]) -> None:
     with paths.replacing(self._file(jax.process_index(), step)) as file:
       safetensors.numpy.save_file({name: part.view(_bits(part.dtype)) for name, part in parts.items()}, file, about)
-    oldest = self.steps()[-KEEP:][0]
-    self._delete(lambda other: other < oldest)
 
-  def wait(self) -> None:
-    """Until the save under way is written."""
+  def wait(self) -> bool:
+    """Until the save under way is written; whether it could be."""
     writing, self._writing = self._writing, None
     try:
       if writing:
         writing.result()
+      return True
     except Exception as e:  # whatever it is: the run has the checkpoints of its folder
       log.warning('a local checkpoint could not be written in %s (%s)', self.folder, e)
+      return False
 
   def restore(self, after: int, upto: int) -> tuple[States, int] | None:
     """The newest that can be gone on from, verified, and its step, above `after` and not above `upto`. None where there is none."""
@@ -118,6 +125,10 @@ class LocalCheckpoints:
         'passing over local checkpoint %d: a part of it is on no host here, or it is of another mesh or config', step
       )
       return None
+    marks = _of_each(np.uint32(int(fingerprint(sums, 8), 16)))
+    if len({int(mark) for mark, of in zip(marks, gives, strict=True) if of is not None}) > 1:
+      log.warning('passing over local checkpoint %d: its parts are not of one start of the run', step)
+      return None
     states = _assembled(self._abstract, parts, gives)
     found = checksums(states)
     if distributed.on_any_process(bool(parts) and found != sums):
@@ -125,15 +136,15 @@ class LocalCheckpoints:
       return None
     return states
 
-  def forget(self, after: int) -> None:
-    """Deletes this host's checkpoints of steps above `after`: the run goes on from there, and will come by again."""
-    self._delete(lambda step: step > after)
+  def forget_all_but(self, step: int) -> None:
+    """Deletes this host's checkpoints of other steps: the run goes on from there. The earlier are of no more use, and it will come by the later."""
+    self._delete(lambda other: other != step)
 
   def clear(self) -> None:
     """Deletes them all: the run is done."""
     self.wait()
     for folder in self._home.glob('*'):
-      if folder.name.isdigit() and self._cleans(int(folder.name)):
+      if self._cleans(folder.name):
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # another process's may still be there
       self._home.rmdir()
@@ -151,15 +162,16 @@ class LocalCheckpoints:
     files = [path for path in self._home.glob('*/*.safetensors') if path.stem.isdigit() and path.parent.name.isdigit()]
     return sorted((int(path.parent.name), int(path.stem)) for path in files)
 
-  def _cleans(self, process: int) -> bool:
+  def _cleans(self, folder: str) -> bool:
     """Whether that process's files here are this one's to delete: its own, and as the first on this host those of processes now elsewhere."""
-    me = jax.process_index()
-    return process == me or (process not in self._here and me == self._here[0])
+    me, process = jax.process_index(), int(folder) if folder.isdigit() else -1
+    return process == me or (process >= 0 and process not in self._here and me == self._here[0])
 
   def _delete(self, which: Callable[[int], bool]) -> None:
     for process, step in self._held():
-      if which(step) and self._cleans(process):
-        self._file(process, step).unlink(missing_ok=True)
+      if which(step) and self._cleans(str(process)):
+        with contextlib.suppress(OSError):  # a disk that is read-only now
+          self._file(process, step).unlink(missing_ok=True)
 
   def _file(self, process: int, step: int) -> pathlib.Path:
     return self._home / str(process) / f'{step}.safetensors'

@@ -133,7 +133,7 @@ def _start(
     member.folder.record(member.config, known, notes)
   start = found[0].step if found else 0
   if local:
-    local.forget(start)
+    local.forget_all_but(start)
   return tuple(states), start
 
 
@@ -351,6 +351,11 @@ def _saves(folder: RunFolder, keep: int, cohort: Cohort, stack: contextlib.ExitS
 def _local(cohort: Cohort, abstract: tuple[TrainState, ...], stack: contextlib.ExitStack) -> LocalCheckpoints | None:
   if not cohort.local_every:
     return None
+  if cohort.local_every >= cohort.total_steps or not cohort.local_every % cohort.checkpoint_every:
+    log.warning(
+      '%s: no local checkpoint is written: of %d steps every %d, where the folder has one every %d',
+      *(cohort.title, cohort.total_steps, cohort.local_every, cohort.checkpoint_every),
+    )
   path = paths.absolute(cohort.members[0].folder.path)
   marks = distributed.of_first_process([member.folder.birthmark for member in cohort.members])
   identity = (

@@ -1,5 +1,7 @@
 """Local checkpoints: what they save a run that was cut off, from which it may go on, from which it must not."""
 
+import contextlib
+import errno
 import json
 import logging
 import re
@@ -226,27 +228,77 @@ def test_each_part_is_written_once_and_comes_back_where_it_was(tmp_path):
   assert sum(x.size for x in local._parts(states).values()) == n_numbers
   assert saves.restore(3, 9) is None and saves.restore(0, 1) is None
   assert saves.restore(0, 2)[1] == 2
-  saves.forget(2)
+  saves.forget_all_but(2)
   assert saves.steps() == [2] and saves.restore(0, 9)[1] == 2
   saves.clear()
   assert not tmp_path.exists() or not list(tmp_path.iterdir())
   saves.close()
 
 
-def test_what_is_left_of_processes_that_are_elsewhere_now_goes_once_there_is_newer(tmp_path):
+def test_what_is_left_of_processes_that_are_elsewhere_now_goes_once_all_have_written_newer(tmp_path):
   states, abstract = placed_state(runs.mesh(2, 2, 2))
-  saves = LocalCheckpoints(tmp_path, abstract, 'run')
   left = tmp_path / '1'
   left.mkdir()
-  for step in (3, 9):
-    (left / f'{step}.safetensors').touch()
-  saves.forget(5)
+  for name in ('3.safetensors', '9.safetensors', '.0.9.safetensors'):
+    (left / name).touch()
+  saves = LocalCheckpoints(tmp_path, abstract, 'run')
   names = lambda: sorted(path.name for path in left.iterdir())
-  assert names() == ['3.safetensors']
+  assert names() == ['3.safetensors', '9.safetensors']  # what was cut off is gone
+  saves.forget_all_but(3)
   saves.save(6, states)
+  saves.wait()
+  assert names() == ['3.safetensors']  # of another process the save may have been cut off
   saves.save(7, states)
   saves.close()
-  assert names() == []
+  assert names() == [] and saves.steps() == [6, 7]
+
+
+def test_where_one_could_not_be_written_the_one_before_stays(tmp_path, monkeypatch):
+  states, abstract = placed_state(runs.mesh(2, 2, 2))
+  saves = LocalCheckpoints(tmp_path, abstract, 'run')
+  saves.save(1, states)
+  saves.save(2, states)
+  wait = saves.wait
+  with monkeypatch.context() as m:
+    m.setattr(saves, 'wait', lambda: wait() and False)  # as of another process
+    saves.save(3, states)
+    saves.save(4, states)
+  saves.close()
+  assert saves.steps() == [1, 4]
+
+
+@pytest.mark.parametrize(('number', 'raised'), [(errno.ENOSPC, False), (errno.EACCES, True)])
+def test_a_disk_that_is_full_at_the_start_is_told_and_does_not_end_the_run(
+  tmp_path, monkeypatch, caplog, number, raised
+):
+  def broken(**kwargs):
+    raise OSError(number, 'trouble')
+
+  monkeypatch.setattr(local.tempfile, 'TemporaryFile', broken)
+  abstract = placed_state(runs.mesh())[1]
+  with pytest.raises(UserError, match='trouble') if raised else contextlib.nullcontext():
+    LocalCheckpoints(tmp_path, abstract, 'run').close()
+  assert raised or 'cannot be written (trouble)' in caplog.text
+
+
+def test_parts_that_are_not_of_one_start_are_not_put_together(tmp_path, monkeypatch, caplog):
+  states, abstract = placed_state(runs.mesh())
+  saves = LocalCheckpoints(tmp_path, abstract, 'run')
+  saves.save(1, states)
+  saves.wait()
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(local, '_of_each', lambda value: np.asarray(two(value)))
+  two = lambda value: [value, value + (1 if value.dtype == np.uint32 else 0)]  # the other's checksums are others
+  monkeypatch.setattr(local, '_gives', lambda has: [0, 1])
+  assert saves._restored(1, {0}) is None
+  assert 'its parts are not of one start' in caplog.text
+  monkeypatch.undo()
+  saves.close()
+
+
+def test_where_the_config_leaves_no_room_for_any_it_is_told(text, tmp_path, fields, caplog):
+  told = go_on(caplog, text, tmp_path / 'r', **fields | {'checkpoint.every': 0, 'checkpoint.local_every': 500})
+  assert 'no local checkpoint is written: of 12 steps every 500, where the folder has one every 1' in told
 
 
 def test_the_order_of_an_array_in_memory_is_not_the_file_s(tmp_path):
