@@ -208,11 +208,13 @@ def test_it_walks_back_as_far_as_it_must(copy, three, caplog):
   ]
 
 
-def test_where_none_verifies_it_says_so_and_starts_nothing(copy, three):
+def test_where_none_verifies_it_says_so_and_starts_nothing(copy, three, caplog):
   for step in (2, 4, 6):
     shutil.rmtree(copy / str(step) / 'counters')
   with pytest.raises(CheckpointDamaged, match='none of its checkpoints can be gone on from'):
     read(copy, three[1][6])
+  for step in (2, 4, 6):
+    assert f'passing over checkpoint {step} of' in caplog.text
 
 
 def test_an_empty_folder_has_no_checkpoint(tmp_path):
