@@ -20,7 +20,7 @@ import jax
 import ml_collections
 
 from kdjax import config as config_lib
-from kdjax import distributed
+from kdjax import distributed, paths
 from kdjax.config import Config
 from kdjax.data.files import NO_SPACE
 from kdjax.errors import ConfigError, ProcessLost, TrainingError, UserError
@@ -127,6 +127,10 @@ def user_errors() -> Iterator[None]:
     _exit_lost(e)
   except UserError as e:
     _exit(e, 2)
+  except ImportError as e:
+    if not paths.missing_extra(e):
+      raise
+    _exit(UserError(f'an object store is named, and {paths.said(e)}'), 2)
   except OSError as e:
     if e.errno is None:
       raise

@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, mesh: Mesh) -> None:
-  folder = paths.Path(args.model)
+  folder = paths.of_runs(args.model)
   job = jobs.find(folder) if (folder / 'experiment.json').exists() else None
   chosen = [(job.arm(run), str(run.path)) for run in job.runs] if job else [(folder.name, args.model)]
   tasks = [name.strip() for name in args.tasks.split(',') if name.strip()]

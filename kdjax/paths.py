@@ -1,4 +1,4 @@
-"""Folders on a disk or in an object store (gs://, s3://): one way to write whole files, to create one once, and to name one from another.
+"""Folders on a disk or in an object store (gs://): one way to write whole files, to create one once, and to name one from another.
 
 Everything that a run keeps goes through `etils.epath` and these few functions. An object store has no rename, no append and no lock, but an
 object appears there whole; a disk has a rename. What others must be able to see is written by `write_text` or `replacing`; who owns a folder is
@@ -22,7 +22,8 @@ from etils.epath import Path
 
 from kdjax.errors import UserError
 
-EXTRAS = {'gs': 'gcs', 's3': 's3'}  # scheme -> the extra of kdjax that brings its client
+RUNS = ('gs',)  # the stores that can hold runs: Orbax writes its arrays to no other. Text is read from any that fsspec knows.
+EXTRAS = {'gcsfs': 'gcs', 's3fs': 's3'}  # a store's client -> the extra of kdjax that brings it
 PATIENCE = 60.0  # seconds for an object store to answer the first time
 
 # Others write there too: a listing that is kept is a listing that is wrong.
@@ -32,6 +33,17 @@ for _protocol in ('gs', 'gcs', 's3'):
 
 def is_remote(path: str | os.PathLike) -> bool:
   return '://' in os.fspath(path)
+
+
+def of_runs(path: str | os.PathLike) -> Path:
+  """A folder of runs, or of one. Raises UserError where it is in a store that can hold none."""
+  scheme, separator, _ = os.fspath(path).partition('://')
+  if separator and scheme not in RUNS:
+    raise UserError(
+      f'{os.fspath(path)}: no run can be kept in {scheme}://, where Orbax writes no checkpoints; '
+      'name a folder in a bucket of gs://, or on a disk that all hosts see'
+    )
+  return Path(path)
 
 
 def absolute(path: str | os.PathLike) -> Path:
@@ -119,14 +131,12 @@ def create(path: str | os.PathLike, text: str) -> None:
 
 def check(folder: str | os.PathLike) -> None:
   """Raises UserError, in one line, where an object store cannot be written. To be asked before any device is. A disk tells by itself."""
-  if not is_remote(folder):
+  path = of_runs(folder)
+  if not is_remote(path):
     return
-  scheme = os.fspath(folder).partition('://')[0]
-  if scheme not in EXTRAS:
-    raise UserError(f'{folder}: unknown kind of store {scheme}://; known: {", ".join(f"{s}://" for s in EXTRAS)}')
   told: list[str | None] = ['no answer']
   # In a thread: its client tries again and again where nobody answers.
-  thread = threading.Thread(target=lambda: told.__setitem__(0, _trouble(Path(folder), EXTRAS[scheme])), daemon=True)
+  thread = threading.Thread(target=lambda: told.__setitem__(0, _trouble(path)), daemon=True)
   thread.start()
   thread.join(PATIENCE)
   if told[0] is not None:
@@ -162,16 +172,32 @@ class Mirror:
         self._pushed[file] = size
 
 
-def _trouble(folder: Path, extra: str) -> str | None:
+def missing_extra(error: Exception) -> str | None:
+  """The extra that brings the client which, as an error says, is not installed; None for any other error."""
+  client = getattr(error.__cause__, 'name', None) if isinstance(error, ImportError) else None
+  return EXTRAS.get(client or '')
+
+
+def errors(path: str | os.PathLike) -> tuple[type[Exception], ...]:
+  """What reading a file may raise: in a store whatever its client does."""
+  return (Exception,) if is_remote(path) else (OSError,)
+
+
+def said(error: Exception) -> str:
+  """An error of a store's client in one line."""
+  if extra := missing_extra(error):
+    return f"its client is not installed: pip install 'kdjax[{extra}]'"
+  return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
+
+
+def _trouble(folder: Path) -> str | None:
   probe = folder / f'.probe-{uuid.uuid4().hex[:8]}'
   try:
     probe.write_text('may this be written?')
     probe.unlink()
     return None
-  except ImportError:
-    return f"its client is not installed: pip install 'kdjax[{extra}]'"
   except Exception as e:  # whatever the store's client raises
-    return f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]}'
+    return said(e)
 
 
 def _store(path: str) -> str:

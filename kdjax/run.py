@@ -39,7 +39,7 @@ class RunFolder:
   """One run's folder. Only process 0 of a multi-process job writes to it."""
 
   def __init__(self, path: str | os.PathLike):
-    self.path = paths.Path(path)
+    self.path = paths.of_runs(path)
     self.checkpoints = self.path / 'checkpoints'
     self.metrics = self.path / 'metrics.jsonl'
     self.results = self.path / 'results'

@@ -296,6 +296,7 @@ WRONG = [
   ('checkpoint__local_every', 5, 'checkpoint: local and local_every belong together'),
   ('checkpoint__local', 'gs://bucket/local', 'checkpoint.local: must be a folder of each host'),
   ('runs', ' ', 'runs: must name a folder'),
+  ('data__cache', 'gs://bucket/stores', 'data.cache: must be a folder of each host'),
   ('data__separator', '<s>', 'data.separator: the tokenizer bpe'),
   ('student__tokens', 10**15, 'student.tokens: 1e+15 are more than 10,000,000 steps'),
   ('mesh__tensor', 0, 'mesh.tensor'),

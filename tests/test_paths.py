@@ -15,6 +15,7 @@ from kdjax import paths
 from kdjax.data.sources import documents, signature
 from kdjax.data.tokenizer import Tokenizer, train_bpe
 from kdjax.errors import UserError
+from kdjax.huggingface import is_folder
 from kdjax.run import RunFolder
 from tests import bucket, runs, tiny
 
@@ -116,7 +117,7 @@ def test_a_path_is_found_again_from_a_folder_by_its_relative_name(path, start, r
 
 
 @pytest.mark.parametrize(
-  ('folder', 'says'), [('hdfs://x/runs', 'unknown kind of store'), ('gs://nowhere/runs', 'mend the name of the bucket')]
+  ('folder', 'says'), [('hdfs://x/runs', 'no run can be kept in hdfs://'), ('gs://nowhere/runs', 'mend the name of the')]
 )
 def test_a_store_that_cannot_be_written_is_told_in_one_line(store, folder, says):
   with pytest.raises(UserError, match=says) as e:
@@ -127,8 +128,31 @@ def test_a_store_that_cannot_be_written_is_told_in_one_line(store, folder, says)
 
 def test_a_client_that_is_not_installed_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, 's3fs', None)
-  with pytest.raises(UserError, match=r"pip install 'kdjax\[s3\]'"):
-    paths.check('s3://bucket/runs')
+  for read in (Tokenizer.from_file, lambda path: list(documents(path))):
+    with pytest.raises(UserError, match=r"pip install 'kdjax\[s3\]'"):
+      read('s3://bucket/text.json')
+
+
+@pytest.mark.parametrize('field', ['runs', 'teacher.run', 'data.tokenizer'])
+def test_a_command_without_the_client_says_what_to_install(tmp_path, field):
+  config = tiny.write_config(tmp_path)
+  script = f"""
+import sys
+sys.modules['gcsfs'] = None
+from kdjax import train
+train.main(['--config={config}', '--config.{field}=gs://bucket/there'])
+"""
+  command = [sys.executable, '-c', script]
+  done = subprocess.run(command, env=runs.environment(), cwd=runs.REPO, capture_output=True, text=True, timeout=100)
+  told = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+  assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+  assert len(told) == 1 and "pip install 'kdjax[gcs]'" in told[0]
+
+
+@pytest.mark.parametrize('open_it', [RunFolder, is_folder, paths.check])
+def test_no_run_is_looked_for_where_none_can_be_kept(open_it):
+  with pytest.raises(UserError, match='s3://bucket/run: no run can be kept in s3://.*gs://'):
+    open_it('s3://bucket/run')
 
 
 def test_nobody_answers_in_time(monkeypatch):

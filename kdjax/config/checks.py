@@ -131,6 +131,8 @@ def problems(config: Config) -> Iterator[str]:
       yield f'data.{key}: must be between 0 and 1, got {getattr(data, key):g}'
   if data.validation_fraction + data.test_fraction >= 1:
     yield 'data: validation_fraction + test_fraction leave no documents for training'
+  if '://' in data.cache:
+    yield f'data.cache: must be a folder of each host, as ~/.cache/kdjax/stores, got {data.cache}'
   if '://' in config.checkpoint.local:
     yield f'checkpoint.local: must be a folder of each host, as /dev/shm/kdjax, got {config.checkpoint.local}'
   elif bool(config.checkpoint.local.strip()) != bool(config.checkpoint.local_every):

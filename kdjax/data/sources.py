@@ -175,7 +175,7 @@ def _in_store(pattern: str) -> list[File]:
   try:
     found: list[File] = [path for path in paths.Path(folder).glob(name) if not path.is_dir()]
   except Exception as error:  # whatever the store's client raises
-    raise UserError(f'data source {pattern!r} cannot be read ({type(error).__name__}: {error})') from None
+    raise UserError(f'data source {pattern!r} cannot be read ({paths.said(error)})') from None
   if not found:
     raise UserError(f'data source {pattern!r} matches no file; a glob may stand in its last part alone')
   return found

@@ -88,15 +88,15 @@ class Tokenizer:
   def from_file(cls, path: str | os.PathLike, separator: str = '') -> 'Tokenizer':
     """Reads a Hugging Face `tokenizer.json`, or the folder that holds one; what else there is, by way of transformers (foreign.py)."""
     file = paths.Path(path).expanduser()
-    file = file / _FILE if (file / _FILE).exists() else file
     try:
+      file = file / _FILE if (file / _FILE).exists() else file
       if file.suffix in foreign.SUFFIXES or file.is_dir():
         text = foreign.to_json(pathlib.Path(file))
       else:
         text = file.read_bytes().decode('utf-8')
-    except (OSError, UnicodeDecodeError) as error:
+    except (UnicodeDecodeError, *paths.errors(file)) as error:
       raise UserError(
-        f'tokenizer {path} cannot be read ({error}); give bpe, bytes, a tokenizer.json, .model or .tiktoken file, or a folder'
+        f'tokenizer {path} cannot be read ({paths.said(error)}); give bpe, bytes, a tokenizer.json, .model or .tiktoken file, or a folder'
       ) from error
     return cls(text, separator, str(path))
 

@@ -26,7 +26,7 @@ STEP = 0  # of the one checkpoint: nothing was trained here
 
 def is_folder(path: str | os.PathLike) -> bool:
   """Whether a path is a Hugging Face folder, rather than a run's."""
-  folder = paths.Path(path)
+  folder = paths.of_runs(path)
   return (folder / 'config.json').exists() and not (folder / 'run.json').exists()
 
 
