@@ -47,6 +47,7 @@ def from_hf(args: argparse.Namespace) -> None:
 def to_hf(args: argparse.Namespace) -> None:
   if args.separator and not args.tokenizer:
     raise UserError('--separator goes with --tokenizer: a run keeps both')
+  huggingface.check_new(args.out)
   run = RunFolder(paths.absolute(args.run))
   identity = run.identity()
   if identity is None:

@@ -68,9 +68,9 @@ requires_train() {
 requires_runs() { # what pods write must outlive them
   [[ " ${train[*]}" =~ ' --'(config\.runs|workdir)[=\ ] ]] || fail "$command: what it writes would go with its pods; add --config.runs=gs://BUCKET/runs"
 }
-keeps_local() { # in a folder of that pattern
-  local where=" --config\.checkpoint\.local[= ]$1 "
-  [[ " ${train[*]} " =~ $where ]]
+keeps_local() { # in a folder of that pattern; of several the last counts
+  local last='.* --config\.checkpoint\.local[= ]([^ ]*) '
+  [[ " ${train[*]} " =~ $last && ${BASH_REMATCH[1]} =~ ^$1$ ]]
 }
 first_pod() { printf 'jobset.sigs.k8s.io/jobset-name=%s,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0' "$NAME"; }
 

@@ -37,7 +37,7 @@ switches=(SPOT)
 parse "$@"
 case $command in
 run | print) requires NAME IMAGE ACCELERATOR && requires_train && requires_runs
-  ! keeps_local '[^ ].*' || { [[ -n ${LOCAL:-} ]] && keeps_local '/mnt/local(/[^ ]*)?'; } ||
+  ! keeps_local '.+' || { [[ -n ${LOCAL:-} ]] && keeps_local '/mnt/local(/[^ ]*)?'; } ||
     fail "$command: local checkpoints would go with the pods; add --local=FOLDER, of each node, and -- --config.checkpoint.local=/mnt/local"
   [[ ${LOCAL:-/} == /* ]] || fail "--local=$LOCAL: must be an absolute path, as /dev/shm/kdjax"
   ;;

@@ -45,7 +45,7 @@ run)
   requires NAME CLUSTER PROJECT ZONE ACCELERATOR "$([[ -n ${BASE_IMAGE:-} ]] && echo BASE_IMAGE || echo IMAGE)"
   requires_train
   requires_runs
-  ! keeps_local '[^ ].*' || fail "$command: local checkpoints would go with xpk's pods; leave --config.checkpoint.local out, or use launch/gke.sh"
+  ! keeps_local '.+' || fail "$command: local checkpoints would go with xpk's pods; leave --config.checkpoint.local out, or use launch/gke.sh"
   run
   ;;
 logs)

@@ -21,16 +21,9 @@ def make_config(folder, **overrides):
   return tiny.config(folder, **fields | overrides)
 
 
-def write_text(folder: pathlib.Path) -> pathlib.Path:
-  """One folder of text and token stores for all."""
-  config = make_config(folder)
-  prepare(config.data, config.eval, config.runs, progress=False)
-  return folder
-
-
-def fit(text, folder: pathlib.Path, **overrides) -> None:
-  """Trains the students of an experiment in `folder`; no teacher, no evaluation."""
-  config = make_config(text, **overrides)
+def fit(home, folder: pathlib.Path, **overrides) -> None:
+  """Trains the students of an experiment in `folder` on the text of `home`; no teacher, no evaluation."""
+  config = make_config(home, **overrides)
   corpus = prepare(config.data, config.eval, config.runs, progress=False)
   on = runs.mesh()
   with jax.set_mesh(on):

@@ -46,11 +46,21 @@ def tiny_grid(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def home(tmp_path_factory) -> pathlib.Path:
-  """Text and token stores for the experiments of several processes."""
+  """Text and token stores for experiments."""
   from kdjax.data.corpus import prepare
   from tests import tiny
 
   folder = tmp_path_factory.mktemp('home')
   config = tiny.config(folder)
   prepare(config.data, config.eval, config.runs, progress=False)
+  return folder
+
+
+@pytest.fixture(scope='session')
+def undisturbed(home, tmp_path_factory) -> pathlib.Path:
+  """The students of a finished experiment on that text, of tests/cohorts.py. To be copied, not changed."""
+  from tests import cohorts
+
+  folder = tmp_path_factory.mktemp('undisturbed')
+  cohorts.fit(home, folder)
   return folder

@@ -179,6 +179,13 @@ def test_mistakes_are_one_line_and_leave_nothing(argv, line, folder, tmp_path, c
   assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('out', ['{t}', 'gs://bucket/out'])
+def test_where_an_export_cannot_go_is_told_before_any_weights_are_read(out, folder, tmp_path, capsys, monkeypatch):
+  Source(folder).import_into(RunFolder(tmp_path / 'run'), one_device())
+  monkeypatch.delattr(convert.teachers, 'weights')
+  assert out.format(t=tmp_path) in said(capsys, 'to-hf', tmp_path / 'run', out.format(t=tmp_path))
+
+
 def config(home, teacher='', init='', **fields):
   hugging = {'student.model.vocab_size': 257, 'student.model.pad_vocab_to': 128} | fields
   return tiny.config(home, **{'teacher.run': str(teacher), 'student.init': str(init), **hugging})

@@ -132,6 +132,10 @@ def test_every_recorded_dry_run_is_compared():
       ['gke.sh', 'run', *PODS, '--accelerator=v6e-64', '--local=/l', *KEPT, '--config.checkpoint.local=/mnt/local2'],
       'would go with the',
     ),
+    (
+      ['gke.sh', 'run', *PODS, '--accelerator=v6e-64', '--local=/l', *KEPT, '--config.checkpoint.local=/mnt/local', *LOCAL],
+      'would go with the',
+    ),
     (['gke.sh', 'run', *PODS, '--accelerator=v6e-64', '--local=shm', *KEPT], '--local=shm: must be an absolute path'),
     (['xpk.sh', 'run', *XPK, '--accelerator=v6e-64', '--image=i', *KEPT, *LOCAL], "would go with xpk's pods"),
     (['gke.sh', 'resume', '--name=never'], 'resume: launched/never/jobset.yaml is not here'),

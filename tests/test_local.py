@@ -18,7 +18,7 @@ from kdjax.errors import UserError
 from kdjax.local import LocalCheckpoints
 from kdjax.step import state_shardings
 from tests import runs, several
-from tests.cohorts import assert_same_runs, at_step, fit, students, write_text
+from tests.cohorts import assert_same_runs, at_step, fit, students
 
 GOES_ON = 'goes on from the local checkpoint of step'
 
@@ -27,38 +27,26 @@ class Crash(Exception):
   pass
 
 
-@pytest.fixture(scope='module')
-def text(tmp_path_factory):
-  return write_text(tmp_path_factory.mktemp('text'))
-
-
-@pytest.fixture(scope='module')
-def undisturbed(text, tmp_path_factory):
-  folder = tmp_path_factory.mktemp('undisturbed')
-  fit(text, folder)
-  return folder
-
-
 @pytest.fixture
 def fields(tmp_path):
   return {'checkpoint.every': 5, 'checkpoint.local': str(tmp_path / 'local'), 'checkpoint.local_every': 2}
 
 
 @pytest.fixture
-def cut_off(text, tmp_path, fields, monkeypatch):
+def cut_off(home, tmp_path, fields, monkeypatch):
   """A run that went down in its tenth step: its folder has a checkpoint of step 5, and local ones are there of 6 and 8."""
 
-  go_down(text, tmp_path / 'r', fields, monkeypatch, 9)
+  go_down(home, tmp_path / 'r', fields, monkeypatch, 9)
   assert steps(tmp_path) == [6, 8]
   return tmp_path / 'r'
 
 
-def go_down(text, folder, fields, monkeypatch, step):
+def go_down(home, folder, fields, monkeypatch, step):
   def down():
     raise Crash
 
   with at_step(monkeypatch, step, down), pytest.raises(Crash):
-    fit(text, folder, **fields)
+    fit(home, folder, **fields)
 
 
 def steps(home):
@@ -77,21 +65,21 @@ def go_on(caplog, *args, **fields):
 
 
 def test_a_run_goes_on_from_its_newest_local_checkpoint_bit_identically(
-  text, undisturbed, cut_off, fields, caplog, tmp_path
+  home, undisturbed, cut_off, fields, caplog, tmp_path
 ):
-  told = go_on(caplog, text, cut_off, **fields)
+  told = go_on(caplog, home, cut_off, **fields)
   assert f'{GOES_ON} 8' in told
   assert_same_runs(cut_off, undisturbed)
   assert not list((tmp_path / 'local').iterdir())  # a run that is done leaves none
 
 
 def test_a_checkpoint_of_the_folder_is_gone_on_from_where_it_is_newer(
-  text, undisturbed, cut_off, fields, caplog, tmp_path
+  home, undisturbed, cut_off, fields, caplog, tmp_path
 ):
   for step in (6, 8):
     path = file_of(tmp_path, step)
     path.rename(path.with_stem(str(step - 4)))
-  assert GOES_ON not in go_on(caplog, text, cut_off, **fields)
+  assert GOES_ON not in go_on(caplog, home, cut_off, **fields)
   assert_same_runs(cut_off, undisturbed)
 
 
@@ -128,80 +116,80 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize('damage', DAMAGE)
-def test_one_that_is_damaged_is_passed_over(text, undisturbed, cut_off, fields, caplog, tmp_path, damage):
+def test_one_that_is_damaged_is_passed_over(home, undisturbed, cut_off, fields, caplog, tmp_path, damage):
   file = file_of(tmp_path, 8)
   damaged = damage(file.read_bytes())
   assert damaged != file.read_bytes()
   file.write_bytes(damaged)
-  told = go_on(caplog, text, cut_off, **fields)
+  told = go_on(caplog, home, cut_off, **fields)
   assert f'{GOES_ON} 6' in told
   assert 'passing over local checkpoint 8' in told
   assert_same_runs(cut_off, undisturbed)
 
 
-def test_those_of_a_run_that_was_deleted_are_not_gone_on_from(text, undisturbed, cut_off, fields, caplog):
+def test_those_of_a_run_that_was_deleted_are_not_gone_on_from(home, undisturbed, cut_off, fields, caplog):
   shutil.rmtree(cut_off)
-  assert GOES_ON not in go_on(caplog, text, cut_off, **fields)
+  assert GOES_ON not in go_on(caplog, home, cut_off, **fields)
   assert_same_runs(cut_off, undisturbed)
 
 
 def test_those_of_a_run_that_was_deleted_and_begun_again_are_not_gone_on_from(
-  text, undisturbed, cut_off, fields, caplog, tmp_path, monkeypatch
+  home, undisturbed, cut_off, fields, caplog, tmp_path, monkeypatch
 ):
   old = file_of(tmp_path, 8).read_bytes()
   shutil.rmtree(cut_off)
-  go_down(text, cut_off, fields, monkeypatch, 9)
+  go_down(home, cut_off, fields, monkeypatch, 9)
   file_of(tmp_path, 8).write_bytes(old)  # of a host that was not there meanwhile
-  assert f'{GOES_ON} 6' in go_on(caplog, text, cut_off, **fields)
+  assert f'{GOES_ON} 6' in go_on(caplog, home, cut_off, **fields)
   assert_same_runs(cut_off, undisturbed)
 
 
-def test_no_step_is_missing_from_the_metrics(text, undisturbed, cut_off, fields, caplog):
+def test_no_step_is_missing_from_the_metrics(home, undisturbed, cut_off, fields, caplog):
   metrics = students(cut_off)[1] / 'metrics.jsonl'  # as a start without that host has left it
   metrics.write_text(''.join(metrics.read_text().splitlines(keepends=True)[:7]))
-  assert f'{GOES_ON} 6' in go_on(caplog, text, cut_off, **fields)
+  assert f'{GOES_ON} 6' in go_on(caplog, home, cut_off, **fields)
   assert_same_runs(cut_off, undisturbed)
 
 
 def test_where_the_folder_s_newest_is_damaged_the_local_ones_before_it_are_tried(
-  text, undisturbed, fields, caplog, tmp_path, monkeypatch
+  home, undisturbed, fields, caplog, tmp_path, monkeypatch
 ):
-  go_down(text, tmp_path / 'r', fields, monkeypatch, 11)
+  go_down(home, tmp_path / 'r', fields, monkeypatch, 11)
   assert steps(tmp_path) == [6, 8]
   for student in students(tmp_path / 'r'):
     shutil.rmtree(student / 'checkpoints' / '10' / 'params')
-  told = go_on(caplog, text, tmp_path / 'r', **fields)
+  told = go_on(caplog, home, tmp_path / 'r', **fields)
   assert 'passing over checkpoint 10' in told and f'{GOES_ON} 8' in told
   assert_same_runs(tmp_path / 'r', undisturbed)
 
 
-def test_rates_are_told_where_every_call_ends_with_a_local_checkpoint(text, tmp_path, fields):
-  fit(text, tmp_path / 'r', **fields)
+def test_rates_are_told_where_every_call_ends_with_a_local_checkpoint(home, tmp_path, fields):
+  fit(home, tmp_path / 'r', **fields)
   lines = [json.loads(line) for line in (students(tmp_path / 'r')[0] / 'metrics.jsonl').read_text().splitlines()]
   assert sum('tokens_per_second' in line for line in lines) >= len(lines) // 3
 
 
-def test_without_local_checkpoints_the_folder_s_is_gone_on_from(text, undisturbed, cut_off, caplog):
-  assert GOES_ON not in go_on(caplog, text, cut_off)
+def test_without_local_checkpoints_the_folder_s_is_gone_on_from(home, undisturbed, cut_off, caplog):
+  assert GOES_ON not in go_on(caplog, home, cut_off)
   assert_same_runs(cut_off, undisturbed)
 
 
-def test_a_full_disk_is_told_and_does_not_end_the_run(text, undisturbed, fields, caplog, tmp_path, monkeypatch):
+def test_a_full_disk_is_told_and_does_not_end_the_run(home, undisturbed, fields, caplog, tmp_path, monkeypatch):
   def full(*args):
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(local.safetensors.numpy, 'save_file', full)
-  told = go_on(caplog, text, tmp_path / 'r', **fields)
+  told = go_on(caplog, home, tmp_path / 'r', **fields)
   assert 'a local checkpoint could not be written' in told and 'No space left on device' in told
   assert_same_runs(tmp_path / 'r', undisturbed)
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_of_one_line(text, tmp_path):
+def test_a_folder_that_cannot_be_made_is_an_error_of_one_line(home, tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(
     UserError, match=r'checkpoint.local: .*/file/.* cannot be written .*; name a folder of each host'
   ) as e:
-    fit(text, tmp_path / 'r', **{'checkpoint.local': str(tmp_path / 'file'), 'checkpoint.local_every': 2})
+    fit(home, tmp_path / 'r', **{'checkpoint.local': str(tmp_path / 'file'), 'checkpoint.local_every': 2})
   assert '\n' not in str(e.value)
 
 
@@ -296,8 +284,8 @@ def test_parts_that_are_not_of_one_start_are_not_put_together(tmp_path, monkeypa
   saves.close()
 
 
-def test_where_the_config_leaves_no_room_for_any_it_is_told(text, tmp_path, fields, caplog):
-  told = go_on(caplog, text, tmp_path / 'r', **fields | {'checkpoint.every': 0, 'checkpoint.local_every': 500})
+def test_where_the_config_leaves_no_room_for_any_it_is_told(home, tmp_path, fields, caplog):
+  told = go_on(caplog, home, tmp_path / 'r', **fields | {'checkpoint.every': 0, 'checkpoint.local_every': 500})
   assert 'no local checkpoint is written: of 12 steps every 500, where the folder has one every 1' in told
 
 

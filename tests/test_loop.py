@@ -18,7 +18,7 @@ from kdjax.paths import write_json
 from kdjax.preemption import Preempted
 from kdjax.run import RunFolder
 from tests import runs, tiny
-from tests.cohorts import assert_same_runs, at_step, fit, interrupted, students, write_text
+from tests.cohorts import assert_same_runs, at_step, fit, interrupted, students
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 12), st.lists(st.integers(0, 13), max_size=3))
@@ -31,18 +31,6 @@ def test_calls_cover_every_step_once_and_are_cut_at_every_boundary(start, more, 
   assert {b for e in every if e for b in range(e, total + 1, e) if b > start} <= ends
   # And at nothing else: a call is short only because of a boundary or the end.
   assert all(n == size or first + n == total or any(e and (first + n) % e == 0 for e in every) for first, n in plan)
-
-
-@pytest.fixture(scope='module')
-def text(tmp_path_factory):
-  return write_text(tmp_path_factory.mktemp('text'))
-
-
-@pytest.fixture(scope='module')
-def undisturbed(text, tmp_path_factory):
-  folder = tmp_path_factory.mktemp('undisturbed')
-  fit(text, folder)
-  return folder
 
 
 def test_a_run_writes_one_line_a_step_checkpoints_and_what_it_is(undisturbed):
@@ -58,92 +46,92 @@ def test_a_run_writes_one_line_a_step_checkpoints_and_what_it_is(undisturbed):
   assert runs.leaves(students(undisturbed)[0])['step'] == tiny.STEPS
 
 
-def test_a_finished_run_does_nothing_when_started_again(text, undisturbed, tmp_path):
+def test_a_finished_run_does_nothing_when_started_again(home, undisturbed, tmp_path):
   shutil.copytree(undisturbed, tmp_path / 'r')
   stat = lambda: {p: p.stat().st_mtime_ns for p in (tmp_path / 'r').rglob('*') if p.is_file()}
   before = stat()
-  fit(text, tmp_path / 'r')
+  fit(home, tmp_path / 'r')
   assert stat() == before
 
 
-def test_a_finished_member_is_not_trained_again_because_another_is_missing(text, undisturbed, tmp_path):
+def test_a_finished_member_is_not_trained_again_because_another_is_missing(home, undisturbed, tmp_path):
   shutil.copytree(undisturbed, tmp_path / 'r')
   finished, missing = students(tmp_path / 'r')
   shutil.rmtree(missing)
   stat = lambda: {p: p.stat().st_mtime_ns for p in finished.rglob('*') if p.is_file()}
   before = stat()
-  fit(text, tmp_path / 'r')
+  fit(home, tmp_path / 'r')
   assert stat() == before
   assert RunFolder(missing).is_done()
   alone, together = (runs.metrics(each / 'students' / missing.name) for each in (tmp_path / 'r', undisturbed))
   np.testing.assert_allclose([r['ce'] for r in alone], [r['ce'] for r in together], rtol=1e-5)
 
 
-def test_a_finished_run_is_refused_where_its_data_has_changed(text, undisturbed, tmp_path):
+def test_a_finished_run_is_refused_where_its_data_has_changed(home, undisturbed, tmp_path):
   shutil.copytree(undisturbed, tmp_path / 'r')
   path = students(tmp_path / 'r')[0] / 'run.json'
   identity = json.loads(path.read_text())
   identity['fingerprints']['tokenizer'] = 'another'
   write_json(path, identity)
   with pytest.raises(UserError, match='the tokenizer is not the one the run began with'):
-    fit(text, tmp_path / 'r')
+    fit(home, tmp_path / 'r')
 
 
-def test_validation_ce_holds_no_z_loss(text, tmp_path):
-  fit(text, tmp_path / 'r', **{'loss.z_loss': 0.5, 'student.tokens': 5 * 8 * 16})
+def test_validation_ce_holds_no_z_loss(home, tmp_path):
+  fit(home, tmp_path / 'r', **{'loss.z_loss': 0.5, 'student.tokens': 5 * 8 * 16})
   for student in students(tmp_path / 'r'):
     last = runs.metrics(student)[-1]
     assert last['loss'] > last['ce'] + 1
     assert abs(last['validation_ce'] - last['ce']) < 1
 
 
-def test_a_run_resumed_at_any_checkpoint_is_bit_identical(text, undisturbed, tmp_path):
+def test_a_run_resumed_at_any_checkpoint_is_bit_identical(home, undisturbed, tmp_path):
   for step in (3, 12):
     interrupted(undisturbed, tmp_path / str(step), step, step)
-    fit(text, tmp_path / str(step))
+    fit(home, tmp_path / str(step))
     assert_same_runs(tmp_path / str(step), undisturbed)
 
 
-def test_a_cohort_goes_on_from_the_newest_step_that_all_members_have(text, undisturbed, tmp_path):
+def test_a_cohort_goes_on_from_the_newest_step_that_all_members_have(home, undisturbed, tmp_path):
   interrupted(undisturbed, tmp_path / 'r', 9, 6)
-  fit(text, tmp_path / 'r')
+  fit(home, tmp_path / 'r')
   assert_same_runs(tmp_path / 'r', undisturbed)
 
 
-def test_a_cohort_walks_back_together_over_a_damaged_checkpoint(text, undisturbed, tmp_path, caplog):
+def test_a_cohort_walks_back_together_over_a_damaged_checkpoint(home, undisturbed, tmp_path, caplog):
   interrupted(undisturbed, tmp_path / 'r', 9, 9)
   shutil.rmtree(students(tmp_path / 'r')[1] / 'checkpoints' / '9' / 'optimizer')
   with caplog.at_level(logging.WARNING, 'kdjax'):
-    fit(text, tmp_path / 'r')
+    fit(home, tmp_path / 'r')
   assert 'passing over checkpoint 9 of' in caplog.text
   assert_same_runs(tmp_path / 'r', undisturbed)
 
 
 @pytest.mark.slow
-def test_a_cohort_killed_in_its_first_save_starts_again_and_says_so(text, undisturbed, tmp_path, caplog):
+def test_a_cohort_killed_in_its_first_save_starts_again_and_says_so(home, undisturbed, tmp_path, caplog):
   interrupted(undisturbed, tmp_path / 'r', 3, 0)
   with caplog.at_level(logging.WARNING, 'kdjax'):
-    fit(text, tmp_path / 'r')
+    fit(home, tmp_path / 'r')
   assert 'starting from step 0' in caplog.text
   assert_same_runs(tmp_path / 'r', undisturbed)
 
 
-def test_a_run_that_is_done_but_whose_last_checkpoint_is_gone_is_trained_to_the_end_again(text, undisturbed, tmp_path):
+def test_a_run_that_is_done_but_whose_last_checkpoint_is_gone_is_trained_to_the_end_again(home, undisturbed, tmp_path):
   shutil.copytree(undisturbed, tmp_path / 'r')
   for student in students(tmp_path / 'r'):
     shutil.rmtree(student / 'checkpoints' / '12')
-  fit(text, tmp_path / 'r')
+  fit(home, tmp_path / 'r')
   assert_same_runs(tmp_path / 'r', undisturbed)
 
 
 @pytest.mark.slow
-def test_the_second_of_two_checkpoints_is_kept_for_a_cohort_that_keeps_one(text, tmp_path):
-  fit(text, tmp_path / 'r', **{'checkpoint.keep': 1})
+def test_the_second_of_two_checkpoints_is_kept_for_a_cohort_that_keeps_one(home, tmp_path):
+  fit(home, tmp_path / 'r', **{'checkpoint.keep': 1})
   for student in students(tmp_path / 'r'):
     assert sorted(int(p.name) for p in (student / 'checkpoints').iterdir()) == [9, 12]
 
 
-def test_no_member_is_more_than_one_checkpoint_ahead(text, tmp_path, monkeypatch):
+def test_no_member_is_more_than_one_checkpoint_ahead(home, tmp_path, monkeypatch):
   """Each save begins when all members' saves of the step before are on disk."""
   steps = {}
   save = Checkpoints.save
@@ -157,7 +145,7 @@ def test_no_member_is_more_than_one_checkpoint_ahead(text, tmp_path, monkeypatch
     return save(self, step, *args)
 
   monkeypatch.setattr(Checkpoints, 'save', watched)
-  fit(text, tmp_path / 'r')
+  fit(home, tmp_path / 'r')
   assert set(steps.values()) == {12}
 
 
@@ -183,10 +171,10 @@ def test_a_torn_line_is_not_joined_to_the_next(tmp_path):
   assert [r['step'] for r in read_metrics(tmp_path)] == [1, 3]
 
 
-def test_too_many_steps_that_are_not_finite_stop_the_run_and_its_last_checkpoint_stands(text, tmp_path):
+def test_too_many_steps_that_are_not_finite_stop_the_run_and_its_last_checkpoint_stands(home, tmp_path):
   fields = {'student.optimizer.learning_rate': 1e37, 'student.optimizer.warmup_fraction': 0.5, 'max_skipped': 3}
   with pytest.raises(TrainingError, match=r'not finite 3 steps in a row.*last checkpoint is good') as e:
-    fit(text, tmp_path / 'r', **fields)
+    fit(home, tmp_path / 'r', **fields)
   assert '\n' not in str(e.value)
   for student in students(tmp_path / 'r'):
     status = RunFolder(student).status()
@@ -195,51 +183,51 @@ def test_too_many_steps_that_are_not_finite_stop_the_run_and_its_last_checkpoint
   # Started again it fails again, having lost nothing.
   steps = [p.name for p in (students(tmp_path / 'r')[0] / 'checkpoints').iterdir()]
   with pytest.raises(TrainingError, match='not finite'):
-    fit(text, tmp_path / 'r', **fields)
+    fit(home, tmp_path / 'r', **fields)
   assert [p.name for p in (students(tmp_path / 'r')[0] / 'checkpoints').iterdir()] == steps
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_stops_the_run_saved_and_it_goes_on_bit_identically(text, undisturbed, tmp_path, monkeypatch, number):
+def test_a_signal_stops_the_run_saved_and_it_goes_on_bit_identically(home, undisturbed, tmp_path, monkeypatch, number):
   before = signal.getsignal(number)
   with at_step(monkeypatch, 7, lambda: os.kill(os.getpid(), number)):
     with pytest.raises(Preempted, match='stopped at step 8 of 12, saved; the same command goes on'):
-      fit(text, tmp_path / 'r')
+      fit(home, tmp_path / 'r')
   assert signal.getsignal(number) is before
   for student in students(tmp_path / 'r'):
     assert RunFolder(student).status()['state'] == 'preempted'
     assert runs.leaves(student)['step'] == 8
-  fit(text, tmp_path / 'r')
+  fit(home, tmp_path / 'r')
   assert_same_runs(tmp_path / 'r', undisturbed)
 
 
-def test_a_signal_in_the_last_step_ends_the_command_with_the_run_done(text, undisturbed, tmp_path, monkeypatch):
+def test_a_signal_in_the_last_step_ends_the_command_with_the_run_done(home, undisturbed, tmp_path, monkeypatch):
   with at_step(monkeypatch, 12, lambda: os.kill(os.getpid(), signal.SIGTERM)):
     with pytest.raises(Preempted, match='stopped at step 12 of 12'):
-      fit(text, tmp_path / 'r')
+      fit(home, tmp_path / 'r')
   assert_same_runs(tmp_path / 'r', undisturbed)
 
 
 @pytest.mark.slow
-def test_a_second_interrupt_stops_at_once(text, tmp_path, monkeypatch):
+def test_a_second_interrupt_stops_at_once(home, tmp_path, monkeypatch):
   def twice():
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
 
   with at_step(monkeypatch, 4, twice), pytest.raises(KeyboardInterrupt):
-    fit(text, tmp_path / 'r')
+    fit(home, tmp_path / 'r')
   assert RunFolder(students(tmp_path / 'r')[0]).status()['state'] == 'failed'
 
 
 @pytest.mark.slow
-def test_a_trainer_in_another_thread_sets_no_signal_handler(text, undisturbed, tmp_path):
-  thread = threading.Thread(target=fit, args=(text, tmp_path / 'r'))
+def test_a_trainer_in_another_thread_sets_no_signal_handler(home, undisturbed, tmp_path):
+  thread = threading.Thread(target=fit, args=(home, tmp_path / 'r'))
   thread.start()
   thread.join()
   assert_same_runs(tmp_path / 'r', undisturbed)
 
 
-def test_a_folder_taken_over_in_mid_run_is_left_at_the_next_checkpoint_untouched(text, tmp_path, monkeypatch):
+def test_a_folder_taken_over_in_mid_run_is_left_at_the_next_checkpoint_untouched(home, tmp_path, monkeypatch):
   (first, _), seen = students(tmp_path / 'r'), []
 
   def take_over():
@@ -249,25 +237,25 @@ def test_a_folder_taken_over_in_mid_run_is_left_at_the_next_checkpoint_untouched
 
   with at_step(monkeypatch, 8, take_over):
     with pytest.raises(TrainingError, match='taken this folder over'):
-      fit(text, tmp_path / 'r')
+      fit(home, tmp_path / 'r')
   left = [p for p in sorted((first / 'checkpoints').iterdir()) if p.name.isdigit()]
   assert [p.name for p in left] == ['3', '6']
   assert json.loads((first / 'owner-9.json').read_text())['token'] == 'another'
   assert RunFolder(first).status()['state'] == 'running'  # the new owner's to change
 
 
-def test_another_config_is_refused_before_anything_is_touched(text, undisturbed, tmp_path):
+def test_another_config_is_refused_before_anything_is_touched(home, undisturbed, tmp_path):
   shutil.copytree(undisturbed, tmp_path / 'r')
   with pytest.raises(UserError, match=r'written by another config: .*seed is 43 there, 44 here'):
-    fit(text, tmp_path / 'r', **{'student.seed': 44})
+    fit(home, tmp_path / 'r', **{'student.seed': 44})
   assert_same_runs(tmp_path / 'r', undisturbed)
 
 
-def test_a_data_stream_of_another_order_is_refused_by_name(text, undisturbed, tmp_path):
+def test_a_data_stream_of_another_order_is_refused_by_name(home, undisturbed, tmp_path):
   interrupted(undisturbed, tmp_path / 'r', 6, 6)
   for student in students(tmp_path / 'r'):
     identity = json.loads((student / 'run.json').read_text())
     identity['fingerprints']['data'] = 'another'
     write_json(student / 'run.json', identity)
   with pytest.raises(UserError, match=r'the data is not the one the run began with \(another, now'):
-    fit(text, tmp_path / 'r')
+    fit(home, tmp_path / 'r')

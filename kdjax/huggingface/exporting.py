@@ -47,8 +47,7 @@ def export(
     'eos_token_id': separator,
     'use_cache': True,
   }
-  if paths.is_remote(out):
-    raise UserError(f'{out}: a Hugging Face folder is written on a disk; name a folder there and copy it')
+  check_new(out)
   try:
     with files.building(out) as folder:
       weights.save(params, model, family, folder, dtype, max_bytes)
@@ -63,9 +62,18 @@ def export(
       })  # fmt: skip
       if origin:
         _write(folder / 'kdjax.json', origin)
-  except FileExistsError:
-    raise UserError(f'{out} exists already; name a new folder, or delete it') from None
+  except FileExistsError:  # made meanwhile
+    check_new(out)
+    raise
   return family
+
+
+def check_new(out: str | os.PathLike) -> None:
+  """Raises UserError where `export` would not write. To be asked before a model is read for it."""
+  if paths.is_remote(out):
+    raise UserError(f'{out}: a Hugging Face folder is written on a disk; name a folder there and copy it')
+  if pathlib.Path(out).exists():
+    raise UserError(f'{out} exists already; name a new folder, or delete it')
 
 
 def tokenizer_file(tokenizer: Tokenizer, trained_here: bool) -> str:
