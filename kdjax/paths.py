@@ -179,8 +179,8 @@ def missing_extra(error: Exception) -> str | None:
 
 
 def errors(path: str | os.PathLike) -> tuple[type[Exception], ...]:
-  """What reading a file may raise: in a store whatever its client does."""
-  return (Exception,) if is_remote(path) else (OSError,)
+  """What reading a file of text may raise: in a store whatever its client does."""
+  return (Exception,) if is_remote(path) else (OSError, UnicodeDecodeError)
 
 
 def said(error: Exception) -> str:

@@ -151,7 +151,7 @@ train.main(['--config={config}', '--config.{field}=gs://bucket/there'])
 
 @pytest.mark.parametrize('open_it', [RunFolder, is_folder, paths.check])
 def test_no_run_is_looked_for_where_none_can_be_kept(open_it):
-  with pytest.raises(UserError, match='s3://bucket/run: no run can be kept in s3://.*gs://'):
+  with pytest.raises(UserError, match=r's3://bucket/run: no run can be kept in s3://.*gs://'):
     open_it('s3://bucket/run')
 
 

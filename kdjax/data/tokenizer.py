@@ -94,7 +94,7 @@ class Tokenizer:
         text = foreign.to_json(pathlib.Path(file))
       else:
         text = file.read_bytes().decode('utf-8')
-    except (UnicodeDecodeError, *paths.errors(file)) as error:
+    except paths.errors(file) as error:
       raise UserError(
         f'tokenizer {path} cannot be read ({paths.said(error)}); give bpe, bytes, a tokenizer.json, .model or .tiktoken file, or a folder'
       ) from error
