@@ -133,7 +133,16 @@ def test_every_recorded_dry_run_is_compared():
       'would go with the',
     ),
     (
-      ['gke.sh', 'run', *PODS, '--accelerator=v6e-64', '--local=/l', *KEPT, '--config.checkpoint.local=/mnt/local', *LOCAL],
+      [
+        'gke.sh',
+        'run',
+        *PODS,
+        '--accelerator=v6e-64',
+        '--local=/l',
+        *KEPT,
+        '--config.checkpoint.local=/mnt/local',
+        *LOCAL,
+      ],
       'would go with the',
     ),
     (['gke.sh', 'run', *PODS, '--accelerator=v6e-64', '--local=shm', *KEPT], '--local=shm: must be an absolute path'),

@@ -117,7 +117,8 @@ def test_a_path_is_found_again_from_a_folder_by_its_relative_name(path, start, r
 
 
 @pytest.mark.parametrize(
-  ('folder', 'says'), [('hdfs://x/runs', 'no run can be kept in hdfs://'), ('gs://nowhere/runs', 'mend the name of the')]
+  ('folder', 'says'),
+  [('hdfs://x/runs', 'no run can be kept in hdfs://'), ('gs://nowhere/runs', 'mend the name of the')],
 )
 def test_a_store_that_cannot_be_written_is_told_in_one_line(store, folder, says):
   with pytest.raises(UserError, match=says) as e:
