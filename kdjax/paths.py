@@ -22,9 +22,8 @@ from etils.epath import Path
 
 from kdjax.errors import UserError
 
-RUNS = (
-  'gs',
-)  # the stores that can hold runs: Orbax writes its arrays to no other. Text is read from any that fsspec knows.
+# The stores that can hold runs: Orbax writes arrays to no other. Text is read from any that fsspec knows.
+RUNS = ('gs',)
 EXTRAS = {'gcsfs': 'gcs', 's3fs': 's3'}  # a store's client -> the extra of kdjax that brings it
 PATIENCE = 60.0  # seconds for an object store to answer the first time
 
