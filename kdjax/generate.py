@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def models(path: str) -> list[tuple[str, str]]:
   """(name, folder) of the students of an experiment, or of the one model that a folder holds."""
-  folder = paths.Path(path)
+  folder = paths.of_runs(path)
   if (folder / 'experiment.json').exists():
     return [(run.name, str(run.path)) for run in jobs.find(folder).students]
   return [(folder.name, path)]

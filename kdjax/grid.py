@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     grid, args = cli.parse(parser, argv, load)
     cells_lib.check(grid)
-    folder = runner.folder_of(grid, paths.Path(args.workdir) if args.workdir else None)
+    folder = runner.folder_of(grid, paths.of_runs(args.workdir) if args.workdir else None)
     if args.command == 'plan':
       print(plan_text(grid, folder))
     elif args.command == 'status':

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from kdjax import paths
+from kdjax import generate, paths
 from kdjax.data.sources import documents, signature
 from kdjax.data.tokenizer import Tokenizer, train_bpe
 from kdjax.errors import UserError
@@ -150,7 +150,7 @@ train.main(['--config={config}', '--config.{field}=gs://bucket/there'])
   assert len(told) == 1 and "pip install 'kdjax[gcs]'" in told[0]
 
 
-@pytest.mark.parametrize('open_it', [RunFolder, is_folder, paths.check])
+@pytest.mark.parametrize('open_it', [RunFolder, is_folder, paths.check, generate.models])
 def test_no_run_is_looked_for_where_none_can_be_kept(open_it):
   with pytest.raises(UserError, match=r's3://bucket/run: no run can be kept in s3://.*gs://'):
     open_it('s3://bucket/run')

@@ -49,7 +49,7 @@ NOT_IDENTITY = ('runs', 'hardware', 'cohort', 'last')  # fields that change no r
 
 
 def folder_of(grid: GridConfig, workdir: paths.Path | None = None) -> paths.Path:
-  return workdir or paths.Path(grid.runs) / f'{grid.name}-{config_lib.fingerprint(identity(grid))}'
+  return workdir or paths.of_runs(grid.runs) / f'{grid.name}-{config_lib.fingerprint(identity(grid))}'
 
 
 def identity(grid: GridConfig) -> dict[str, Any]:
