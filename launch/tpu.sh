@@ -9,7 +9,8 @@
 # `runs` must be a folder that all hosts see: a bucket (gs://my-bucket/runs), or a Filestore share.
 # Settings may stand in the environment too (NAME, PROJECT, ZONE, ACCELERATOR, RUNTIME, SLICES, PROVISIONING=spot|reserved). --dry-run prints what would be done.
 #
-#   create   asks for the slice; --spot, --reserved, or on demand; --slices=N joins several (set --config.mesh.replica=N in run)
+#   create   asks for the slice; --spot, --reserved, or on demand; --slices=N joins several (set --config.mesh.replica=N in run). What was asked
+#            for is kept in launched/, for the commands below: from another machine say it again
 #   setup    waits for the slice, copies the tracked files with their uncommitted changes to every host, and installs them
 #   run      starts training on every host, under launch/supervise.sh: what was preempted goes on by itself, a config error ends the job;
 #            what runs (commit, uncommitted changes, command) is written beside it, in launched/
@@ -29,23 +30,27 @@ commands=(create setup run logs status resume stop delete)
 options=(NAME PROJECT ZONE ACCELERATOR RUNTIME SLICES PROVISIONING)
 switches=(SPOT RESERVED)
 parse "$@"
+[[ ${SPOT:-} != true ]] || PROVISIONING=spot
+[[ ${RESERVED:-} != true ]] || PROVISIONING=reserved
+asked=launched/${NAME:-}/slice # what create has asked for; said again, it counts anew
+if [[ $command != create && -f $asked ]]; then
+  while IFS='=' read -r key value; do
+    [[ -n ${!key:-} ]] || printf -v "$key" '%s' "$value"
+  done <"$asked"
+fi
 case $command in
 create | resume) requires NAME PROJECT ZONE ACCELERATOR ;;
 *) requires NAME PROJECT ZONE ;;
 esac
 [[ $command != run ]] || requires_train
 
-[[ ${SPOT:-} != true ]] || PROVISIONING=spot
-[[ ${RESERVED:-} != true ]] || PROVISIONING=reserved
 SLICES=${SLICES:-1} PROVISIONING=${PROVISIONING:-on-demand}
-if [[ -z ${RUNTIME:-} ]]; then
-  case ${ACCELERATOR:-} in # Cloud TPU's names of the machine's image for each generation
-  v5litepod-*) RUNTIME=v2-alpha-tpuv5-lite ;;
-  v5p-*) RUNTIME=v2-alpha-tpuv5 ;;
-  v6e-*) RUNTIME=v2-alpha-tpuv6e ;;
-  *) RUNTIME=tpu-ubuntu2204-base ;;
-  esac
-fi
+case ${ACCELERATOR:-} in # Cloud TPU's names of the machine's image for each generation
+v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+v5p-*) runtime=v2-alpha-tpuv5 ;;
+v6e-*) runtime=v2-alpha-tpuv6e ;;
+*) runtime=tpu-ubuntu2204-base ;;
+esac
 place=(--project="$PROJECT" --zone="$ZONE")
 
 on_all_hosts() { # a command on every host of every slice
@@ -60,10 +65,17 @@ nodes() {
 state() { gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" --format='value(state.state)'; }
 
 create() {
-  local ask=(gcloud compute tpus queued-resources create "$NAME" "${place[@]}" --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME")
+  local ask=(gcloud compute tpus queued-resources create "$NAME" "${place[@]}" --accelerator-type="$ACCELERATOR" --runtime-version="${RUNTIME:-$runtime}")
   if ((SLICES == 1)); then ask+=(--node-id="$NAME"); else ask+=(--node-count="$SLICES" --node-prefix="$NAME"); fi
   [[ $PROVISIONING == on-demand ]] || ask+=("--$PROVISIONING")
   does "${ask[@]}"
+  local setting
+  if $dry_run; then
+    printf 'record in %s: accelerator, runtime, slices, provisioning\n' "$asked"
+  else
+    mkdir -p "${asked%/*}"
+    for setting in ACCELERATOR RUNTIME SLICES PROVISIONING; do printf '%s=%s\n' "$setting" "${!setting:-}"; done >"$asked"
+  fi
 }
 
 setup() {

@@ -83,6 +83,26 @@ def test_a_dry_run_prints_what_would_be_done_and_does_nothing(name):
   assert done.stdout == (RECORDED / f'{name}.txt').read_text()
 
 
+def test_what_a_slice_was_asked_for_is_known_to_the_commands_that_follow(tmp_path):
+  shutil.copytree(REPO / 'launch', tmp_path / 'launch')
+  (tmp_path / 'bin').mkdir()
+  gcloud = tmp_path / 'bin' / 'gcloud'
+  gcloud.write_text('#!/bin/sh\necho "gcloud $*"\n')
+  gcloud.chmod(0o755)
+  fake = {'root': tmp_path, 'PATH': f'{gcloud.parent}:{os.environ["PATH"]}'}
+  asked = ('--accelerator=v5litepod-256', '--slices=2', '--spot')
+  created = launch('tpu.sh', 'create', *PLACE, *asked, **fake)
+  assert created.returncode == 0, created.stderr
+  resumed = launch('tpu.sh', 'resume', *PLACE, '--dry-run', *TRAIN, **fake)
+  assert resumed.returncode == 0, resumed.stderr
+  assert created.stdout.strip() in resumed.stdout.splitlines()
+  assert {'--spot', '--node-count=2', '--runtime-version=v2-alpha-tpuv5-lite'} <= set(created.stdout.split())
+  assert all(f'ssh kd-{i}' in launch('tpu.sh', 'stop', *PLACE, **fake).stdout for i in range(2))
+  other = launch('tpu.sh', 'resume', *PLACE, '--accelerator=v6e-64', '--reserved', '--dry-run', *TRAIN, **fake).stdout
+  assert '--accelerator-type=v6e-64 --runtime-version=v2-alpha-tpuv6e --node-count=2' in other
+  assert '--reserved' in other and '--spot' not in other
+
+
 @pytest.mark.parametrize('where', ['=/mnt/local', ' /mnt/local', '=/mnt/local/kd'])
 def test_local_checkpoints_in_what_is_mounted_are_no_mistake(where):
   pod = launch(
