@@ -16,7 +16,7 @@ import tqdm
 from kdjax import flops, logs, paths
 from kdjax.errors import TrainingError
 from kdjax.models import Model
-from kdjax.trackers import KINDS
+from kdjax.trackers import KINDS, Csv
 
 log = logging.getLogger('kdjax')
 
@@ -40,6 +40,8 @@ class MetricWriter:
     with self._disk():
       self._mirror = paths.Mirror(folder)
       local = self._mirror.local
+      if 'csv' in trackers:
+        self._mirror.fetch(Csv.FILE)
       self._trackers = [KINDS[name](local, step, about or {}) for name in trackers]
       kept = [line for line, record in _lines(self.path) if record['step'] <= step]
       paths.write_text(local / self.path.name, ''.join(kept))
@@ -63,6 +65,8 @@ class MetricWriter:
       self._file.close()
     for tracker in self._trackers:
       tracker.close()
+    with contextlib.suppress(OSError):  # what a tracker wrote last of all
+      self._mirror.push()
 
   @contextlib.contextmanager
   def _disk(self) -> Iterator[None]:

@@ -155,11 +155,15 @@ class Mirror:
     self.local = pathlib.Path(self._scratch.name if self._scratch else os.fspath(folder))
     self._pushed: dict[pathlib.Path, int] = {}
 
-  def appending(self, name: str) -> TextIO:
-    """A file of the folder, open at its end."""
+  def fetch(self, name: str) -> None:
+    """Brings a file that an earlier process has pushed, if there is one."""
     self.local.mkdir(parents=True, exist_ok=True)
     if self._scratch and (self.folder / name).exists():
       (self.local / name).write_bytes(read_bytes(self.folder / name))
+
+  def appending(self, name: str) -> TextIO:
+    """A file of the folder, open at its end."""
+    self.fetch(name)
     return open(self.local / name, 'a', encoding='utf-8')
 
   def push(self) -> None:

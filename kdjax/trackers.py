@@ -55,8 +55,10 @@ class TensorBoard:
 class Csv:
   """<folder>/metrics.csv: a row a step. A name that comes later is a new column, empty before."""
 
+  FILE = 'metrics.csv'
+
   def __init__(self, folder: pathlib.Path, step: int, about: dict[str, Any]):
-    self._path, self._columns = folder / 'metrics.csv', ['step']
+    self._path, self._columns = folder / self.FILE, ['step']
     rows = [row for row in self._read() if int(row['step']) <= step] if self._path.exists() else []
     self._anew(rows)
 

@@ -16,7 +16,9 @@ from kdjax.data.sources import documents, signature
 from kdjax.data.tokenizer import Tokenizer, train_bpe
 from kdjax.errors import UserError
 from kdjax.huggingface import is_folder
+from kdjax.metrics import MetricWriter, read_metrics
 from kdjax.run import RunFolder
+from kdjax.trackers import KINDS
 from tests import bucket, runs, tiny
 
 STORE = f'gs://{bucket.BUCKET}'
@@ -97,6 +99,29 @@ def test_what_an_earlier_process_wrote_is_appended_to(folder):
       file.write(f'{line}\n')
     mirror.push()
   assert (folder / 'log').read_text() == 'one\ntwo\n'
+
+
+def test_a_runs_trackers_go_on_where_an_earlier_process_left_them(folder, monkeypatch):
+  class Last:
+    def __init__(self, local, step, about):
+      self.file = local / 'last'
+
+    write = flush = lambda *_: None
+
+    def close(self):
+      self.file.write_text('said at the end')
+
+  monkeypatch.setitem(KINDS, 'last', Last)
+  for after, steps in ((0, range(1, 6)), (4, range(5, 9))):
+    writer = MetricWriter(folder, after, ('csv', 'last'))
+    for step in steps:
+      writer.write(step, {'ce': float(step)})
+    writer.flush()
+    writer.close()
+  wanted = [f'{step},{float(step)}' for step in range(1, 9)]
+  assert (folder / 'metrics.csv').read_text().splitlines() == ['step,ce', *wanted]
+  assert [record['step'] for record in read_metrics(folder)] == list(range(1, 9))
+  assert (folder / 'last').read_text() == 'said at the end'
 
 
 @pytest.mark.parametrize(
@@ -225,6 +250,12 @@ def test_text_and_tokenizer_may_lie_in_the_store(store, tmp_path):
   for name, data in texts.items():
     (paths.Path(f'{STORE}/texts') / name).write_bytes(data)
   assert list(documents(f'{STORE}/texts/*')) == ['one', 'two', 'three']
+  deep = paths.Path(f'{STORE}/texts/deep/er/d.jsonl')
+  deep.write_bytes(b'{"text": "four"}\n')
+  assert list(documents(f'{STORE}/texts/**/*.jsonl')) == ['one', 'four']
+  assert list(documents(f'{STORE}/t*/*/*/d.jsonl')) == list(documents(str(deep))) == ['four']
+  with pytest.raises(UserError, match=r'is a folder; give a glob such as .*/texts/\*\*/\*.jsonl'):
+    signature(f'{STORE}/texts')
   before = signature(f'{STORE}/texts/*.jsonl')
   (paths.Path(f'{STORE}/texts') / 'a.jsonl').write_bytes(b'{"text": "another"}\n')
   assert signature(f'{STORE}/texts/*.jsonl') != before
@@ -236,3 +267,5 @@ def test_text_and_tokenizer_may_lie_in_the_store(store, tmp_path):
   (paths.Path(STORE) / 'tokenizer.json').write_bytes(file.read_bytes())
   same = Tokenizer.from_file(f'{STORE}/tokenizer.json', tokenizer.separator)
   assert same.vocab_size == tokenizer.vocab_size
+  with pytest.raises(UserError, match=r'only a tokenizer.json is read; copy this one to a disk'):
+    Tokenizer.from_file(f'{STORE}/a.model')

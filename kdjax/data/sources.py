@@ -1,7 +1,7 @@
 """Where text comes from: a source's name -> a stream of documents.
 
     embedded:speeches            text that ordinary Python packages carry, so that a first run downloads nothing
-    wiki/*.jsonl.zst             a path or a glob, also in an object store (gs://bucket/*.jsonl.zst): text, JSON lines, Parquet, ArrayRecord
+    wiki/*.jsonl.zst             a path or a glob: text, JSON lines, Parquet, ArrayRecord; but the last also in an object store (gs://bucket/*.jsonl.zst)
     tfds:wiki40b/en:train        a dataset that TFDS has prepared as ArrayRecord
     hf:folder-or-name:train      a dataset that Hugging Face's `datasets` reads
     tokens:part-*.array_record   token ids, which are made text again, so that documents are told apart and bytes are counted
@@ -19,6 +19,8 @@ import pathlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import fsspec
 
 from kdjax import paths
 from kdjax.data import embedded, hubs, readers
@@ -171,11 +173,17 @@ def _on_disk(pattern: str) -> list[File]:
 
 
 def _in_store(pattern: str) -> list[File]:
-  folder, _, name = pattern.rpartition('/')
   try:
-    found: list[File] = [path for path in paths.Path(folder).glob(name) if not path.is_dir()]
+    store, name = fsspec.core.url_to_fs(pattern)
+    found = store.glob(name, detail=True)
+    files: list[File] = [
+      paths.Path(store.unstrip_protocol(file)) for file, about in found.items() if about['type'] != 'directory'
+    ]
+    is_folder = not files and store.isdir(name)
   except Exception as error:  # whatever the store's client raises
     raise UserError(f'data source {pattern!r} cannot be read ({paths.said(error)})') from None
-  if not found:
-    raise UserError(f'data source {pattern!r} matches no file; a glob may stand in its last part alone')
-  return found
+  if is_folder:
+    raise UserError(f'data source {pattern} is a folder; give a glob such as {pattern.rstrip("/")}/**/*.jsonl')
+  if not files:
+    raise UserError(f'data source {pattern!r} matches no file; mend the name of the bucket, or the pattern')
+  return files

@@ -88,9 +88,12 @@ class Tokenizer:
   def from_file(cls, path: str | os.PathLike, separator: str = '') -> 'Tokenizer':
     """Reads a Hugging Face `tokenizer.json`, or the folder that holds one; what else there is, by way of transformers (foreign.py)."""
     file = paths.Path(path).expanduser()
+    in_store = paths.is_remote(file)
+    if in_store and file.suffix in foreign.SUFFIXES:
+      raise UserError(f'tokenizer {path}: of an object store only a tokenizer.json is read; copy this one to a disk')
     try:
       file = file / _FILE if (file / _FILE).exists() else file
-      if file.suffix in foreign.SUFFIXES or file.is_dir():
+      if not in_store and (file.suffix in foreign.SUFFIXES or file.is_dir()):
         text = foreign.to_json(pathlib.Path(file))
       else:
         text = file.read_bytes().decode('utf-8')
