@@ -194,6 +194,6 @@ def leaving_at_once() -> Iterator[None]:
 
 def from_first_process(values: Sequence[bool]) -> list[bool]:
   """Process 0's values, on every process: what each decides by looking at a disk that may be its own."""
-  if jax.process_count() == 1:
+  if jax.process_count() == 1 or not values:
     return list(values)
   return [bool(v) for v in multihost_utils.broadcast_one_to_all(np.asarray(values, bool))]

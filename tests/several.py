@@ -16,12 +16,15 @@ LONG = {
 }
 
 
-def start(n, config, workdir, *arguments, devices=1, each=()):
+def start(n, config, workdir, *arguments, devices=1, each=(), module='kdjax.train'):
   """So many processes over loopback; `each`: arguments of each alone."""
   port = runs.free_port()
   flags = (f'--coordinator=127.0.0.1:{port}', f'--processes={n}')
   own = each or [()] * n
-  return [runs.start(config, workdir, *flags, f'--process={i}', *arguments, *own[i], devices=devices) for i in range(n)]
+  return [
+    runs.start(config, workdir, *flags, f'--process={i}', *arguments, *own[i], devices=devices, module=module)
+    for i in range(n)
+  ]
 
 
 def done(*processes, timeout=400):

@@ -23,7 +23,7 @@ import jax
 from jax.sharding import Mesh
 
 from kdjax import config as config_lib
-from kdjax import paths, preflight, training
+from kdjax import distributed, paths, preflight, training
 from kdjax.checkpoint import steps_in
 from kdjax.config import Config
 from kdjax.data.corpus import Corpus
@@ -121,7 +121,11 @@ def everything(jobs: Sequence[Job]) -> set[str]:
 
 @dataclasses.dataclass
 class Runner:
-  """One runner's view of a grid."""
+  """One runner's view of a grid.
+
+  A runner of several processes goes by what process 0 sees: the others may find a job's end a moment sooner or later, and all must take
+  the same job next. There a failure ends the runner, as it ends a single run: the others may be in the middle of a step.
+  """
 
   grid: GridConfig
   folder: paths.Path
@@ -133,12 +137,13 @@ class Runner:
     """Does what is wanted (and the teachers that it needs) and missing, phase after phase; returns the jobs that failed."""
     failed: dict[str, Job] = {}
     self._phase(_of_pilot, wanted, failed)
-    if cells_lib.pilot_groups(self.grid) and not (self.folder / PILOT).exists():
-      missing = [job.id for job in jobs_of(self.grid, self.folder) if job.phase == 'pilot' and not self._done(job)]
+    if cells_lib.pilot_groups(self.grid) and not self._agreed((self.folder / PILOT).exists()):
+      pilot = [job.id for job in jobs_of(self.grid, self.folder) if job.phase == 'pilot']
+      missing = [name for name, done in zip(pilot, self._done(pilot), strict=True) if not done]
       if missing:
         log.warning('the pilot is not finished (%d jobs are missing): main cells wait for it', len(missing))
         return list(failed.values())
-      self._choose()
+      distributed.first_process_first(self._choose)
     self._phase(lambda jobs: jobs, wanted, failed)
     return list(failed.values())
 
@@ -147,7 +152,9 @@ class Runner:
       known = jobs_of(self.grid, self.folder)
       jobs, mine = select(known), wanted(known)
       mine = mine | {job.teacher for job in jobs if job.cells and job.id in mine}
-      open_jobs = [job for job in jobs if job.id in mine and not self._done(job) and job.id not in failed]
+      mine_jobs = [job for job in jobs if job.id in mine and job.id not in failed]
+      done = self._done([job.id for job in mine_jobs])
+      open_jobs = [job for job, is_done in zip(mine_jobs, done, strict=True) if not is_done]
       if not open_jobs:
         return
       moved = False
@@ -156,7 +163,7 @@ class Runner:
           log.warning('%s waits for a teacher that failed: left out', job.id)
           failed[job.id] = job
           moved = True
-        elif not job.teacher or self._teacher_done(job):
+        elif not job.teacher or self._done([job.teacher])[0]:
           moved |= self._try(job, failed)
       if not moved:
         time.sleep(POLL)
@@ -164,11 +171,9 @@ class Runner:
   def _try(self, job: Job, failed: dict[str, Job]) -> bool:
     """Whether the job was ours to do; its failure is kept beside it, and the others go on."""
     here = RunFolder(self.folder / 'jobs' / job.id)
-    try:
-      here.claim(self.grid.base.heartbeat_timeout)
-    except OwnedError:
+    if not self._claims(here):
       return False
-    if self._done(job):
+    if self._done([job.id])[0]:
       here.release()
       return True
     started = time.time()
@@ -188,12 +193,18 @@ class Runner:
     except Preempted:
       raise
     except OwnedError:
+      if jax.process_count() > 1:
+        raise
       return False  # a teacher that a runner of another grid trains at this moment
     except Exception as e:  # whatever stops one job must not stop the others; it is told, and kept with its traceback
+      if distributed.is_lost(e):
+        raise
       failed[job.id] = job
       log.error('%s failed: %s', job.id, (str(e).splitlines() or [type(e).__name__])[0])
       if here.writes:
         (here.path / 'error.txt').write_text(traceback.format_exc())
+      if jax.process_count() > 1:
+        raise
     return True
 
   def _do(self, job: Job) -> dict[str, Any]:
@@ -256,11 +267,22 @@ class Runner:
       write_json(self.folder / PILOT, outcome)
     log.info('pilot: %s', ', '.join(f'{key}: {value}' for key, value in outcome['chosen'].items()))
 
-  def _teacher_done(self, job: Job) -> bool:
-    return RunFolder(self.folder / 'jobs' / job.teacher).is_done()
+  def _claims(self, here: RunFolder) -> bool:
+    try:
+      here.claim(self.grid.base.heartbeat_timeout)
+      claimed = True
+    except OwnedError:
+      claimed = False
+    return self._agreed(claimed)
 
-  def _done(self, job: Job) -> bool:
-    return RunFolder(self.folder / 'jobs' / job.id).is_done()
+  def _done(self, names: Sequence[str]) -> list[bool]:
+    """Which jobs are done."""
+    asked = names if jax.process_index() == 0 else []
+    done = [RunFolder(self.folder / 'jobs' / name).is_done() for name in asked]
+    return distributed.from_first_process(done or [False] * len(names))
+
+  def _agreed(self, flag: bool) -> bool:
+    return distributed.from_first_process([flag])[0]
 
 
 def _of_pilot(jobs: list[Job]) -> list[Job]:

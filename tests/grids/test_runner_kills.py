@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import time
 
 import numpy as np
@@ -9,11 +10,11 @@ import pandas as pd
 import psutil
 import pytest
 
-from kdjax import report
+from kdjax import distributed, report
 from kdjax.analysis import effects
 from kdjax.grids import runner
 from kdjax.run import RunFolder
-from tests import runs, tiny
+from tests import runs, several, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +80,36 @@ def test_a_dead_runners_job_is_taken_over(tiny_grid, fresh):
   assert runner.state(folder, job, 60) == 'done'
 
 
+def in_mid_cell(folder) -> bool:
+  cells = [RunFolder(path) for path in (folder / 'cells').glob('*')]
+  return any((s := cell.status()) and s['state'] == 'running' and s['step'] >= 4 for cell in cells)
+
+
+def test_a_runner_of_two_processes_goes_on_after_one_is_killed(tiny_grid, undisturbed, fresh):
+  config, folder = fresh
+  both = lambda: several.start(2, config, folder, 'run', module='kdjax.grid')
+  first, other = both()
+  runs.wait_for(lambda: in_mid_cell(folder), first)
+  runs.kill(other)
+  assert runs.finish(first, timeout=60)[0] in (128 + signal.SIGABRT, distributed.TEMPORARY)
+  again = both()
+  several.done(*again, timeout=600)
+  assert 'all done' in runs.output(again[0])[0]
+  for job in runner.jobs_of(tiny_grid[1], folder):
+    assert runner.state(folder, job, 60) == 'done'
+  for cell in (folder / 'cells').iterdir():
+    assert len(json.loads((cell / 'run.json').read_text())['commands']) <= 2, cell.name
+  # Other devices, other roundings.
+  np.testing.assert_allclose(tables(folder)['estimate'], tables(undisturbed)['estimate'], atol=1e-3)
+
+
+def test_a_failed_job_ends_a_runner_of_two_processes(fresh):
+  config, folder = fresh
+  failing = ('--config.base.loss.z_loss=1e38', '--config.base.max_skipped=3')
+  codes = runs.finish(*several.start(2, config, folder, 'run', *failing, module='kdjax.grid'), timeout=300)
+  assert all(codes) and 1 in codes
+
+
 @pytest.fixture(scope='module')
 def cluster():
   """A Ray cluster of two nodes on this machine, one core each."""
@@ -105,12 +136,7 @@ def ray_runners() -> list[psutil.Process]:
 def test_on_a_ray_cluster_a_worker_killed_in_mid_cell_changes_nothing(cluster, undisturbed, fresh):
   config, folder = fresh
   process = go(config, folder, 'run', '--executor=ray', f'--address={cluster.address}')
-
-  def in_mid_cell() -> bool:
-    cells = [RunFolder(path) for path in (folder / 'cells').glob('*')]
-    return any((s := cell.status()) and s['state'] == 'running' and s['step'] >= 4 for cell in cells)
-
-  runs.wait_for(in_mid_cell, process, timeout=300)
+  runs.wait_for(lambda: in_mid_cell(folder), process, timeout=300)
   before = ray_runners()
   assert len(before) == 2
   for victim in before:  # whichever of them has the cell
