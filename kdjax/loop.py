@@ -203,12 +203,11 @@ def _train(
       session.turn_to('steps')
       step = first + n
       profiler.after(step, metrics)
+      report.next(first, n, metrics)
       if (cohort.eval_every and step % cohort.eval_every == 0) or step == total:
-        jax.block_until_ready(metrics)  # nothing is lost: the validation's result is waited for too
+        report.measure()  # nothing is lost: the validation's result is waited for too
         with session.doing('validation'):
-          report.next(first, n, metrics, [validate(s.params) for s in states])
-      else:
-        report.next(first, n, metrics, None)
+          report.validated([validate(s.params) for s in states])
       heart.step(step)
       stop = asked_to_stop(first, n)
       at_save = (cohort.checkpoint_every and step % cohort.checkpoint_every == 0) or step in cohort.keep_steps
@@ -290,7 +289,8 @@ class _Report:
 
   def __init__(self, cohort: Cohort, start: int):
     self._cohort = cohort
-    self._pending: tuple[int, int, Any, Any] | None = None
+    self._pending: tuple[int, int, Any] | None = None
+    self._rates: dict[str, float] | None = None  # of the pending call, once measured
     writes = jax.process_index() == 0
     self._writers = [
       MetricWriter(m.folder.path, start, cohort.trackers, m.about) for m in (cohort.members if writes else ())
@@ -299,17 +299,23 @@ class _Report:
     self._speed = Speed(cohort.recipe.student, len(cohort.members), teacher, cohort.stream.windows.seq_len)
     self._bar = Progress(cohort.title, cohort.total_steps, start, enabled=cohort.progress)
 
-  def next(self, first: int, n: int, metrics, validation) -> None:
-    pending, self._pending = self._pending, (first, n, metrics, validation)
-    if pending:
-      self._write(*pending)
-    if validation is not None:
-      self.flush()
+  def next(self, first: int, n: int, metrics) -> None:
+    self._settle()
+    self._pending = (first, n, metrics)
+
+  def measure(self) -> None:
+    """Waits for the call that was dispatched last: what follows does not count for its rates."""
+    assert self._pending
+    _, n, metrics = self._pending
+    self._rates = self._speed(float(jax.device_get(metrics[0]['tokens'])[:n].sum()))
+
+  def validated(self, losses: Sequence[jax.Array]) -> None:
+    """The students' validation losses after that call."""
+    self._settle(losses)
+    self.flush()
 
   def flush(self, pause: bool = True) -> None:
-    if self._pending:
-      self._write(*self._pending)
-      self._pending = None
+    self._settle()
     for writer in self._writers:
       writer.flush()
     if pause:
@@ -320,9 +326,16 @@ class _Report:
     for writer in self._writers:
       writer.close()
 
+  def _settle(self, validation: Sequence[jax.Array] | None = None) -> None:
+    if self._pending:
+      if self._rates is None:
+        self.measure()
+      self._write(*self._pending, validation)
+    self._pending = self._rates = None
+
   def _write(self, first: int, n: int, metrics, validation) -> None:
     metrics, validation = jax.device_get((metrics, validation))
-    rates = self._speed(float(metrics[0]['tokens'][:n].sum())) | {'memory_gib': memory_gib()}
+    rates = (self._rates or {}) | {'memory_gib': memory_gib()}
     for k, writer in enumerate(self._writers):
       for i in range(n):
         values = {name: float(value[i]) for name, value in metrics[k].items()} | rates

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdjax import loop, metrics
 from kdjax.checkpoint import Checkpoints
 from kdjax.errors import TrainingError, UserError
 from kdjax.loop import calls
@@ -44,6 +45,51 @@ def test_a_run_writes_one_line_a_step_checkpoints_and_what_it_is(undisturbed):
     assert {'data', 'tokenizer', 'init'} <= identity['fingerprints'].keys()
     assert identity['config']['arm'] == student.name
   assert runs.leaves(students(undisturbed)[0])['step'] == tiny.STEPS
+
+
+def test_what_a_validation_takes_is_in_no_rate(home, tmp_path, monkeypatch):
+  now = 0.0
+  step = loop.make_step
+
+  class Late:
+    """Tokens that a device has counted a second after they are asked for."""
+
+    def __init__(self, counted):
+      self.counted, self.late = counted, True
+
+    def __array__(self, *_, **__):
+      nonlocal now
+      now, self.late = now + self.late, False
+      return np.asarray(self.counted)
+
+  def slow_step(*args):
+    run = step(*args)
+
+    def call(*state):
+      states, (first, *others) = run(*state)
+      return states, [first | {'tokens': Late(first['tokens'])}, *others]
+
+    return call
+
+  def slow_validation(*args):
+    validate = validation(*args)
+
+    def call(params):
+      nonlocal now
+      now += 100
+      return validate(params)
+
+    return call
+
+  validation = loop._validation
+  monkeypatch.setattr(metrics.time, 'perf_counter', lambda: now)
+  monkeypatch.setattr(loop, 'make_step', slow_step)
+  monkeypatch.setattr(loop, '_validation', slow_validation)
+  fit(home, tmp_path / 'r', **{'checkpoint.every': 99, 'eval.every': 6, 'steps_per_call': 1})
+  records = read_metrics(students(tmp_path / 'r')[0])
+  rates = {r['step']: r['tokens_per_second'] for r in records if 'tokens_per_second' in r}
+  # The first call compiles; the one after a validation has nothing to count from.
+  assert rates == {step: 8 * 16 for step in range(2, tiny.STEPS + 1) if step != 7}
 
 
 def test_a_finished_run_does_nothing_when_started_again(home, undisturbed, tmp_path):
