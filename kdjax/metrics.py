@@ -65,7 +65,8 @@ class MetricWriter:
       self._file.close()
     for tracker in self._trackers:
       tracker.close()
-    with contextlib.suppress(OSError):  # what a tracker wrote last of all
+    # What a tracker wrote last of all. A store's error must not hide the one that ended the run.
+    with contextlib.suppress(*paths.errors(self.path)):
       self._mirror.push()
 
   @contextlib.contextmanager

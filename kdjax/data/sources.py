@@ -1,7 +1,7 @@
 """Where text comes from: a source's name -> a stream of documents.
 
     embedded:speeches            text that ordinary Python packages carry, so that a first run downloads nothing
-    wiki/*.jsonl.zst             a path or a glob: text, JSON lines, Parquet, ArrayRecord; but the last also in an object store (gs://bucket/*.jsonl.zst)
+    wiki/*.jsonl.zst             a path or a glob: text, JSON lines, Parquet (these also in an object store: gs://bucket/*.jsonl.zst), ArrayRecord
     tfds:wiki40b/en:train        a dataset that TFDS has prepared as ArrayRecord
     hf:folder-or-name:train      a dataset that Hugging Face's `datasets` reads
     tokens:part-*.array_record   token ids, which are made text again, so that documents are told apart and bytes are counted

@@ -106,8 +106,10 @@ def test_a_runner_of_two_processes_goes_on_after_one_is_killed(tiny_grid, undist
 def test_a_failed_job_ends_a_runner_of_two_processes(fresh):
   config, folder = fresh
   failing = ('--config.base.loss.z_loss=1e38', '--config.base.max_skipped=3')
-  codes = runs.finish(*several.start(2, config, folder, 'run', *failing, module='kdjax.grid'), timeout=300)
+  both = several.start(2, config, folder, 'run', *failing, module='kdjax.grid')
+  codes = runs.finish(*both, timeout=300)
   assert all(codes) and 1 in codes
+  assert any('error: teacher: the loss or a gradient was not finite' in runs.errors(process) for process in both)
 
 
 @pytest.fixture(scope='module')
