@@ -128,6 +128,22 @@ def matched_tokens(
   return student_tokens * total / entries.student
 
 
+def pair_tokens(
+  student: ModelConfig,
+  teacher: ModelConfig,
+  teacher_tokens: float,
+  total: float,
+  seq_len: int,
+  *,
+  count_logits: bool,
+  count_pretraining: bool,
+) -> float:
+  """Student tokens on which a teacher-student pair spends `total` FLOPs; 0 where its teacher alone costs more."""
+  one = ledger(student, teacher, 1.0, teacher_tokens, seq_len)
+  left = total - count_pretraining * one.pretraining
+  return max(0.0, left / one.total(count_logits=count_logits, count_pretraining=False))
+
+
 def peak_flops(device_kind: str) -> float | None:
   """Dense bf16 FLOP/s of one device, by its `device_kind`; None where it is not known (a CPU, say)."""
   return next((peak for part, peak in PEAKS if part.lower() in device_kind.lower()), None)

@@ -28,8 +28,8 @@ from kdjax.data.corpus import prepare
 from kdjax.errors import TrainingError, UserError
 from kdjax.evals import choices
 from kdjax.grids import cells as cells_lib
+from kdjax.grids import comparisons, executors, plan, runner
 from kdjax.grids import config as grid_config
-from kdjax.grids import executors, plan, runner
 from kdjax.grids.config import GridConfig
 from kdjax.grids.plan import Job
 from kdjax.paths import read_json
@@ -172,7 +172,7 @@ def plan_text(grid: GridConfig, folder: paths.Path) -> str:
     lines.append('The pilot is skipped: every table will say "alpha not validated".')
   elif not (folder / runner.PILOT).exists():
     lines.append(
-      'The pilot chooses the alphas shown as a?; where it chooses several, the unigram control needs each of them.'
+      'The pilot chooses the alphas shown as a?, and the cheaper teacher of the comparison at equal total FLOPs.'
     )
   return '\n'.join(lines)
 
@@ -182,9 +182,10 @@ def _after_pilot(grid: GridConfig, known: list[Job]) -> list[Job]:
   chosen = {
     group.pilot_key: group.draw or group.alpha
     for group in cells_lib.pilot_groups(grid)
-    if group.kind in ('distilled', 'tuned')
+    if group.kind in ('distilled', 'unigram', 'tuned')
   }
-  jobs = plan.jobs(grid, 'validated', cells_lib.validated_groups(grid, chosen), known)
+  groups = cells_lib.validated_groups(grid, chosen, comparisons.reversal_pairs(grid, None))
+  jobs = plan.jobs(grid, 'validated', groups, known)
   return [dataclasses.replace(job, id=re.sub(r'_a[\d.]+', '_a?', job.id.rpartition('-')[0])) for job in jobs]
 
 

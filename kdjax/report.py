@@ -4,7 +4,7 @@
     python -m kdjax.report --grid=runs/grid-0123456789ab --advise --student=tiny-1m --tokens=2M --budget-flops=2e13
 
 Writes <grid>/report: effects.csv and .parquet (every arm against its baseline on every set), contrasts.csv and .parquet (what the config
-declared, with Holm's correction), summary.md (both in short), figures/*.png and *.svg, report.html (one file, no network).
+declared, with verdicts on its primary tests), summary.md (both in short), figures/*.png and *.svg, report.html (one file, no network).
 """
 
 import argparse
@@ -18,14 +18,14 @@ import pandas as pd
 
 from kdjax import cli, paths
 from kdjax import config as config_lib
-from kdjax.analysis import advisor, effects, gridfigures, page, summary
+from kdjax.analysis import advice, advisor, effects, gridfigures, gridrows, page, summary
+from kdjax.analysis.contrasts import NOT_TESTED
 from kdjax.analysis.effects import Tables
-from kdjax.analysis.scores import OOD_MEAN
 from kdjax.analysis.table import align
 from kdjax.errors import UserError
 from kdjax.grids import config as grid_config
 from kdjax.grids import runner
-from kdjax.grids.config import GridConfig
+from kdjax.grids.config import OOD_MEAN, GridConfig
 from kdjax.paths import read_json, write_text
 from kdjax.run import versions
 
@@ -44,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--student', help='a named model, or its non-embedding parameters: tiny-1m, 1.7B')
     parser.add_argument('--tokens', help="the student's training tokens: 50B")
     parser.add_argument('--budget-flops', help='for the student and its teacher: 1e21')
+    parser.add_argument(
+      '--margin',
+      type=float,
+      default=advisor.MARGIN,
+      help=f"what a cheaper option may be expected to lose, as a share of the best one's gain; default: {advisor.MARGIN}",
+    )
     parser.add_argument('--set', default='in-domain', choices=('in-domain', OOD_MEAN), help='what is to be gained')
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     paths.check(args.grid)
@@ -62,7 +68,8 @@ def load(folder: paths.Path) -> GridConfig:
   if known is None:
     raise UserError(f'{folder} is no grid: it has no grid.json; python -m kdjax.grid run prints the folder of a grid')
   runs = str(paths.under(folder, known['resolved']['runs']))
-  values = ml_collections.ConfigDict(known['resolved'] | {'runs': runs})
+  # A grid older than primary contrasts declared none before its runs: all of its contrasts are exploratory.
+  values = ml_collections.ConfigDict({'primary': ()} | known['resolved'] | {'runs': runs})
   return config_lib.resolve_as(GridConfig, grid_config.problems, values)
 
 
@@ -112,22 +119,20 @@ def facts(grid: GridConfig, folder: paths.Path, tables: Tables) -> dict[str, obj
 
 
 def contrast_table(contrasts: pd.DataFrame) -> str:
-  """The declared contrasts, one line each."""
+  """The declared contrasts, one line each, primary ones first."""
   if contrasts.empty:
     return 'no contrasts were declared'
-  rows = [['contrast', 'set', 'estimate', '95% interval', 'p (Holm)', 'MDE', 'seeds', 'verdict']]
-  for row in ({str(k): v for k, v in record.items()} for record in contrasts.to_dict('records')):
-    place = [str(row['contrast']), str(row['set'])]
-    if row['verdict'] == 'not tested':
-      rows.append([*place, '', '', '', '', '', str(row['answer'])])
+  rows = [['contrast', 'set', 'verdict', 'estimate', 'interval', 'level', 'MDE [95% interval]', 'seeds']]
+  for row in gridrows.each(contrasts.sort_values('primary', ascending=False, kind='stable')):
+    place = [f'{row.contrast}{f" ({row.detail})" * bool(row.detail)}', row.set]
+    if row.verdict == NOT_TESTED:
+      rows.append([*place, row.answer, *[''] * 5])
     else:
-      numbers = (
-        '{estimate:+.4f} | [{low:+.4f}, {high:+.4f}] | {p_holm:.3g} | {mde:.4f} | {n_seeds} | {verdict}'.format_map(row)
-      )
-      rows.append([*place, *numbers.split(' | ')])
+      numbers = [f'{row.estimate:+.4f}', f'[{row.low:+.4f}, {row.high:+.4f}]', f'{row.level:.4g}', summary.mde(row)]
+      rows.append([*place, row.verdict, *numbers, str(row.n_seeds)])
   legend = (
-    'Bits per byte, left less right; below 0: better. Intervals are over what the column `over` of contrasts.csv names;\n'
-    'p: two-sided, Holm over all contrasts; MDE: the effect that would be found 4 times in 5.'
+    'Bits per byte, left less right; below 0: better. Intervals are over what the column `over` of contrasts.csv names. A verdict, its interval\n'
+    'and its MDE (the true difference that is resolved 4 times in 5) share one level, corrected for the primary tests; the rest is exploratory.'
   )
   return f'{align(rows)}\n{legend}'
 
@@ -137,16 +142,16 @@ def advise(grid: GridConfig, tables: Tables, args: argparse.Namespace) -> str:
   if missing:
     raise UserError(f'--advise needs {", ".join(missing)} too, as in --student=tiny-1m --tokens=2M --budget-flops=2e13')
   teachers = tables.teachers[tables.teachers['set'] == args.set] if len(tables.teachers) else tables.teachers
-  losses = {
-    (str(row['teacher']), int(row['tokens'])): float(row['bits_per_byte']) for row in teachers.to_dict('records')
-  }
+  losses: dict[tuple[str, int], float] = {}
+  if len(teachers):
+    losses = teachers.groupby(['teacher', 'tokens'])['bits_per_byte'].mean().to_dict()  # type: ignore[assignment]
   surface = advisor.fit(tables.effects, set_name=args.set, teacher_losses=losses)
-  student = advisor.parse_student(args.student, vocab_size=grid.base.data.vocab_size)
+  student = advice.parse_student(args.student, vocab_size=grid.base.data.vocab_size)
   tokens, budget = (
-    advisor.parse_count(args.tokens, '--tokens'),
-    advisor.parse_count(args.budget_flops, '--budget-flops'),
+    advice.parse_count(args.tokens, '--tokens'),
+    advice.parse_count(args.budget_flops, '--budget-flops'),
   )
-  return advisor.format(advisor.advise(surface, student, tokens, budget, grid.base.data.seq_len))
+  return advice.format(advisor.advise(surface, student, tokens, budget, grid.base.data.seq_len, args.margin))
 
 
 if __name__ == '__main__':

@@ -1,48 +1,51 @@
 """The contrasts that a grid can declare: each a weighted sum of arms on one or several sets, with its question and its answers.
 
-They are declared in the config before any run, tested with the seeds that chose nothing, and corrected together (Holm).
+They are declared in the config before any run, and tested with seeds that chose nothing. The config names up to four primary tests. Their
+verdicts, intervals and minimum detectable effects are all at level 1 - 0.05/m (Bonferroni, m tests over all settings). Every other row is
+exploratory: an estimate with its plain 95% interval, and no verdict.
 """
 
-import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from kdjax import flops
 from kdjax.analysis import crossed
-from kdjax.analysis.scores import MEASURES, OOD_MEAN, Scores
+from kdjax.analysis.crossed import Effect
+from kdjax.analysis.scores import MEASURES, Scores
 from kdjax.grids import cells as cells_lib
-from kdjax.grids import runner
+from kdjax.grids import comparisons, runner
+from kdjax.grids import config as grid_config
 from kdjax.grids.cells import Cell, Group, Setting, Source
+from kdjax.grids.config import IN_DOMAIN, OOD_LESS_IN_DOMAIN, OOD_MEAN
 
 QUESTIONS = {
   'weak_helps': 'Does a weak teacher help?',
   'size_reverses': 'Does more teacher size saturate or reverse the gain?',
   'budget_reverses': 'Does more teacher budget saturate or reverse the gain?',
   'ood_more': 'Does distillation help out of domain more than in domain?',
-  'reversal_at_equal_flops': 'Does the reversal stand at equal total FLOPs?',
+  'reversal_at_equal_flops': 'Is the largest teacher worse at equal total FLOPs?',
   'more_than_calibration': 'Is the OOD gain of a weak teacher more than calibration?',
   'beats_tuned': 'Does a weak teacher beat a tuned baseline?',
 }
+EXPLORATORY, NOT_TESTED = 'exploratory', 'not tested'
+FITTED = 'bits_per_byte_fitted'
+LM_ONLY = 'LM-only, equal student tokens'
 Arm = list[Group]  # groups with the same seeds, averaged
+Rows = Iterator[dict[str, Any]]
+Terms = list[tuple[float, list[list[Cell]]]]  # coefficient, groups' cells: the contrast is their sum
+Answers = dict[str, str]  # verdict -> sentence
 
 
 def test_all(scores: Scores, ready: list[Group]) -> list[dict[str, Any]]:
-  """The declared contrasts of every setting; Holm's correction is over all of them."""
+  """The rows of every declared contrast in every setting."""
   rows = []
   for setting in cells_lib.settings(scores.grid):
     arms = _Arms(scores, [group for group in ready if group.setting == setting], setting)
     for name in scores.grid.contrasts:
-      rows += [row for row in CONTRASTS[name](arms) if row]
-  adjusted = crossed.holm([row['p'] for row in rows])
-  for row, p in zip(rows, adjusted, strict=True):
-    effect = row.pop('effect')
-    row['p_holm'] = p
-    row['verdict'] = crossed.verdict(effect, row.pop('lower_is_better'), p) if effect else 'not tested'
-    row['answer'] = row['answers'][row['verdict']] if effect else row['answer']
-    del row['answers']
+      rows += list(CONTRASTS[name](arms))
   return rows
 
 
@@ -55,54 +58,65 @@ class _Arms:
     self._phase = 'validated' if self.validated else 'main'
 
   def teacher(self, source: Source) -> Arm:
-    """A teacher's students: at its validated alpha, or averaged over the declared alphas where none was validated."""
-    return self._of('distilled', lambda group: group.source == source)
+    """A teacher's students: at its validated alpha, or at the declared one where none was validated."""
+    alpha = None if self.validated else self._declared_alpha(source.teacher)
+    return self._of('distilled', lambda g: g.source == source and alpha in (None, g.alpha))
 
   def flop_matched(self, source: Source, scenario: str) -> Arm:
-    return self._of('flop_matched', lambda group: group.source == source and group.scenario == scenario)
+    return self._of('flop_matched', lambda g: g.source == source and g.scenario == scenario)
 
-  def unigram(self, alpha: float) -> Arm:
-    return self._of('unigram', lambda group: group.alpha == alpha)
+  def equal_compute(self, source: Source) -> Arm:
+    return self._of('equal_compute', lambda g: g.source == source)
+
+  @property
+  def unigram(self) -> Arm:
+    """The unigram control at its own alpha: the validated one, or without a pilot the least that a teacher is tested at."""
+    chosen = (self._pilot or {'chosen': {}})['chosen'].get(f'{self.setting.name}/unigram')
+    alpha = chosen if self.validated else min(map(self._declared_alpha, self.scores.grid.teacher))
+    return self._of('unigram', lambda g: g.alpha == alpha)
 
   @property
   def tuned(self) -> Arm:
-    return self._of('tuned', lambda group: True)
+    return self._of('tuned', lambda g: True)
 
   @functools.cached_property
   def sources(self) -> list[Source]:
-    """Teachers used plainly (T = 1, all logits, normalised), weakest first: by size, then by budget."""
-    plain = [
-      s
-      for s in cells_lib.sources(self.scores.grid, self.setting)
-      if s == dataclasses.replace(s, temperature=1.0, top_k=0.0, mixing='normalised', teacher_data='iso')
-      and self.teacher(s)
-    ]
-    return sorted(plain, key=lambda s: (self.size(s), s.teacher_tokens))
+    """Teachers used plainly whose students have been scored, weakest first."""
+    return [s for s in comparisons.plain_sources(self.scores.grid, self.setting) if self.teacher(s)]
 
   @property
   def weak(self) -> list[Source]:
     kind = lambda s: cells_lib.relationship(self.setting.student, self.setting.student_tokens, s)
     return [s for s in self.sources if kind(s) == 'weak-to-strong']
 
-  def size(self, source: Source) -> int:
-    return flops.count_params(cells_lib.sized(self.scores.grid, source.teacher)).non_embedding
+  @property
+  def curves(self) -> comparisons.Curves | None:
+    """The pilot's; None where it was skipped."""
+    return (self._pilot or {'curves': {}})['curves'] if self.validated else None
 
-  def baselines(self, arm: Arm) -> list[list[Cell]]:
-    return [list(group.baseline) for group in arm]
+  def level(self, contrast: str, where: str, detail: str) -> float | None:
+    """Of a primary test: that of its interval; None of an exploratory one."""
+    grid = self.scores.grid
+    if detail or (contrast, where) not in grid_config.primary_tests(grid):
+      return None
+    return crossed.corrected_level(grid_config.n_primary(grid))
 
-  def best(self, sources: Sequence[Source]) -> Source | None:
-    """The teacher whose student did best on the validation split in the pilot: chosen before, and apart from, what is tested."""
-    pilot = runner.read_pilot(self.scores.folder)
-    curve = lambda s: (pilot or {'curves': {}})['curves'].get(f'{self.setting.name}/{s.name}', {})
-    known = {s: min(v for a, v in curve(s).items() if float(a) > 0) for s in sources if len(curve(s)) > 1}
-    return min(known, key=lambda s: known[s]) if known else None
+  @functools.cached_property
+  def _pilot(self) -> dict[str, Any] | None:
+    return runner.read_pilot(self.scores.folder)
+
+  def _declared_alpha(self, teacher: str) -> float:
+    declared = dict(zip(self.scores.grid.teacher, self.scores.grid.declared_alpha, strict=False))
+    return declared.get(teacher, self._middle_alpha)
+
+  @property
+  def _middle_alpha(self) -> float:
+    """No outcome has chosen it."""
+    alphas = sorted(filter(None, self.scores.grid.alpha))
+    return alphas[(len(alphas) - 1) // 2]
 
   def _of(self, kind: str, wanted: Callable[[Group], bool]) -> Arm:
     return [group for group in self._groups if group.kind == kind and group.phase == self._phase and wanted(group)]
-
-
-Rows = Iterator[dict[str, Any]]
-Terms = list[tuple[float, list[list[Cell]]]]  # coefficient, groups' cells: the contrast is their sum
 
 
 def _test(
@@ -112,42 +126,85 @@ def _test(
   terms: Terms,
   left: str,
   right: str,
-  answers: dict[str, str],
+  answers: Answers,
   measure: str = 'bits_per_byte',
+  detail: str = '',
 ) -> dict[str, Any]:
-  """A row: the terms' sum on in-domain, OOD mean, or OOD mean less in-domain, with its interval and answer."""
-  scores, kinds = arms.scores, arms.scores.sets(terms[0][1][0][0])
-  ood, home = ([s for s, kind in kinds.items() if kind == wanted] for wanted in ('OOD', 'in-domain'))
-  weights = {s: 1 / len(ood) for s in ood} if 'OOD' in where else {}
-  weights |= dict.fromkeys(home, -1.0 if weights else 1.0) if 'in-domain' in where else {}
+  """One row: the terms' sum on in-domain, OOD mean, or OOD mean less in-domain. `detail`: a part of the pooled row, exploratory."""
+  terms = _with_common_seeds(terms)
+  if not terms[0][1][0]:
+    return _untested(arms, contrast, where, 'the arms have no seed in common')
+  weights = _weights(arms.scores.sets(terms[0][1][0][0]), where)
   if not weights:
     return _untested(arms, contrast, where, 'no such set was scored')
-  value = MEASURES[measure]
-  parts = []
+  level = arms.level(contrast, where, detail)
+  effect = _effect(arms.scores, terms, weights, measure, level or 0.95)
+  mde = crossed.minimum_detectable_effect(effect, level=level or 0.95)
+  fields = ('estimate', 'low', 'high', 'error', 'df', 'p', 'n_seeds', 'n_documents', 'over')
+  verdict = EXPLORATORY if level is None else crossed.verdict(effect, lower_is_better=True)
+  return _row(arms, contrast, where, detail) | {
+    'left': left,
+    'right': right,
+    **{name: getattr(effect, name) for name in fields},
+    'level': level or 0.95,
+    'primary': level is not None,
+    'p_adjusted': np.nan if level is None else min(1.0, effect.p * crossed.ALPHA / (1 - level)),
+    'mde': mde,
+    **dict(zip(('mde_low', 'mde_high'), crossed.mde_range(effect, mde), strict=True)),
+    'unit': 'bits per byte' + (' at fitted T' if measure == FITTED else ''),
+    'cells': ' '.join(dict.fromkeys(cell.id for _, groups in terms for cells in groups for cell in cells)),
+    'verdict': verdict,
+    'answer': _answer(verdict, answers, effect),
+  }
+
+
+def _with_common_seeds(terms: Terms) -> Terms:
+  """The terms' cells with the seeds that all of them have: a contrast is paired by seed."""
+  shared = set.intersection(*({cell.seed for cell in cells} for _, groups in terms for cells in groups))
+  return [(c, [[cell for cell in cells if cell.seed in shared] for cells in groups]) for c, groups in terms]
+
+
+def _effect(scores: Scores, terms: Terms, weights: dict[str, float], measure: str, level: float) -> Effect:
+  """The contrast, over seeds and documents; with one seed, over documents and each run's last checkpoints."""
+  value, parts = MEASURES[measure], []
   for name in weights:
     first = scores.difference(terms[0][1], terms[0][1], name, value)
     total = np.sum([coefficient * scores.mean(cells, name, value) for coefficient, cells in terms], axis=0)
     parts.append(first._replace(numerator_SxD=total))
-  effect = crossed.crossed_effect(parts, list(weights.values()))
-  fields = ('estimate', 'low', 'high', 'error', 'df', 'p', 'n_seeds', 'n_documents', 'over')
-  return _row(arms, contrast, where) | {
-    'left': left,
-    'right': right,
-    **{name: getattr(effect, name) for name in fields},
-    'mde': crossed.minimum_detectable_effect(effect),
-    'unit': 'bits per byte' + (' at fitted T' if measure.endswith('fitted') else ''),
-    'cells': ' '.join(dict.fromkeys(cell.id for _, groups in terms for cells in groups for cell in cells)),
-    'effect': effect,
-    'lower_is_better': True,
-    'answers': answers,
-  }
+  effect = crossed.crossed_effect(parts, list(weights.values()), level)
+  if effect.n_seeds > 1:
+    return effect
+  coefficients: Counter[str] = Counter()
+  for coefficient, groups in terms:
+    for cells in groups:
+      coefficients[cells[0].id] += coefficient / len(groups)  # type: ignore[assignment]
+  noise = scores.checkpoint_spreads(coefficients, weights, value)
+  return crossed.with_checkpoint_noise(effect, *noise, level=level) if noise else effect
 
 
-def _row(arms: _Arms, contrast: str, where: str) -> dict[str, Any]:
+def _weights(kinds: dict[str, str], where: str) -> dict[str, float]:
+  """set -> its weight in the value that `where` names."""
+  ood, home = ([s for s, kind in kinds.items() if kind == wanted] for wanted in ('OOD', 'in-domain'))
+  weights = {s: 1 / len(ood) for s in ood} if 'OOD' in where else {}
+  if 'OOD' in where and not ood:
+    return {}
+  return weights | (dict.fromkeys(home, -1.0 if weights else 1.0) if IN_DOMAIN in where else {})
+
+
+def _answer(verdict: str, answers: Answers, effect: Effect) -> str:
+  if verdict == EXPLORATORY:
+    return 'exploratory: not corrected for the number of rows, so no verdict'
+  if verdict == crossed.TOO_FEW:
+    return f'{verdict} ({effect.n_seeds}); a verdict takes {crossed.MIN_SEEDS} or more'
+  return answers[verdict]
+
+
+def _row(arms: _Arms, contrast: str, where: str, detail: str = '') -> dict[str, Any]:
   setting = arms.setting
   return {
     'contrast': contrast,
     'question': QUESTIONS[contrast],
+    'detail': detail,
     'student': setting.student,
     'student_tokens': setting.student_tokens,
     'distinct_tokens': setting.distinct_tokens,
@@ -157,10 +214,10 @@ def _row(arms: _Arms, contrast: str, where: str) -> dict[str, Any]:
 
 
 def _untested(arms: _Arms, contrast: str, where: str, why: str) -> dict[str, Any]:
-  empty = dict.fromkeys(('estimate', 'low', 'high', 'error', 'df', 'p', 'mde'), np.nan)
-  return _row(arms, contrast, where) | empty | {
-    'left': '', 'right': '', 'n_seeds': 0, 'n_documents': 0, 'over': '', 'unit': '', 'cells': '', 'effect': None,
-    'lower_is_better': True, 'answers': {}, 'answer': f'not tested: {why}',
+  numbers = ('estimate', 'low', 'high', 'error', 'df', 'p', 'level', 'p_adjusted', 'mde', 'mde_low', 'mde_high')
+  return _row(arms, contrast, where) | dict.fromkeys(numbers, np.nan) | {
+    'left': '', 'right': '', 'n_seeds': 0, 'n_documents': 0, 'over': '', 'unit': '', 'cells': '',
+    'primary': arms.level(contrast, where, '') is not None, 'verdict': NOT_TESTED, 'answer': f'not tested: {why}',
   }  # fmt: skip
 
 
@@ -168,134 +225,158 @@ def _cells(arm: Arm) -> list[list[Cell]]:
   return [list(group.cells) for group in arm]
 
 
-def _many(arms: _Arms, sources: list[Source]) -> Arm:
+def _less_baseline(arm: Arm) -> Terms:
+  return [(1.0, _cells(arm)), (-1.0, [list(group.baseline) for group in arm])]
+
+
+def _many(arms: _Arms, sources: Sequence[Source]) -> Arm:
   return [group for source in sources for group in arms.teacher(source)]
 
 
+def _each_and_pooled(sources: list[Source]) -> Iterator[tuple[list[Source], str]]:
+  """All teachers together, then each alone: (teachers, what to call a single one)."""
+  yield sources, ''
+  if len(sources) > 1:
+    yield from (([source], source.name) for source in sources)
+
+
+def _runs(arms: _Arms) -> str:
+  """What a statement on teachers is about: a teacher is one training run, unless each student seed has a run of its own."""
+  return '' if arms.scores.grid.teacher_seed == 'paired' else ' (of these teacher runs)'
+
+
 def _weak_helps(arms: _Arms) -> Rows:
-  arm = _many(arms, arms.weak)
-  for where in ('in-domain', OOD_MEAN):
-    if not arm:
+  for where in grid_config.CONTRASTS['weak_helps']:
+    if not arms.weak:
       yield _untested(arms, 'weak_helps', where, 'no weak-to-strong teacher has been run')
       continue
-    terms = [(1.0, _cells(arm)), (-1.0, arms.baselines(arm))]
     answers = {
-      'better': f'yes: {where} the students of weak teachers are better than the LM-only student',
-      'worse': f'no: {where} they are worse than the LM-only student',
+      'better': f'yes: {where} the students of weak teachers are better than the LM-only student{_runs(arms)}',
+      'worse': f'no: {where} they are worse than the LM-only student{_runs(arms)}',
       'unresolved': f'{where} no difference was resolved',
     }
-    yield _test(arms, 'weak_helps', where, terms, _names(arms.weak), 'LM-only, equal student tokens', answers)
-
-
-def _reverses(arms: _Arms, contrast: str, sources: list[Source], what: str) -> Rows:
-  """The most of `what` against the best of less, each at its own alpha."""
-  if len(sources) < 2:
-    return
-  most, best = sources[-1], arms.best(sources[:-1])
-  for where in ('in-domain', OOD_MEAN):
-    if best is None:
-      yield _untested(
-        arms, contrast, where, 'the best of the weaker teachers is chosen by the pilot, which was skipped'
-      )
-      continue
-    terms = [(1.0, _cells(arms.teacher(most))), (-1.0, _cells(arms.teacher(best)))]
-    answers = {
-      'better': f'neither: {where} the most {what} is still better than the best of less',
-      'worse': f'it reverses: {where} the most {what} is worse than the best of less',
-      'unresolved': f'{where} no difference was resolved between the most {what} and the best of less: consistent with saturation',
-    }
-    yield _test(arms, contrast, where, terms, most.name, f'{best.name} (best of less in the pilot)', answers)
+    for sources, detail in _each_and_pooled(arms.weak):
+      terms = _less_baseline(_many(arms, sources))
+      yield _test(arms, 'weak_helps', where, terms, _names(sources), LM_ONLY, answers, detail=detail)
 
 
 def _size_reverses(arms: _Arms) -> Rows:
-  most = max((s.teacher_tokens for s in arms.sources), default=0)
-  sources = [s for s in arms.sources if s.teacher_tokens == most]
-  yield from _reverses(arms, 'size_reverses', sources, 'teacher size')
+  sources = comparisons.by_size(arms.sources)
+  if len(sources) < 2:
+    yield from (
+      _untested(arms, 'size_reverses', where, 'fewer than two teacher sizes have been run')
+      for where in (IN_DOMAIN, OOD_MEAN)
+    )
+    return
+  pair = comparisons.size_pair(arms.setting, sources, arms.curves)
+  yield from _reverses(arms, 'size_reverses', [pair], 'teacher size')
 
 
 def _budget_reverses(arms: _Arms) -> Rows:
-  for teacher in dict.fromkeys(s.teacher for s in arms.sources):
-    sources = sorted((s for s in arms.sources if s.teacher == teacher), key=lambda s: s.teacher_tokens)
-    yield from _reverses(arms, 'budget_reverses', sources, 'teacher budget')
+  families = [family for family in comparisons.by_budget(arms.sources) if len(family) > 1]
+  if not families:
+    yield from (
+      _untested(arms, 'budget_reverses', where, 'no teacher has been run at two budgets')
+      for where in (IN_DOMAIN, OOD_MEAN)
+    )
+    return
+  pairs = [comparisons.budget_pair(arms.setting, family, arms.curves) for family in families]
+  yield from _reverses(arms, 'budget_reverses', pairs, 'teacher budget')
+
+
+def _reverses(arms: _Arms, contrast: str, pairs: list[tuple[Source, Source] | None], what: str) -> Rows:
+  """The most of `what` against a reference with less, each at its own alpha; several pairs together, then each alone."""
+  chosen = 'best of less in the pilot' if arms.validated else 'declared reference'
+  known = [pair for pair in pairs if pair]
+  for where in (IN_DOMAIN, OOD_MEAN):
+    if len(known) < len(pairs):
+      yield _untested(arms, contrast, where, 'the reference is chosen by the pilot, which is not finished')
+      continue
+    answers = {
+      'better': f'neither: {where} the most {what} is still better than less{_runs(arms)}',
+      'worse': f'it reverses: {where} the most {what} is worse than less{_runs(arms)}',
+      'unresolved': f'{where} no difference between the most {what} and less was resolved: neither saturation nor reversal is shown',
+    }
+    for some, detail in [(known, ''), *(([pair], pair[0].teacher) for pair in known if len(known) > 1)]:
+      most, less = ([pair[i] for pair in some] for i in (0, 1))
+      terms = [(1.0, _cells(_many(arms, most))), (-1.0, _cells(_many(arms, less)))]
+      yield _test(arms, contrast, where, terms, _names(most), f'{_names(less)} ({chosen})', answers, detail=detail)
 
 
 def _ood_more(arms: _Arms) -> Rows:
   arm = _many(arms, arms.sources)
-  where = f'{OOD_MEAN} less in-domain'
   if not arm:
-    yield _untested(arms, 'ood_more', where, 'no teacher has been run')
+    yield _untested(arms, 'ood_more', OOD_LESS_IN_DOMAIN, 'no teacher has been run')
     return
-  terms = [(1.0, _cells(arm)), (-1.0, arms.baselines(arm))]
   answers = {
     'better': 'yes: the change against the LM-only student is the better one out of domain',
     'worse': 'no: the change against the LM-only student is the better one in domain',
     'unresolved': 'no difference between the two changes was resolved',
   }
-  yield _test(
-    arms, 'ood_more', where, terms, f'gain over all {len(arms.sources)} teachers, OOD', 'their gain in-domain', answers
-  )
+  left = f'change of all {len(arms.sources)} teachers’ students, OOD'
+  yield _test(arms, 'ood_more', OOD_LESS_IN_DOMAIN, _less_baseline(arm), left, 'their change in-domain', answers)
 
 
 def _reversal_at_equal_flops(arms: _Arms) -> Rows:
-  most_tokens = max((s.teacher_tokens for s in arms.sources), default=0)
-  sources = [s for s in arms.sources if s.teacher_tokens == most_tokens]
-  if len(sources) < 2:
-    return
-  most, best = sources[-1], arms.best(sources[:-1])
-  scenario = arms.scores.grid.controls.flop_matched[-1:] or ('',)
-  for where in ('in-domain', OOD_MEAN):
-    matched = [arms.flop_matched(s, scenario[0]) for s in (most, best)] if best else []
-    if not best or not all(matched):
-      yield _untested(arms, 'reversal_at_equal_flops', where, 'the FLOP-matched baselines or the pilot are missing')
+  contrast = 'reversal_at_equal_flops'
+  scenario = (*arms.scores.grid.controls.flop_matched, '')[-1]
+  pair = comparisons.size_pair(arms.setting, arms.sources, arms.curves) if arms.validated else None
+  for where in grid_config.CONTRASTS[contrast]:
+    if not pair or not arms.equal_compute(pair[1]) or not arms.flop_matched(pair[0], scenario):
+      yield _untested(arms, contrast, where, 'it takes two teacher sizes, the pilot, and the students at equal FLOPs')
       continue
-    terms = [
-      (1.0, _cells(arms.teacher(most))),
-      (-1.0, _cells(matched[0])),
-      (-1.0, _cells(arms.teacher(best))),
-      (1.0, _cells(matched[1])),
-    ]
+    most, less = pair
+    large, small, alone = arms.teacher(most), arms.equal_compute(less), arms.flop_matched(most, scenario)
+    tokens = cells_lib.count(small[0].cells[0].config.student.tokens)
+    names = most.name, f'{less.name}, its student on {tokens} tokens', 'LM-only'
     answers = {
-      'better': f'no: {where} the strongest teacher gains more over its FLOP-matched baseline than the best weaker one over its own',
-      'worse': f'yes: {where} the strongest teacher gains less over its FLOP-matched baseline than the best weaker one over its own',
-      'unresolved': f'{where} no difference between the two gains was resolved',
+      'better': f'no: {where} the pair with the largest teacher is better than the pair with {less.name}{_runs(arms)}',
+      'worse': f'yes: {where} the pair with the largest teacher is worse than the pair with {less.name}{_runs(arms)}',
+      'unresolved': f'{where} no difference between the two pairs was resolved',
     }
-    left = f'{most.name} less LM-only at equal FLOPs ({scenario[0]})'
-    yield _test(arms, 'reversal_at_equal_flops', where, terms, left, f'{best.name}, likewise', answers)
+    for left, right, name, other, detail in (
+      (large, small, *names[:2], ''),
+      (large, alone, names[0], names[2], f'{most.name} less LM-only'),
+      (small, alone, names[1], names[2], f'{less.name} less LM-only'),
+    ):
+      terms = [(1.0, _cells(left)), (-1.0, _cells(right))]
+      yield _test(
+        arms, contrast, where, terms, f'{name} ({scenario})', f'{other}, equal total FLOPs', answers, detail=detail
+      )
 
 
 def _more_than_calibration(arms: _Arms) -> Rows:
-  arm = [group for group in _many(arms, arms.weak) if arms.unigram(group.alpha)]
-  if not arm:
-    yield _untested(arms, 'more_than_calibration', OOD_MEAN, 'a weak teacher or the unigram control is missing')
+  """A yes takes both: a gain over the LM-only student, and more of it than the unigram control's at its own alpha."""
+  control = arms.unigram
+  if not arms.weak or not control:
+    why = 'a weak teacher, or the unigram control at an alpha of its own, is missing'
+    yield _untested(arms, 'more_than_calibration', OOD_MEAN, why)
     return
-  control = [cells for group in arm for cells in _cells(arms.unigram(group.alpha))]
   answers = {
-    'better': 'yes: at fitted temperature weak teachers gain more out of domain than token frequencies at the same alpha',
-    'worse': 'no: at fitted temperature token frequencies at the same alpha gain more out of domain',
-    'unresolved': 'not shown: at fitted temperature weak teachers gain no more than token frequencies at the same alpha, as far as was resolved',
+    'better': f'yes: at fitted temperature weak teachers gain out of domain, and more than token frequencies do at their own alpha{_runs(arms)}',
+    'worse': f'no: at fitted temperature {OOD_MEAN} weak teachers are worse than the LM-only student or the unigram control{_runs(arms)}',
+    'unresolved': 'not shown: at fitted temperature no gain was resolved that is above 0 and above that of token frequencies',
   }
-  terms = [(1.0, _cells(arm)), (-1.0, control)]
-  yield _test(
-    arms,
-    'more_than_calibration',
-    OOD_MEAN,
-    terms,
-    _names(arms.weak),
-    'unigram at the same alpha',
-    answers,
-    'bits_per_byte_fitted',
-  )
+  right = f'unigram at alpha {control[0].alpha:g}'
+  for sources, detail in _each_and_pooled(arms.weak):
+    arm = _many(arms, sources)
+    against = {right: [(1.0, _cells(arm)), (-1.0, _cells(control))], LM_ONLY: _less_baseline(arm)}
+    rows = [
+      _test(arms, 'more_than_calibration', OOD_MEAN, terms, _names(sources), f'{name} (the less favourable of two comparisons)', answers, FITTED, detail)
+      for name, terms in against.items()
+    ]  # fmt: skip
+    yield max(rows, key=lambda row: row['high'])
 
 
 def _beats_tuned(arms: _Arms) -> Rows:
   arm = _many(arms, arms.weak)
-  for where in ('in-domain', OOD_MEAN):
+  for where in grid_config.CONTRASTS['beats_tuned']:
     if not arm or not arms.tuned:
       yield _untested(arms, 'beats_tuned', where, 'a weak teacher or the tuned baseline is missing')
       continue
     answers = {
-      'better': f'yes: {where} better than an LM-only student with as many draws to tune',
-      'worse': f'no: {where} a tuned LM-only student is better',
+      'better': f'yes: {where} better than an LM-only student with as many draws to tune{_runs(arms)}',
+      'worse': f'no: {where} a tuned LM-only student is better{_runs(arms)}',
       'unresolved': f'{where} no difference to a tuned LM-only student was resolved',
     }
     terms = [(1.0, _cells(arm)), (-1.0, _cells(arms.tuned))]
@@ -313,5 +394,5 @@ CONTRASTS: dict[str, Callable[[_Arms], Rows]] = {
 }
 
 
-def _names(sources: list[Source]) -> str:
+def _names(sources: Sequence[Source]) -> str:
   return ', '.join(source.name for source in sources)

@@ -18,7 +18,10 @@ interval honest; where they do not, each is the classical formula:
 
 The two parts of the variance have their own t quantiles (Cochran & Cox 1957, 4.14; Graybill & Wang 1980):
 half^2 = t(S-1)^2 * seeds + t(documents)^2 * rest. Satterthwaite's single df takes three seeds that agree by chance for
-many, and covers 92-94% for 95% at S = 3, and worse in the tails that Holm's correction looks at: 97.3% for 99.3%.
+many, and covers 92-94% for 95% at S = 3, and worse in the tails that a corrected test uses: 97.3% for 99.3%.
+
+A verdict, its interval and its minimum detectable effect share one level: 1 - 0.05/m for one of m primary tests
+(Bonferroni), so a verdict says exactly whether the printed interval excludes 0. One or two seeds give no verdict.
 """
 
 import math
@@ -27,8 +30,14 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize, special
-from statsmodels.stats.multitest import multipletests
 
+ALPHA = 0.05  # the chance of any false verdict in a family of tests without effects
+POWER = 0.8
+MIN_SEEDS = 3  # with fewer, the variance between seeds is unknown or known with one degree of freedom
+TOO_FEW = 'unresolved: too few seeds'
+QUADRATURE = (
+  64  # points for each part of a variance, when a power is integrated over what the parts might be estimated as
+)
 BOOTSTRAP_SEEDS = 10  # under this many, a bootstrap over seeds is too narrow: 73% and 83% for 95% at 3 and 5
 SMALLEST_TAIL = 1e-100  # quantiles overflow beyond it
 
@@ -58,6 +67,7 @@ class Effect(NamedTuple):
   over: str  # 'seeds and documents' | 'documents' | 'seeds' | 'documents and checkpoints'
   seed_variance: float
   document_variance: float
+  parts: tuple[tuple[float, float], ...] = ()  # (variance, df) of each estimated part of error^2
 
 
 def crossed_effect(sets: Sequence[Paired], weights: Sequence[float] | None = None, level: float = 0.95) -> Effect:
@@ -86,16 +96,16 @@ def crossed_effect(sets: Sequence[Paired], weights: Sequence[float] | None = Non
   df = documents**2 / np.sum(documents_K**2 / df_K) if documents > 0 else np.nan
   n_seeds, n_documents = len(spreads[0].shift_S), int(length_K.sum())
   if n_seeds == 1:
-    interval = _interval(estimate, [documents], [df], level)
-    return Effect(estimate, *interval, 1, n_documents, 'documents', np.nan, document_variance)
+    interval, parts = _interval(estimate, [documents], [df], level)
+    return Effect(estimate, *interval, 1, n_documents, 'documents', np.nan, document_variance, parts)
   seeds = float(np.var(shift_S, ddof=1)) / n_seeds
   if (length_K == 1).any():
-    interval = _interval(estimate, [seeds], [n_seeds - 1], level)
-    return Effect(estimate, *interval, n_seeds, n_documents, 'seeds', n_seeds * seeds, np.nan)
+    interval, parts = _interval(estimate, [seeds], [n_seeds - 1], level)
+    return Effect(estimate, *interval, n_seeds, n_documents, 'seeds', n_seeds * seeds, np.nan, parts)
   rest = max(documents - residual, documents - seeds, 0.0)  # so the sum is under neither mean square
-  interval = _interval(estimate, [seeds, rest], [n_seeds - 1, df], level)
-  seed_variance = n_seeds * max(seeds - residual, 0.0)
-  return Effect(estimate, *interval, n_seeds, n_documents, 'seeds and documents', seed_variance, document_variance)
+  interval, parts = _interval(estimate, [seeds, rest], [n_seeds - 1, df], level)
+  between = n_seeds * max(seeds - residual, 0.0)
+  return Effect(estimate, *interval, n_seeds, n_documents, 'seeds and documents', between, document_variance, parts)
 
 
 class _Spread(NamedTuple):
@@ -140,21 +150,22 @@ def _leverage(share_D: np.ndarray) -> tuple[np.ndarray, float]:
 
 def _interval(
   estimate: float, variances: Sequence[float], dfs: Sequence[float], level: float
-) -> tuple[float, float, float, float, float]:
-  """Effect's low, high, error, df and p, where the variance is a sum of estimated parts, each with its own df."""
-  parts = [(variance, df) for variance, df in zip(variances, dfs, strict=True) if variance != 0]
+) -> tuple[tuple[float, float, float, float, float], tuple[tuple[float, float], ...]]:
+  """Effect's (low, high, error, df, p) and parts, where the variance is a sum of estimated parts, each with its own df."""
+  parts = tuple((float(variance), float(df)) for variance, df in zip(variances, dfs, strict=True) if variance != 0)
   variance_K, df_K = np.asarray(parts, float).reshape(-1, 2).T
   error = math.sqrt(variance_K.sum())
   if math.isnan(error):
-    return -math.inf, math.inf, math.inf, math.nan, math.nan
+    return (-math.inf, math.inf, math.inf, math.nan, math.nan), ()
   if error == 0:
-    return estimate, estimate, 0.0, math.nan, float(estimate == 0)
+    return (estimate, estimate, 0.0, math.nan, float(estimate == 0)), ()
   share_K = variance_K / error**2
   quantile = lambda tail: math.sqrt(share_K @ special.stdtrit(df_K, tail) ** 2)
   wide, df = quantile((1 - level) / 2), float(df_K[0])
   if len(parts) > 1:
     df = float(special.stdtridf((1 + level) / 2, wide))
-  return estimate - wide * error, estimate + wide * error, error, df, _p(abs(estimate) / error, df_K, quantile)
+  p = _p(abs(estimate) / error, df_K, quantile)
+  return (estimate - wide * error, estimate + wide * error, error, df, p), parts
 
 
 def _p(statistic: float, df_K: np.ndarray, quantile) -> float:
@@ -168,30 +179,66 @@ def _p(statistic: float, df_K: np.ndarray, quantile) -> float:
   return float(2 * math.exp(optimize.brentq(above, low, high))) if above(low) > 0 else 0.0
 
 
-def verdict(effect: Effect, lower_is_better: bool, p: float | None = None, level: float = 0.95) -> str:
-  """'better', 'worse' or 'unresolved'; `p` in place of the effect's own, where it was adjusted (`holm`)."""
-  if not (effect.p if p is None else p) < 1 - level:  # also where p is nan
+def verdict(effect: Effect, lower_is_better: bool) -> str:
+  """'better' or 'worse' where the effect's interval excludes 0, else 'unresolved'; TOO_FEW with one or two seeds."""
+  if effect.n_seeds < MIN_SEEDS:
+    return TOO_FEW
+  if not (effect.low > 0 or effect.high < 0):  # also where they are nan
     return 'unresolved'
   return 'better' if (effect.estimate < 0) == lower_is_better else 'worse'
 
 
-def holm(p_values: Sequence[float]) -> np.ndarray:
-  """Holm's adjusted p values; a nan, which tests nothing, stays one and does not count."""
-  adjusted = np.array(p_values, float)
-  known = np.isfinite(adjusted)
-  if known.any():
-    adjusted[known] = multipletests(adjusted[known], method='holm')[1]
-  return adjusted
+def corrected_level(n_tests: int) -> float:
+  """The level of each of n intervals that are all right at once at least 95% of the time (Bonferroni)."""
+  return 1 - ALPHA / max(n_tests, 1)
 
 
-def minimum_detectable_effect(effect: Effect, power: float = 0.8, level: float = 0.95) -> float:
-  """The true effect, in the estimate's unit, that a new experiment of this size resolves with probability `power`.
+def power(difference: float, parts: Sequence[tuple[float, float]], level: float = 0.95) -> float:
+  """The chance that an interval at `level` excludes 0 on the right side, for a true difference.
 
-  Exact for a t test with the effect's df (noncentral t); t(level) + t(power) would promise 80% and give 77% at 2 df.
+  Args:
+    difference: in the estimate's unit.
+    parts: (variance, df) of each part of the squared standard error, as in `Effect.parts`; the true variances.
+    level: of the interval.
+  """
+  variance_K, df_K = np.asarray(parts, float).T
+  error = math.sqrt(variance_K.sum())
+  quantile_K = special.stdtrit(df_K, (1 + level) / 2)
+  midpoints = (np.arange(QUADRATURE) + 0.5) / QUADRATURE
+  half2 = np.zeros(1)  # the squared half width, over the grid of what each variance might be estimated as
+  for variance, df, quantile in zip(variance_K, df_K, quantile_K, strict=True):
+    ratio = special.chdtri(df, 1 - midpoints) / df if math.isfinite(df) else np.ones(1)
+    half2 = (half2[:, None] + quantile**2 * variance * ratio).ravel()
+  return float(np.mean(special.ndtr((abs(difference) - np.sqrt(half2)) / error)))
+
+
+def minimum_detectable_effect(effect: Effect, power_wanted: float = POWER, level: float = 0.95) -> float:
+  """The true effect, in the estimate's unit, that a new experiment of this size resolves at `level` with that power.
+
+  It takes the estimated variances for the true ones: `mde_range` says how uncertain that makes it.
   """
   if effect.error == 0 or math.isinf(effect.error):
     return effect.error
-  return float(effect.error * special.nctdtrinc(effect.df, 1 - power, special.stdtrit(effect.df, (1 + level) / 2)))
+  short_of = lambda errors: power(errors * effect.error, effect.parts, level) - power_wanted
+  highest = 2.0
+  while short_of(highest) < 0:
+    highest *= 2
+  return effect.error * float(optimize.brentq(short_of, 0.0, highest, xtol=1e-4))
+
+
+def mde_range(effect: Effect, mde: float, level: float = 0.95) -> tuple[float, float]:
+  """An interval for the minimum detectable effect: the standard error behind it is itself an estimate.
+
+  From the chi-square interval of error^2, whose degrees of freedom are Satterthwaite's.
+  """
+  if effect.error == 0 or math.isinf(effect.error):
+    return mde, mde
+  variance_K, df_K = np.asarray(effect.parts, float).T
+  df = variance_K.sum() ** 2 / np.sum(variance_K**2 / df_K)
+  if math.isinf(df):
+    return mde, mde
+  low, high = (math.sqrt(df / special.chdtri(df, tail)) for tail in ((1 - level) / 2, (1 + level) / 2))
+  return mde * low, mde * high
 
 
 def checkpoint_noise(values: Sequence[float]) -> float:
@@ -203,13 +250,13 @@ def checkpoint_noise(values: Sequence[float]) -> float:
 
 
 def with_checkpoint_noise(
-  effect: Effect, sd_arm: float, sd_baseline: float, n: int | None = None, level: float = 0.95
+  effect: Effect, spreads: Sequence[float], n: int | None = None, level: float = 0.95
 ) -> Effect:
-  """An effect of one seed with both runs' checkpoint noise in its error.
+  """Add the checkpoint noise of each run behind an effect of one seed to its error.
 
   Args:
     effect: of one seed, over documents.
-    sd_arm, sd_baseline: of `checkpoint_noise`, in the estimate's unit.
+    spreads: the `checkpoint_noise` of each run, times the run's coefficient in the estimate.
     n: checkpoints behind each of them; by default they count as known exactly.
     level: of the interval.
   Raises:
@@ -219,9 +266,10 @@ def with_checkpoint_noise(
     raise ValueError(f'checkpoint noise is for effects of one seed; this one has {effect.n_seeds}')
   known = math.inf if n is None else n - 1
   documents = math.nan if math.isinf(effect.error) else effect.error**2
-  variances, dfs = [documents, sd_arm**2, sd_baseline**2], [effect.df, known, known]
-  low, high, error, df, p = _interval(effect.estimate, variances, dfs, level)
-  return effect._replace(low=low, high=high, error=error, df=df, p=p, over='documents and checkpoints')
+  variances, dfs = [documents, *np.square(spreads)], [effect.df, *[known] * len(spreads)]
+  (low, high, error, df, p), parts = _interval(effect.estimate, variances, dfs, level)
+  over = 'documents and checkpoints'
+  return effect._replace(low=low, high=high, error=error, df=df, p=p, over=over, parts=parts)
 
 
 def bootstrap_interval(

@@ -1,11 +1,12 @@
 """A grid's comparisons as two tables: every arm against its baseline on every set, and the contrasts that the config declared.
 
 Everything is paired: an arm and its baseline share seed, initial weights, batches and documents. Intervals are of crossed random effects,
-seeds x documents (kdjax/analysis/crossed.py); where there is one seed they say so.
+seeds x documents (kdjax/analysis/crossed.py); where there is one seed they say so. The table of arms has hundreds of rows, and in most
+grids without any effect at least one of its 95% intervals excludes 0: so it holds no verdicts. Only primary contrasts do.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,14 @@ from scipy import stats
 
 from kdjax import flops, paths
 from kdjax.analysis import contrasts, crossed
-from kdjax.analysis.crossed import Effect
-from kdjax.analysis.scores import MEASURES, OOD_MEAN, TUNED, Measure, Scores
+from kdjax.analysis.crossed import Effect, Paired
+from kdjax.analysis.scores import MEASURES, TUNED, Measure, Scores
 from kdjax.errors import UserError
 from kdjax.evals import results
 from kdjax.grids import cells as cells_lib
 from kdjax.grids import runner
 from kdjax.grids.cells import Cell, Group
-from kdjax.grids.config import GridConfig
+from kdjax.grids.config import OOD_MEAN, GridConfig
 from kdjax.paths import read_json
 
 
@@ -58,7 +59,7 @@ def build(grid: GridConfig, folder: paths.Path) -> Tables:
 def _rows(scores: Scores, group: Group, baseline: list[Cell], scenario: str) -> list[dict[str, Any]]:
   """One row a set and measure."""
   for mine, theirs in zip(group.cells, baseline, strict=True):
-    scores.check_comparable(mine, theirs, TUNED if scenario or group.kind in ('tuned', 'flop_matched') else set())
+    scores.check_comparable(mine, theirs, TUNED if scenario or group.kind == 'tuned' else set())
   identity = _identity(scores, group, scenario)
   sets = scores.sets(group.cells[0])
   rows = []
@@ -69,26 +70,21 @@ def _rows(scores: Scores, group: Group, baseline: list[Cell], scenario: str) -> 
       if (kind == 'downstream') == measure.task and scores.measured(group.cells[0], s, measure)
     }
     parts = {s: scores.difference([group.cells], [baseline], s, measure) for s in wanted}
-    for set_name, kind in wanted.items():
-      noise = _noise(scores, group, baseline, set_name, measure)
-      effect = noise(crossed.crossed_effect([parts[set_name]]))
-      value, base = (scores.value([cells], set_name, measure) for cells in (group.cells, baseline))
-      rows.append(
-        identity
-        | _described(effect, measure)
-        | {'set': set_name, 'group': kind, 'measure': name, 'value': value, 'baseline': base}
+    averaged = {set_name: {set_name: 1.0} for set_name in wanted}
+    if (ood := [s for s, kind in wanted.items() if kind == 'OOD']) and not measure.task:
+      averaged[OOD_MEAN] = dict.fromkeys(ood, 1 / len(ood))
+    for set_name, weights in averaged.items():
+      effect = _effect(scores, group, baseline, weights, parts, measure)
+      mean = lambda cells, measure=measure, weights=weights: sum(
+        weight * scores.value([cells], s, measure) for s, weight in weights.items()
       )
-    ood = [s for s, kind in wanted.items() if kind == 'OOD']
-    if ood and not measure.task:
-      effect = crossed.crossed_effect([parts[s] for s in ood], [1 / len(ood)] * len(ood))
-      values = [np.mean([scores.value([cells], s, measure) for s in ood]) for cells in (group.cells, baseline)]
-      place = {'set': OOD_MEAN, 'group': OOD_MEAN, 'measure': name, 'value': values[0], 'baseline': values[1]}
-      rows.append(identity | _described(effect, measure) | place)
+      place = {'set': set_name, 'group': wanted.get(set_name, OOD_MEAN), 'measure': name}
+      rows.append(identity | _described(effect) | place | {'value': mean(group.cells), 'baseline': mean(baseline)})
   for set_name, kind in sets.items():
     if kind != 'downstream':
       ece = [[scores.meta(cell.id, set_name)['ece'] for cell in cells] for cells in (group.cells, baseline)]
       place = {'set': set_name, 'group': kind, 'measure': 'ece', 'value': np.mean(ece[0]), 'baseline': np.mean(ece[1])}
-      rows.append(identity | _described(_over_seeds(np.subtract(ece[0], ece[1])), MEASURES['bits_per_byte']) | place)
+      rows.append(identity | _described(_over_seeds(np.subtract(ece[0], ece[1]))) | place)
   return rows
 
 
@@ -106,7 +102,7 @@ def _identity(scores: Scores, group: Group, scenario: str) -> dict[str, Any]:
   if source.teacher:
     teacher = cells_lib.sized(grid, source.teacher)
     teacher_params = flops.count_params(teacher).non_embedding
-    if group.kind == 'distilled':
+    if group.kind in ('distilled', 'equal_compute'):
       ledger = flops.ledger(student, teacher, own, source.teacher_tokens, seq_len)
       costs |= {'logits_flops': ledger.logits, 'pretraining_flops': ledger.pretraining}
   return {
@@ -127,26 +123,25 @@ def _identity(scores: Scores, group: Group, scenario: str) -> dict[str, Any]:
   }
 
 
-def _described(effect: Effect, measure: Measure) -> dict[str, Any]:
+def _described(effect: Effect) -> dict[str, Any]:
   fields = ('estimate', 'low', 'high', 'error', 'df', 'p', 'n_seeds', 'n_documents', 'over')
-  verdict = 'unresolved' if measure.lower_is_better is None else crossed.verdict(effect, measure.lower_is_better)
-  return {name: getattr(effect, name) for name in fields} | {'verdict': verdict}
+  return {name: getattr(effect, name) for name in fields}
 
 
-def _noise(
-  scores: Scores, group: Group, baseline: list[Cell], name: str, measure: Measure
-) -> Callable[[Effect], Effect]:
-  """For an arm with one seed: adds the spread of its last checkpoints to the error."""
-  if len(group.cells) > 1 or measure.task:
-    return lambda effect: effect
-  spreads = []
-  for cell in (group.cells[0], baseline[0]):
-    tables = [scores.documents(cell.id, name, back) for back in range(scores.checkpoints(cell.id))]
-    values = [measure.sums(t).sum() / measure.sizes(t).sum() for t in tables]
-    spreads.append(crossed.checkpoint_noise(values))
-  if not np.isfinite(spreads).all():
-    return lambda effect: effect
-  return lambda effect: crossed.with_checkpoint_noise(effect, spreads[0], spreads[1], len(tables))
+def _effect(
+  scores: Scores,
+  group: Group,
+  baseline: list[Cell],
+  weights: Mapping[str, float],
+  parts: Mapping[str, Paired],
+  measure: Measure,
+) -> Effect:
+  """The group less its baseline; with one seed, the spread of both runs' last checkpoints is part of the error."""
+  effect = crossed.crossed_effect([parts[name] for name in weights], list(weights.values()))
+  if effect.n_seeds > 1 or measure.task:
+    return effect
+  noise = scores.checkpoint_spreads({group.cells[0].id: 1.0, baseline[0].id: -1.0}, weights, measure)
+  return crossed.with_checkpoint_noise(effect, *noise) if noise else effect
 
 
 def _over_seeds(differences: np.ndarray) -> Effect:
@@ -187,11 +182,21 @@ def _warnings(scores: Scores, groups: list[Group], ready: list[Group]) -> list[s
   grid = scores.grid
   out = []
   if grid.pilot.skip:
-    out.append('alpha not validated: the grid skips the pilot; contrasts average over the declared alphas')
+    out.append('alpha not validated: the grid skips the pilot; contrasts are tested at declared alphas')
+  if not grid.primary:
+    out.append('no primary contrast was declared: every row is exploratory, and there are no verdicts')
+  if grid.teacher_seed == 'shared':
+    out.append(
+      'each teacher is one training run: statements on teacher size and budget hold for these runs; '
+      'teacher_seed=paired trains one for each student seed'
+    )
   missing = len(groups) - len(ready)
   if missing:
     out.append(f'{missing} of {len(groups)} arms are not finished: they are left out, and contrasts on them say so')
-  if min(len(group.cells) for group in ready) == 1:
+  fewest = min(len(group.cells) for group in ready)
+  if fewest < crossed.MIN_SEEDS:
+    out.append(f'arms with {fewest} seed{"s" * (fewest > 1)}: no verdict is given with fewer than {crossed.MIN_SEEDS}')
+  if fewest == 1:
     out.append(
       'arms with one seed: their intervals hold the noise of their last checkpoints, not the variance between seeds'
     )

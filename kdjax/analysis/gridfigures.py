@@ -15,6 +15,7 @@ import pandas as pd
 
 from kdjax import paths
 from kdjax.analysis import flopplots, gridplots, gridrows, ink
+from kdjax.analysis.contrasts import NOT_TESTED
 
 log = logging.getLogger('kdjax')
 
@@ -105,14 +106,9 @@ def quoted(contrasts: pd.DataFrame, names: Sequence[str]) -> list[str]:
   """The declared contrasts that a figure bears on, with their verdicts."""
   lines = []
   for row in gridrows.each(contrasts) if len(contrasts) else ():
-    if row.contrast in names:
-      tested = row.verdict != 'not tested'
-      number = (
-        f'{row.verdict}, {row.estimate:+.3g} [{row.low:+.3g}, {row.high:+.3g}] {row.unit}, Holm p {row.p_holm:.2g}'
-        if tested
-        else row.answer
-      )
-      lines.append(f'{row.question} ({row.set}) {number}')
+    if row.contrast in names and not row.detail:
+      number = f'{row.verdict}, {row.estimate:+.3g} [{row.low:+.3g}, {row.high:+.3g}] at {row.level:.4g}, {row.unit}'
+      lines.append(f'{row.question} ({row.set}) {row.answer if row.verdict == NOT_TESTED else number}')
   return lines
 
 

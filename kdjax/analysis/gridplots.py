@@ -112,14 +112,15 @@ def heat(rows: pd.DataFrame) -> matplotlib.figure.Figure:
 
 
 def _heat(axes, rows: pd.DataFrame, teachers: list[str], budgets: list[float], limit: float):
-  """A cell says its estimate, interval, verdict and alpha; one that was not run says that."""
+  """A cell says its estimate, interval and alpha; one that was not run says that."""
   values = np.full((len(teachers), len(budgets)), np.nan)
   image = axes.imshow(values, cmap='RdBu_r', vmin=-limit, vmax=limit, origin='lower', aspect='auto')
   axes.set_facecolor('#eeeeee')
   for row in gridrows.each(rows):
     y, x = teachers.index(row.teacher), budgets.index(row.at)
     values[y, x] = row.drawn
-    text = f'{row.drawn:+.4f} {gridrows.VERDICT_MARKS.get(row.verdict, "")}\n[{row.drawn_low:+.3f}, {row.drawn_high:+.3f}]\n{row.verdict}, {gridrows.label("", row.alpha, row.validated)[2:]}'
+    alpha = gridrows.label('', row.alpha, row.validated)[2:]
+    text = f'{row.drawn:+.4f}\n[{row.drawn_low:+.3f}, {row.drawn_high:+.3f}]\n{alpha}'
     axes.text(x, y, text, ha='center', va='center', fontsize=7.5, color=ink.text_colour(image.to_rgba(row.drawn)))
   for y, x in zip(*np.nonzero(np.isnan(values)), strict=True):
     axes.text(x, y, 'not run', ha='center', va='center', fontsize=7.5, color='#666666')
@@ -221,7 +222,7 @@ def sets(rows: pd.DataFrame) -> matplotlib.figure.Figure:
       'teacher (its colour): T = 1;\ntasks: raw log-likelihood', color='#555555', marker='o', linestyle='none'
     ),
     ink.handle('the same at fitted T;\ntasks: per byte', color='#555555', marker='o', linestyle='none', mfc='white'),
-    ink.handle('unigram at the same α, T = 1', color=gridrows.COLOURS['unigram'], marker='>', linestyle='none'),
+    ink.handle('unigram, T = 1', color=gridrows.COLOURS['unigram'], marker='>', linestyle='none'),
     ink.handle('unigram at fitted T', color=gridrows.COLOURS['unigram'], marker='>', linestyle='none', mfc='white'),
   ]
   if (rows['arm'] == 'tuned').any():
@@ -300,5 +301,5 @@ def difficulty(rows: pd.DataFrame) -> matplotlib.figure.Figure:
     ink.zero(axes, 'y')
   handles = [ink.handle(label, markersize=4, linewidth=1.1, **styles[label]) for label in labels]
   if len(control):
-    handles.append(ink.handle('unigram at the same α', **UNIGRAM))
+    handles.append(ink.handle('unigram (no teacher)', **UNIGRAM))
   return ink.legend(figure, handles)

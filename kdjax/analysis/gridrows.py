@@ -15,20 +15,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kdjax.analysis.table import OOD_MEAN
 from kdjax.evals.job import IN_DOMAIN
 from kdjax.evals.score import DIFFICULTIES
 from kdjax.grids.cells import count
+from kdjax.grids.config import OOD_MEAN
 
 SETS = (IN_DOMAIN, OOD_MEAN)
 SETTING = ['student', 'student_tokens', 'distinct_tokens']
 COLUMNS = [
   *SETTING, 'teacher', 'teacher_tokens', 'budget', 'teacher_data', 'temperature', 'top_k', 'mixing', 'alpha', 'arm', 'scenario', 'validated',
-  'seeds', 'cells', 'set', 'group', 'measure', 'estimate', 'low', 'high', 'error', 'df', 'n_seeds', 'n_documents', 'over', 'p', 'verdict',
+  'seeds', 'cells', 'set', 'group', 'measure', 'estimate', 'low', 'high', 'error', 'df', 'n_seeds', 'n_documents', 'over', 'p',
   'baseline', 'value', 'student_params', 'teacher_params', 'student_flops', 'logits_flops', 'pretraining_flops',
 ]  # fmt: skip
 WORDS = [
-  'student', 'teacher', 'budget', 'teacher_data', 'mixing', 'arm', 'scenario', 'seeds', 'cells', 'set', 'group', 'measure', 'over', 'verdict',
+  'student', 'teacher', 'budget', 'teacher_data', 'mixing', 'arm', 'scenario', 'seeds', 'cells', 'set', 'group', 'measure', 'over',
 ]  # fmt: skip
 # Okabe & Ito's and Tol's colours, told apart by the colour-blind; vermilion is the unigram control's, grey the LM-only student's.
 TEACHERS = ('#56b4e9', '#0072b2', '#009e73', '#e69f00', '#cc79a7', '#332288', '#999933', '#882255')
@@ -54,7 +54,6 @@ SENSE = {
   'accuracy': ' (above 0: better)',
   'accuracy_norm': ' (above 0: better)',
 }
-VERDICT_MARKS = {'better': '✓', 'worse': '✗', 'unresolved': '○'}
 KEYS = ['setting', 'arm', 'source', 'alpha', 'validated', 'scenario', 'cells', 'set']  # one measure's row of an arm
 
 
@@ -137,15 +136,14 @@ def alphas(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def sets(rows: pd.DataFrame) -> pd.DataFrame:
-  """Each teacher's own rows under its label, with the unigram control of the same alpha beside; the tuned baseline under its own."""
+  """Each teacher's own rows under its label, with the unigram control beside; the tuned baseline under its own."""
   measures = rows[rows['measure'].isin([*FITTED, *FITTED.values()])]
   own = chosen(measures)
   own = own.assign(at=labels_of(own))
   parts = [own]
   unigram = measures[measures['arm'] == 'unigram']
   for row in each(own.drop_duplicates('at')):
-    same = (unigram['alpha'] == row.alpha) & (unigram['validated'] == row.validated)
-    parts.append(unigram[same].assign(at=row.at))
+    parts.append(_control(unigram, row.alpha, row.validated).assign(at=row.at))
   if len(own):
     parts.append(measures[measures['arm'] == 'tuned'].assign(at='LM-only, tuned'))
   out = pd.concat(parts)
@@ -193,14 +191,20 @@ def equal_flops(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def difficulty(rows: pd.DataFrame) -> pd.DataFrame:
-  """Each teacher over the bins of difficulty, with the unigram control of the same alphas beside."""
+  """Each teacher over the bins of difficulty, with the unigram control beside."""
   measured = rows[rows['measure'].isin(DIFFICULTY) & rows['set'].isin(SETS)]
   own = chosen(measured)
-  alphas = set(zip(own['alpha'], own['validated'], strict=True))
+  uses = set(zip(own['alpha'], own['validated'], strict=True))
   unigram = measured[measured['arm'] == 'unigram']
-  beside = unigram[[use in alphas for use in zip(unigram['alpha'], unigram['validated'], strict=True)]]
-  both = pd.concat([own, beside])
+  beside = pd.concat([unigram[:0], *(_control(unigram, *use) for use in sorted(uses))])
+  both = pd.concat([own, beside[~beside.index.duplicated()]])
   return _placed(both.assign(at=both['measure'].map(DIFFICULTY)))
+
+
+def _control(unigram: pd.DataFrame, alpha: float, validated: bool) -> pd.DataFrame:
+  """The unigram control beside a teacher: at its own validated alpha beside a validated one, else at the teacher's alpha."""
+  same = unigram[unigram['validated'] == validated]
+  return same if validated else same[same['alpha'] == alpha]
 
 
 def _plain(rows: pd.DataFrame) -> pd.DataFrame:

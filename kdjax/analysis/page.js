@@ -52,19 +52,20 @@ function count(n) {
 }
 const flops = n => n.toExponential(1).replace('e+', 'e');
 const label = r => `${r.source}, α ${r.alpha}${r.validated ? '' : '*'}`;
-const who = r => r.arm === 'distilled' ? r.source : r.arm === 'unigram' ? 'unigram (no teacher)' : r.arm === 'tuned' ? 'LM-only, tuned' : `LM-only, FLOPs of ${r.source}`;
+const who = r => r.arm === 'distilled' ? r.source : r.arm === 'unigram' ? 'unigram (no teacher)' : r.arm === 'tuned' ? 'LM-only, tuned' : r.arm === 'equal_compute' ? `${r.source}, on more tokens` : `LM-only, FLOPs of ${r.source}`;
 function tip(r, extra = '') {
   const cells = r.cells.split(' ').filter(Boolean), unit = D.units[r.measure][0];
   return [
     `<b>${esc(who(r))}</b>, α ${r.alpha}${r.validated ? ', validated' : ''}${r.scenario ? `, at equal FLOPs (${esc(r.scenario)})` : ''}`,
     `${esc(r.set)}: ${signed(r.estimate)} [${signed(r.low)}, ${signed(r.high)}]`, `${esc(unit)}, less the baseline’s`,
-    ...(extra ? [extra] : []), `verdict: ${esc(r.verdict)}`, `seeds ${esc(r.seeds)}; ${r.n_documents} documents; interval over ${esc(r.over)}`,
+    ...(extra ? [extra] : []), `seeds ${esc(r.seeds)}; ${r.n_documents} documents; interval over ${esc(r.over)}`,
     ...cells.slice(0, 6).map(c => `<small>${esc(c)}</small>`), ...(cells.length > 6 ? [`and ${cells.length - 6} cells more`] : []),
   ].join('<br>');
 }
 const axisTitle = (measure, per = '', gap = ' ') => `${D.units[measure][0]}${per},<br>less the LM-only student’s${D.units[measure][1] ? gap + D.units[measure][1] : ''}`;
 
 // Which rows: the rules of kdjax/analysis/gridrows.py
+const isControl = (r, beside) => r.arm === 'unigram' && r.validated === beside.validated && (r.validated || r.alpha === beside.alpha);
 const plain = list => list.filter(r => r.arm === 'distilled' && !r.scenario);
 const isTask = set => rows.some(r => r.set === set && r.group === 'downstream');
 const measureOf = set => state.measure || (isTask(set) ? 'accuracy' : 'bits_per_byte');
@@ -177,12 +178,12 @@ const FIGURES = {
     const panels = unique(all.map(r => r.variant)).sort().flatMap(variant => setsShown().map(set => {
       const mine = on(all, set).filter(r => r.variant === variant), limit = Math.max(...on(all, set).map(r => Math.abs(r.estimate)), 1e-9);
       const table = what => teachers.map(t => budgets.map(b => { const r = mine.find(r => r.teacher === t && r.teacher_tokens === b); return r ? what(r) : null; }));
-      const sign = D.marks, colours = ['#053061', '#4393c3', '#f7f7f7', '#d6604d', '#67001f'];
+      const colours = ['#053061', '#4393c3', '#f7f7f7', '#d6604d', '#67001f'];
       const up = D.units[measureOf(set)][1].includes('above');
       const scale = (up ? [...colours].reverse() : colours).map((c, i) => [i / 4, c]);
       const page = document.getElementById('plots').clientWidth, room = ((budgets.length > 3 || page < 900 ? page : page / 2) - 180) / budgets.length;
-      const long = r => `${signed(r.estimate)} ${sign[r.verdict] || ''}<br>[${signed(r.low)}, ${signed(r.high)}]<br>${r.verdict}, α ${r.alpha}${r.validated ? '' : '*'}`;
-      const cell = r => room > 105 ? long(r) : room > 48 ? `${signed(r.estimate)}<br>${sign[r.verdict] || ''} α ${r.alpha}${r.validated ? '' : '*'}` : sign[r.verdict] || '';  // all is in the hover text
+      const long = r => `${signed(r.estimate)}<br>[${signed(r.low)}, ${signed(r.high)}]<br>α ${r.alpha}${r.validated ? '' : '*'}`;
+      const cell = r => room > 105 ? long(r) : room > 48 ? `${signed(r.estimate)}<br>α ${r.alpha}${r.validated ? '' : '*'}` : '';  // all is in the hover text
       const missing = teachers.flatMap((t, y) => budgets.flatMap((b, x) => mine.some(r => r.teacher === t && r.teacher_tokens === b) ? [] : [{x, y, text: 'not run', showarrow: false}]));
       const words = mine.map(r => ({x: budgets.indexOf(r.teacher_tokens), y: teachers.indexOf(r.teacher), text: cell(r), showarrow: false, captureevents: false, font: {size: 10.5, color: Math.abs(r.estimate) > 0.62 * limit ? '#fff' : '#000'}}));
       const traces = [{type: 'heatmap', z: table(r => r.estimate), x: budgets.map((_, i) => i), y: teachers.map((_, i) => i), tips: table(r => tip(r)), hoverinfo: 'none', zmin: -limit, zmax: limit, colorscale: scale, xgap: 2, ygap: 2, colorbar: {title: {text: axisTitle(measureOf(set)), side: 'right', font: {size: 10}}, thickness: 12, tickfont: {size: 10}}}];
@@ -230,7 +231,7 @@ const FIGURES = {
     for (const r of own) placed.push({row: r, label: label(r), slot: +hollow(r), color: r.colour, symbol: r.marker, hollow: hollow(r)});
     for (const name of labels) {
       const first = own.find(r => label(r) === name);
-      for (const r of measured) if (r.arm === 'unigram' && r.alpha === first.alpha && r.validated === first.validated) placed.push({row: r, label: name, slot: 2 + hollow(r), color: r.colour, symbol: 'triangle-right', hollow: hollow(r)});
+      for (const r of measured) if (isControl(r, first)) placed.push({row: r, label: name, slot: 2 + hollow(r), color: r.colour, symbol: 'triangle-right', hollow: hollow(r)});
     }
     for (const r of own.length ? measured : []) if (r.arm === 'tuned') placed.push({row: r, label: 'LM-only, tuned', slot: +hollow(r), color: GREY, symbol: 'x', hollow: hollow(r)});
     const all = unique(placed.map(p => p.label));
@@ -240,7 +241,7 @@ const FIGURES = {
       return {title: set, ...forest(mine, all, 4, {title: axisTitle(measure, '', '<br>'), rowHeight: 38})};
     });
     const keys = [key('teacher (in its colour): T = 1; tasks: raw log-likelihood', 'circle', '#555'), key('the same at fitted T; tasks: per byte', 'circle', '#555', {hollow: true}),
-      ...(placed.some(p => p.row.arm === 'unigram') ? [key('unigram at the same α, T = 1', 'triangle-right', D.arms.unigram[1]), key('unigram at fitted T', 'triangle-right', D.arms.unigram[1], {hollow: true})] : []),
+      ...(placed.some(p => p.row.arm === 'unigram') ? [key('unigram, T = 1', 'triangle-right', D.arms.unigram[1]), key('unigram at fitted T', 'triangle-right', D.arms.unigram[1], {hollow: true})] : []),
       ...(placed.some(p => p.row.arm === 'tuned') ? [key('LM-only, tuned', 'x', GREY)] : [])];
     return {panels, keys, used: placed.map(p => p.row)};
   },
@@ -307,7 +308,7 @@ const FIGURES = {
   gain_by_difficulty(list) {
     const sets = state.set ? [state.set] : D.sets, measured = list.filter(r => r.measure in D.difficulty && sets.includes(r.set));
     const own = chosen(measured), uses = unique(own.map(r => `${r.teacher_tokens}|${r.variant}`)).sort((a, b) => parseFloat(a) - parseFloat(b) || (a < b ? -1 : 1)), labels = unique(own.map(label));
-    const control = measured.filter(r => r.arm === 'unigram' && own.some(o => o.alpha === r.alpha && o.validated === r.validated));
+    const control = measured.filter(r => own.some(o => isControl(r, o)));
     const at = r => D.difficulty[r.measure], ordered = list => [...list].sort((a, b) => at(a) - at(b));
     const style = r => { const i = uses.indexOf(`${r.teacher_tokens}|${r.variant}`), color = shade(r.colour, i, uses.length); return {mode: 'lines+markers', line: {color, width: 1.5, dash: D.dashes[i % D.dashes.length]}, marker: mark(r.marker, color, 6)}; };
     const panels = sets.map(set => {
@@ -321,7 +322,7 @@ const FIGURES = {
       return {title: set, traces, empty: !mine.length, layout: layout(380, x, axis('nats per token, less the LM-only student’s<br>(below 0: better)'), {shapes: [zero(true)]})};
     });
     const keys = labels.map(name => { const r = own.find(r => label(r) === name), s = style(r); return key(name, r.marker, s.line.color, {dash: s.line.dash}); });
-    if (control.length) keys.push(key('unigram at the same α', 'triangle-right', D.arms.unigram[1], {dash: 'solid'}));
+    if (control.length) keys.push(key('unigram (no teacher)', 'triangle-right', D.arms.unigram[1], {dash: 'solid'}));
     return {panels, keys, used: [...own, ...control]};
   },
 };
@@ -440,14 +441,13 @@ function drawFigures() {
 }
 
 // The table
-const FIRST = ['student', 'student_tokens', 'teacher', 'teacher_tokens', 'budget', 'arm', 'alpha', 'validated', 'scenario', 'set', 'measure', 'estimate', 'low', 'high', 'verdict', 'p', 'n_seeds', 'n_documents', 'over', 'baseline', 'value'];
+const FIRST = ['student', 'student_tokens', 'teacher', 'teacher_tokens', 'budget', 'arm', 'alpha', 'validated', 'scenario', 'set', 'measure', 'estimate', 'low', 'high', 'p', 'n_seeds', 'n_documents', 'over', 'baseline', 'value'];
 const COLUMNS = [...FIRST, ...D.columns.filter(c => !FIRST.includes(c))].filter(c => D.columns.includes(c));
 const LONG = new Set(['cells', 'seeds']), MOST = 3000;
 let shown = [], all = false;
 function cell(r, name) {
   const v = r[name];
   if (v === null || v === undefined) return '<td></td>';
-  if (name === 'verdict') return `<td><span class="verdict ${esc(v).replace(' ', '-')}">${esc(v)}</span></td>`;
   if (typeof v === 'number') return `<td class="n">${['estimate', 'low', 'high'].includes(name) ? signed(v) : Number.isInteger(v) && Math.abs(v) < 1e9 ? v : !finite(v) ? '∞' : +v.toPrecision(4)}</td>`;
   return LONG.has(name) ? `<td class="long" title="${esc(v)}">${esc(v)}</td>` : `<td>${esc(v)}</td>`;
 }

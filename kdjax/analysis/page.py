@@ -17,6 +17,7 @@ from plotly import offline
 
 from kdjax import paths
 from kdjax.analysis import flopplots, gridfigures, gridplots, gridrows
+from kdjax.analysis.contrasts import NOT_TESTED
 from kdjax.grids.cells import count
 
 DIGITS = 9  # significant, of the embedded numbers
@@ -46,6 +47,7 @@ ARMS = {
   'unigram': 'control: the teacher is no model but the training tokens’ frequencies',
   'tuned': 'control: an LM-only student whose stopping point, learning rate and weight decay were chosen on the validation split with as many draws',
   'flop_matched': 'control: an LM-only student that got, as tokens, the FLOPs of the teacher that the scenario names',
+  'equal_compute': 'a student of a cheaper teacher on more tokens: the pair costs, in all, what the pair with the largest teacher does',
 }
 LEGEND = {
   'LM-only': 'the baseline: the same student trained on the text alone (alpha 0), with the same seeds, batches and tokens; every difference is less this, unless a scenario says otherwise',
@@ -56,14 +58,15 @@ LEGEND = {
   'OOD': 'out of domain; OOD mean: the plain mean over the OOD sets',
   'bits per byte': 'log2 perplexity per byte of text; below 0 in a difference: better',
   'ECE': 'expected calibration error, 15 bins',
-  'entropy': 'of the model’s predictions, nats per token; neither better nor worse, so without a verdict',
+  'entropy': 'of the model’s predictions, nats per token; neither better nor worse',
   'top1': 'share of tokens whose likeliest prediction was right',
   'difficulty_1 ... difficulty_5': 'nats per token of the commonest fifth of the training text’s tokens, ..., of the rarest',
   'accuracy': 'of a downstream task’s items, by raw log-likelihood; accuracy_norm: by log-likelihood per byte',
-  'verdict': 'better or worse: the 95% interval is on one side of 0 (contrasts: and Holm’s p is at most 0.05); unresolved: it is not; not tested: a run is missing',
-  'interval': '95%; over seeds and documents: holds for other seeds and other documents of the set; over documents: only for these seeds',
-  'MDE': 'minimum detectable effect: what would have been found 4 times in 5 (80% power)',
-  'p, p (Holm)': 'two-sided; p (Holm) is corrected for all declared contrasts; the table’s p is of one row and corrected for nothing',
+  'verdict': 'of primary contrasts alone. better or worse: the interval is on one side of 0; unresolved: it is not, or fewer than three seeds were run; exploratory: not corrected, so no verdict; not tested: a run is missing',
+  'level': 'of a contrast’s interval: 1 - 0.05/m for a primary one, with m primary tests in the grid; 0.95 for an exploratory one',
+  'interval': '95% unless a level is given; over seeds and documents: holds for other seeds and other documents of the set; over documents: only for these seeds',
+  'MDE': 'minimum detectable effect: the true difference that a grid of this size resolves 4 times in 5, at the row’s level; its own 95% interval in brackets',
+  'p': 'two-sided, of one row, corrected for nothing',
   'scenario': 'which of the teacher’s FLOPs the LM-only student got as tokens: logits (its forward passes over the student’s tokens), pretraining (its own training), or both',
   'iso, disjoint': 'the teacher was trained on the student’s documents, or on others',
   'k, mixing': 'k0.05: the teacher’s likeliest 5% of the vocabulary only; a mixing other than normalised: CE + α KD, or (1 - α) CE + KD',
@@ -146,7 +149,6 @@ def payload(
       measure: [unit, gridrows.SENSE.get(measure, ' (below 0: better)').strip()]
       for measure, unit in gridrows.UNITS.items()
     },
-    'marks': gridrows.VERDICT_MARKS,
     'sets': list(gridrows.SETS),
     'fitted': gridrows.FITTED,
     'difficulty': gridrows.DIFFICULTY,
@@ -161,45 +163,41 @@ def payload(
 
 
 def contrast_table(contrasts: pd.DataFrame) -> str:
-  """HTML; the verdict is a word and a colour."""
+  """HTML: the primary contrasts, then the exploratory ones; a verdict is a word and a colour."""
   if contrasts.empty:
     return '<p>No contrasts were declared.</p>'
   several = len(contrasts[gridrows.SETTING].drop_duplicates()) > 1
   head = [
-    'question',
-    'tested on',
-    'verdict',
-    'estimate',
-    '95% interval',
-    'unit',
-    'MDE',
-    'p (Holm)',
-    'seeds',
-    'documents',
-    'interval over',
-  ]
-  lines = [_contrast(row, several) for row in contrasts.itertuples()]
-  caption = 'Of what is compared, the first less the second; below 0 in bits per byte: better. MDE: the effect that would have been found 4 times in 5. p (Holm): corrected for all contrasts.'
+    'question', 'tested on', 'verdict', 'estimate', 'interval', 'level', 'unit', 'MDE', 'seeds', 'documents', 'interval over',
+  ]  # fmt: skip
+  ordered = contrasts.sort_values('primary', ascending=False, kind='stable')
+  lines = [_contrast(row, several) for row in ordered.itertuples()]
+  caption = (
+    'Of what is compared, the first less the second; below 0 in bits per byte: better. Primary contrasts have verdicts; their intervals and MDE are '
+    'at a level that is corrected for all of them. The others are exploratory. MDE: the true difference that is resolved 4 times in 5.'
+  )
   cells = ''.join(f'<th scope="col">{_text(name)}</th>' for name in head)
   return f'<div class="box"><table class="contrasts"><thead><tr>{cells}</tr></thead><tbody>{"".join(lines)}</tbody></table></div><p class="how">{caption}</p>'
 
 
 def _contrast(row, several: bool) -> str:
-  tested = row.verdict != 'not tested'
+  tested = row.verdict != NOT_TESTED
   compared = f'<small><i>{_text(row.left)}</i> less <i>{_text(row.right)}</i></small>'
   student = (
     f'<small>student {_text(gridrows.setting_name(row.student, row.student_tokens, row.distinct_tokens))}</small>'
   )
+  detail = f'<small>{_text(row.detail)}</small>' if row.detail else ''
   number = lambda text: f'<td class="n">{text if tested else ""}</td>'
+  word = row.verdict.partition(':')[0].replace(' ', '-')
   cells = [
-    f'<th scope="row">{_text(row.question)}<small>{_text(row.answer)}</small>{compared if tested else ""}{student if several else ""}</th>',
+    f'<th scope="row">{_text(row.question)}{detail}<small>{_text(row.answer)}</small>{compared if tested else ""}{student if several else ""}</th>',
     f'<td>{_text(row.set)}</td>',
-    f'<td><span class="verdict {_text(row.verdict.replace(" ", "-"))}">{_text(row.verdict)}</span></td>',
+    f'<td><span class="verdict {_text(word)}">{_text(row.verdict)}</span></td>',
     number(f'{row.estimate:+.4f}'),
     number(f'[{row.low:+.4f}, {row.high:+.4f}]'),
+    number(f'{row.level:.4g}'),
     f'<td>{_text(row.unit)}</td>',
-    number(f'{row.mde:.4f}'),
-    number(f'{row.p_holm:.3g}'),
+    number(f'{row.mde:.4f}<br>[{row.mde_low:.4f}, {row.mde_high:.4f}]'),
     number(str(row.n_seeds)),
     number(str(row.n_documents)),
     f'<td>{_text(row.over)}</td>',

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from kdjax import paths
+from kdjax.analysis import crossed
 from kdjax.analysis.crossed import Paired
 from kdjax.analysis.table import CONTROLLED
 from kdjax.errors import UserError
@@ -22,7 +23,6 @@ from kdjax.grids.config import GridConfig
 from kdjax.run import RunFolder
 
 LN2 = math.log(2)
-OOD_MEAN = 'OOD mean'
 # What may differ between the runs of one comparison: what it is about. All else in run.json must be equal.
 COMPARED = {'arm', 'target', 'alpha', 'alpha_schedule', 'loss'}
 TUNED = {'tokens', 'optimizer'}  # and what a tuned or FLOP-matched baseline has of its own
@@ -128,6 +128,23 @@ class Scores:
   def value(self, cells: Sequence[Sequence[Cell]], name: str, measure: Measure) -> float:
     return float(self.mean(cells, name, measure).sum() / self.size(cells[0][0], name, measure).sum() / len(cells[0]))
 
+  def checkpoint_spreads(
+    self, coefficients: Mapping[str, float], weights: Mapping[str, float], measure: Measure
+  ) -> tuple[list[float], int] | None:
+    """(the noise of each run's weighted value over its last checkpoints, times its coefficient; how many checkpoints).
+
+    Args:
+      coefficients: run -> its coefficient in an estimate.
+      weights: set -> its weight.
+    Returns None where a run has fewer than two scored checkpoints.
+    """
+    n = min(self.checkpoints(run) for run in coefficients)
+    if n < 2:
+      return None
+    value = lambda run, back: sum(w * self._ratio(run, name, measure, back) for name, w in weights.items())
+    noise = lambda run: crossed.checkpoint_noise([value(run, back) for back in range(n)])
+    return [abs(coefficient) * noise(run) for run, coefficient in coefficients.items()], n
+
   def check_comparable(self, left: Cell, right: Cell, free: set[str]) -> None:
     """Raises UserError, naming the field, where two runs differ in more than what their comparison is about.
 
@@ -152,6 +169,10 @@ class Scores:
     """The code versions that the cells were trained with."""
     ids = [path.name for path in (self.folder / 'cells').iterdir()] if (self.folder / 'cells').is_dir() else []
     return {self._identity(run)['git'] for run in ids if run in self._files}
+
+  def _ratio(self, run: str, name: str, measure: Measure, back: int) -> float:
+    table = self.documents(run, name, back)
+    return float(measure.sums(table).sum() / measure.sizes(table).sum())
 
   def _column(self, cell: Cell, name: str, measure: Measure) -> np.ndarray:
     return measure.sums(self.documents(cell.id, name))

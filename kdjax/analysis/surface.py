@@ -63,6 +63,7 @@ class Surface:
   """A fitted gain surface and what is known of its worth."""
 
   frame: pd.DataFrame  # the effects it was fitted on
+  lm_only: pd.DataFrame  # the effects of LM-only students of more tokens, on the same set
   cells: Cells
   kind: str  # 'ridge' | 'law'
   predictor: Predictor
@@ -126,6 +127,7 @@ def fit(
   predictor = refit(cells)
   return Surface(
     frame=frame,
+    lm_only=_lm_only(effects, set_name, frame),
     cells=cells,
     kind=kind,
     predictor=predictor,
@@ -182,6 +184,15 @@ def _select(effects: pd.DataFrame, set_name: str) -> tuple[pd.DataFrame, list[st
   if not frame['over'].str.contains('seeds').all():
     notes.append('errors of single-seed cells hold nothing of the variance between seeds: intervals are too narrow')
   return frame, notes
+
+
+def _lm_only(effects: pd.DataFrame, set_name: str, frame: pd.DataFrame) -> pd.DataFrame:
+  """The FLOP-matched students of the same regime, with a standard error."""
+  rows = effects[
+    (effects['arm'] == 'flop_matched') & (effects['measure'] == 'bits_per_byte') & (effects['set'] == set_name)
+  ]
+  rows = rows[rows['distinct_tokens'] == frame['distinct_tokens'].iloc[0]]
+  return rows[np.isfinite(rows['estimate']) & np.isfinite(rows['error'])]
 
 
 def _cells(frame: pd.DataFrame, losses: Mapping[tuple[str, int], float]) -> Cells:

@@ -13,13 +13,13 @@ from kdjax.errors import UserError
 from kdjax.evals import job as jobs
 from kdjax.evals import results
 from kdjax.evals.score import TEMPERATURES
+from kdjax.grids.config import OOD_MEAN
 from kdjax.paths import read_json, write_text
 from kdjax.run import RunFolder
 
 LN2 = math.log(2)
 BASELINE = 'baseline'
 CONTROLLED = ('data', 'tokenizer', 'init')  # fingerprints that arms of one comparison must share
-OOD_MEAN = 'OOD mean'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,14 +84,14 @@ class Cell:
 class Group:
   """Cells that differ in their seed alone. `baseline` are the LM-only cells of the same seeds."""
 
-  kind: str  # distilled | unigram | tuned | flop_matched | baseline
+  kind: str  # distilled | unigram | tuned | flop_matched | equal_compute | baseline
   phase: str  # pilot | main | validated
   setting: Setting
   source: Source
   alpha: float
   cells: tuple[Cell, ...]
   baseline: tuple[Cell, ...] = ()
-  scenario: str = ''  # of a flop_matched one: which of the teacher's FLOPs it got as tokens
+  scenario: str = ''  # of a flop_matched or equal_compute one: which of the teacher's FLOPs count
   draw: str = ''  # of a pilot's tuned one: its values
 
   @property
@@ -129,6 +129,10 @@ def pilot_groups(grid: GridConfig) -> list[Group]:
         if alpha and _wanted(grid, setting, source, alpha):
           cells = (_distilled(grid, setting, source, alpha, grid.pilot.seed),)
           out.append(Group('distilled', 'pilot', setting, source, alpha, cells, base))
+    if grid.controls.unigram:
+      for alpha in filter(None, grid.pilot.alpha):
+        cells = (_unigram(grid, setting, alpha, grid.pilot.seed),)
+        out.append(Group('unigram', 'pilot', setting, Source(), alpha, cells, base))
     for draw in _draws(grid):
       cells = (_tuned(grid, setting, draw, grid.pilot.seed),)
       out.append(Group('tuned', 'pilot', setting, Source(), 0.0, cells, base, draw=_draw_name(draw)))
@@ -144,11 +148,14 @@ def main_groups(grid: GridConfig) -> list[Group]:
   ]
 
 
-def validated_groups(grid: GridConfig, chosen: Mapping[str, Any]) -> list[Group]:
-  """Each teacher at the alpha that the pilot chose, with fresh seeds, and its controls.
+def validated_groups(
+  grid: GridConfig, chosen: Mapping[str, Any], pairs: Sequence[tuple[Setting, Source, Source]] = ()
+) -> list[Group]:
+  """Each teacher, and each control, at the alpha that the pilot chose for it, with fresh seeds.
 
   Args:
     chosen: pilot key -> alpha, and for the tuned baseline -> the name of its draw.
+    pairs: (setting, costlier teacher, cheaper teacher) to be compared at equal total FLOPs.
   """
   if grid.pilot.skip:
     return []
@@ -157,7 +164,8 @@ def validated_groups(grid: GridConfig, chosen: Mapping[str, Any]) -> list[Group]
   for setting in settings(grid):
     key = lambda source, setting=setting: f'{setting.name}/{source.name}'
     alphas = lambda source, key=key: [float(chosen[key(source)])] if key(source) in chosen else []
-    out += _product(grid, setting, 'validated', seeds, alphas)
+    unigram = chosen.get(f'{setting.name}/unigram')
+    out += _product(grid, setting, 'validated', seeds, alphas, [] if unigram is None else [float(unigram)])
     baselines = tuple(_baseline(grid, setting, seed) for seed in seeds)
     tuned = next((draw for draw in _draws(grid) if _draw_name(draw) == chosen.get(f'{setting.name}/tuned')), None)
     if tuned:
@@ -167,6 +175,8 @@ def validated_groups(grid: GridConfig, chosen: Mapping[str, Any]) -> list[Group]
       plain = dataclasses.replace(source, temperature=1.0, top_k=0.0, mixing='normalised')
       if source == plain and any(group.source == source for group in out):
         out += [_flop_matched(grid, setting, source, scenario, baselines) for scenario in grid.controls.flop_matched]
+    for _, costly, cheap in (pair for pair in pairs if pair[0] == setting):
+      out += [_equal_compute(grid, setting, costly, cheap, alpha, baselines) for alpha in alphas(cheap)]
   return out
 
 
@@ -201,7 +211,10 @@ def count(n: float) -> str:
   return f'{n:g}'
 
 
-def _product(grid: GridConfig, setting: Setting, phase: str, seeds, alphas) -> Iterator[Group]:
+def _product(
+  grid: GridConfig, setting: Setting, phase: str, seeds, alphas, unigram: Sequence[float] | None = None
+) -> Iterator[Group]:
+  """The baselines, each teacher at its alphas, and the unigram control at alphas of its own, or at each that a teacher has."""
   baselines = {seed: _baseline(grid, setting, seed) for seed in seeds}
   yield Group('baseline', phase, setting, Source(), 0.0, tuple(baselines.values()))
   used: dict[float, set[int]] = {}
@@ -215,6 +228,8 @@ def _product(grid: GridConfig, setting: Setting, phase: str, seeds, alphas) -> I
         used.setdefault(alpha, set()).update(kept)
         cells = tuple(_distilled(grid, setting, source, alpha, seed) for seed in kept)
         yield Group('distilled', phase, setting, source, alpha, cells, tuple(baselines[seed] for seed in kept))
+  if unigram is not None:
+    used = {alpha: set(seeds) for alpha in unigram}
   if grid.controls.unigram:
     for alpha, kept_seeds in sorted(used.items()):
       ordered = [seed for seed in seeds if seed in kept_seeds]
@@ -259,10 +274,11 @@ def _unigram(grid: GridConfig, setting: Setting, alpha: float, seed: int) -> Cel
   return Cell(config, 'unigram', f'{setting.name}_unigram_a{alpha:g}_s{seed}', setting.student)
 
 
-def _distilled(grid: GridConfig, setting: Setting, source: Source, alpha: float, seed: int) -> Cell:
-  config = _config(grid, setting, 'distilled', alpha, seed)
+def _distilled(grid: GridConfig, setting: Setting, source: Source, alpha: float, seed: int, tokens: int = 0) -> Cell:
+  config = _config(grid, setting, 'distilled', alpha, seed, tokens)
   teacher = dataclasses.replace(
     config.teacher,
+    seed=_teacher_seed(grid, seed),
     model=_model(config.teacher.model, source.teacher),
     tokens=source.teacher_tokens,
     trunk=_trunk(grid, setting) if source.budget == 'trunk' else (),
@@ -272,8 +288,15 @@ def _distilled(grid: GridConfig, setting: Setting, source: Source, alpha: float,
     config.loss, temperature=source.temperature, teacher_top_k=source.top_k, mixing=source.mixing
   )
   config = dataclasses.replace(config, teacher=teacher, loss=loss)
-  name = f'{setting.name}_{source.name}_a{alpha:g}_s{seed}'
+  longer = f'-on-{count(tokens)}' if tokens else ''
+  name = f'{setting.name}{longer}_{source.name}_a{alpha:g}_s{seed}'
   return Cell(config, 'distilled', name, setting.student, source)
+
+
+def _teacher_seed(grid: GridConfig, seed: int) -> int:
+  """The seed of the teacher that students of `seed` learn from: never a student's own, or a teacher of their size would be their twin."""
+  shared = grid.base.teacher.seed
+  return shared + 10_007 * (seed + 1) if grid.teacher_seed == 'paired' else shared
 
 
 def _tuned(grid: GridConfig, setting: Setting, draw: tuple[float, float, float], seed: int) -> Cell:
@@ -310,6 +333,19 @@ def _flop_matched(
     for base in baselines
   )
   return Group('flop_matched', 'validated', setting, source, 0.0, cells, baselines, scenario=scenario)
+
+
+def _equal_compute(
+  grid: GridConfig, setting: Setting, costly: Source, cheap: Source, alpha: float, baselines: tuple[Cell, ...]
+) -> Group:
+  """Students of the cheaper teacher on so many tokens that the pair costs, in all, what the costlier pair does."""
+  scenario, seq_len = grid.controls.flop_matched[-1], grid.base.data.seq_len
+  counted = {'count_logits': 'logits' in scenario, 'count_pretraining': 'pretraining' in scenario}
+  student, large, small = (sized(grid, name) for name in (setting.student, costly.teacher, cheap.teacher))
+  total = flops.distillation_flops(student, large, setting.student_tokens, costly.teacher_tokens, seq_len, **counted)
+  tokens = round(flops.pair_tokens(student, small, cheap.teacher_tokens, total, seq_len, **counted))
+  cells = tuple(_distilled(grid, setting, cheap, alpha, base.seed, tokens) for base in baselines)
+  return Group('equal_compute', 'validated', setting, cheap, alpha, cells, baselines, scenario=scenario)
 
 
 def sized(grid: GridConfig, name: str) -> ModelConfig:

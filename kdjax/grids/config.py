@@ -12,16 +12,20 @@ from kdjax.models.named import NAMED, nearest
 
 BUDGETS = ('annealed', 'trunk')
 TEACHER_DATA = ('iso', 'disjoint')
+TEACHER_SEEDS = ('shared', 'paired')
 SCENARIOS = ('logits', 'pretraining', 'logits+pretraining')
-CONTRASTS = (
-  'weak_helps',
-  'size_reverses',
-  'budget_reverses',
-  'ood_more',
-  'reversal_at_equal_flops',
-  'more_than_calibration',
-  'beats_tuned',
-)
+IN_DOMAIN, OOD_MEAN = 'in-domain', 'OOD mean'
+OOD_LESS_IN_DOMAIN = f'{OOD_MEAN} less {IN_DOMAIN}'
+CONTRASTS = {  # and the sets that each is tested on
+  'weak_helps': (IN_DOMAIN, OOD_MEAN),
+  'size_reverses': (IN_DOMAIN, OOD_MEAN),
+  'budget_reverses': (IN_DOMAIN, OOD_MEAN),
+  'ood_more': (OOD_LESS_IN_DOMAIN,),
+  'reversal_at_equal_flops': (IN_DOMAIN, OOD_MEAN),
+  'more_than_calibration': (OOD_MEAN,),
+  'beats_tuned': (IN_DOMAIN, OOD_MEAN),
+}
+MAX_PRIMARY = 4  # tests of a family: each is at level 0.05 / m, so a fifth would cost the others more than it tells
 AXES = (
   'student',
   'student_tokens',
@@ -106,7 +110,19 @@ class GridConfig:
   exclude: tuple[str, ...] = ()
   pilot: PilotConfig = PilotConfig()
   controls: ControlsConfig = ControlsConfig()
-  contrasts: tuple[str, ...] = CONTRASTS
+  contrasts: tuple[str, ...] = tuple(CONTRASTS)
+  primary: tuple[
+    str, ...
+  ] = (  # CONTRAST:SET, at most four over all settings: these get verdicts; the others are exploratory
+    'weak_helps:in-domain',
+    'size_reverses:in-domain',
+    'ood_more',
+    'more_than_calibration',
+  )
+  declared_alpha: tuple[
+    float, ...
+  ] = ()  # without a pilot: where each teacher is tested, one value each; (): the middle one
+  teacher_seed: str = 'shared'  # shared: a teacher is one run | paired: each student seed has a teacher run of its own
   last: int = 3  # checkpoints scored where an arm has one seed: the noise of a single run
   cohort: int = 8  # students that train side by side, at most
   hardware: HardwareConfig = HardwareConfig()
@@ -155,10 +171,13 @@ def problems(grid: GridConfig) -> Iterator[str]:
     ('mixing', checks.MIXINGS, grid.mixing),
     ('controls.flop_matched', SCENARIOS, grid.controls.flop_matched),
     ('contrasts', CONTRASTS, grid.contrasts),
+    ('teacher_seed', TEACHER_SEEDS, (grid.teacher_seed,)),
   ):
     for value in chosen:
       if value not in known:
         yield f'{name}: unknown value {value!r}; known: {", ".join(known)}'
+  yield from _primary_problems(grid)
+  yield from _declared_alpha_problems(grid)
   tuned = grid.controls.tuned
   if tuned.enabled and (grid.pilot.skip or not (tuned.stop and tuned.learning_rate and tuned.weight_decay)):
     yield 'controls.tuned: its values are chosen by the pilot; give each at least one, or set controls.tuned.enabled=false'
@@ -201,6 +220,51 @@ def _filter_problems(text: str) -> Iterator[str]:
     if not equals or name.strip() not in AXES:
       yield f"include/exclude: {text!r} is no filter; write 'axis=value' with '&' between, axes: {', '.join(AXES)}"
       return
+
+
+def primary_tests(grid: GridConfig) -> set[tuple[str, str]]:
+  """The (contrast, set) of each primary test."""
+  return set(map(_one_primary, grid.primary))
+
+
+def n_primary(grid: GridConfig) -> int:
+  """The size of the family that the primary tests are corrected for: all student settings together."""
+  return len(primary_tests(grid)) * len(grid.student) * len(grid.student_tokens) * len(grid.distinct_tokens)
+
+
+def _only_set(contrast: str) -> str:
+  sets = CONTRASTS.get(contrast, ())
+  return sets[0] if len(sets) == 1 else ''
+
+
+def _primary_problems(grid: GridConfig) -> Iterator[str]:
+  for name, (contrast, where) in zip(grid.primary, map(_one_primary, grid.primary), strict=True):
+    if contrast not in CONTRASTS:
+      yield f'primary: unknown contrast {contrast!r}; known: {", ".join(CONTRASTS)}'
+    elif where not in CONTRASTS[contrast]:
+      known = ' or '.join(f'{contrast}:{each}' for each in CONTRASTS[contrast])
+      yield f'primary: {name!r} names no set that {contrast} is tested on; write {known}'
+    elif contrast not in grid.contrasts:
+      yield f'primary: {contrast} is not among contrasts ({_list(grid.contrasts)}); add it there or leave it out here'
+  if n_primary(grid) > MAX_PRIMARY:
+    yield (
+      f'primary: {len(grid.primary)} tests of each student setting are {n_primary(grid)} in all; '
+      f'at most {MAX_PRIMARY} can be primary: leave some out, they are then exploratory'
+    )
+
+
+def _one_primary(name: str) -> tuple[str, str]:
+  contrast, _, where = name.partition(':')
+  return contrast, where or _only_set(contrast)
+
+
+def _declared_alpha_problems(grid: GridConfig) -> Iterator[str]:
+  values = grid.declared_alpha
+  if values and len(values) != len(grid.teacher):
+    yield f'declared_alpha: {len(values)} values for {len(grid.teacher)} teachers; give one for each, or none'
+  for alpha in values:
+    if alpha not in grid.alpha or not alpha:
+      yield f'declared_alpha: {alpha:g} is no alpha above 0 of the grid ({_list(grid.alpha)})'
 
 
 def _unknown_model(axis: str, model: str) -> Iterator[str]:

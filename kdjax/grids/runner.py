@@ -31,7 +31,7 @@ from kdjax.errors import OwnedError, UserError
 from kdjax.evals import job as evaluation
 from kdjax.evals import results
 from kdjax.grids import cells as cells_lib
-from kdjax.grids import plan
+from kdjax.grids import comparisons, plan
 from kdjax.grids.cells import Cell, Group
 from kdjax.grids.config import GridConfig
 from kdjax.grids.plan import Job
@@ -91,7 +91,10 @@ def phases(grid: GridConfig, folder: paths.Path) -> list[tuple[str, list[Group]]
   """(phase, its groups), as far as they are known: the validated cells only once the pilot's outcome is."""
   pilot = read_pilot(folder)
   known = [('pilot', cells_lib.pilot_groups(grid)), ('main', cells_lib.main_groups(grid))]
-  return known + ([('validated', cells_lib.validated_groups(grid, pilot['chosen']))] if pilot else [])
+  if pilot is None:
+    return known
+  pairs = comparisons.reversal_pairs(grid, pilot['curves'])
+  return [*known, ('validated', cells_lib.validated_groups(grid, pilot['chosen'], pairs))]
 
 
 def jobs_of(grid: GridConfig, folder: paths.Path) -> list[Job]:
@@ -258,8 +261,8 @@ class Runner:
       table, _ = results.read(paths.under(self.folder, newest(scores[cell.id])[evaluation.VALIDATION]))
       value = results.bits_per_byte(table)
       if group.kind == 'baseline':
-        for source in cells_lib.sources(self.grid, group.setting):
-          curves.setdefault(f'{group.setting.name}/{source.name}', {})['0'] = value
+        for name in (*(source.name for source in cells_lib.sources(self.grid, group.setting)), 'unigram'):
+          curves.setdefault(f'{group.setting.name}/{name}', {})['0'] = value
       else:
         curves.setdefault(group.pilot_key, {})[group.draw or f'{group.alpha:g}'] = value
     outcome = choose(curves)

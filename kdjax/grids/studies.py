@@ -42,7 +42,18 @@ HARDWARE = {
   'paper': HardwareConfig('TPU v5p', 64, 95.0, 0.4),
 }
 ALPHAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
-SEEDS = {'laptop': (43, 44, 45), 'colab': (43, 44, 45), 'paper': (43,)}
+SCAN = {'laptop': (43, 44, 45), 'colab': (43, 44, 45), 'paper': (43,)}  # seeds of a scan over alpha, which is no test
+TESTED = (
+  43,
+  44,
+  45,
+  46,
+  47,
+)  # of arms that a contrast tests where there is no pilot: fewer than five hardly resolve anything
+FRESH = (46, 47, 48, 49, 50)  # of the alphas that a pilot chose
+# The best alpha of each of the four sizes in the paper's own 50B grid (Lu & Liu 2026): declared for studies without a pilot.
+PUBLISHED_ALPHAS = (0.2, 0.4, 0.6, 0.6)
+REVERSAL = ('weak_helps:in-domain', 'size_reverses:in-domain', 'size_reverses:OOD mean', 'ood_more')
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -52,8 +63,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   base = scales.base(scale)
   # The main grid holds all the controls; a study of the paper has its axes, the baseline and what the pilot needs.
   grid = GridConfig(name=study if study != 'main' else 'grid', scale=scale, study=study)
-  fresh = (46,) if scale == 'paper' else (46, 47, 48, 49, 50)
-  grid = dataclasses.replace(grid, seed=SEEDS[scale], validated_seed=fresh, hardware=HARDWARE[scale])
+  piloted = study in ('main', 'mechanism')
+  seeds = SCAN[scale] if piloted else TESTED
+  grid = dataclasses.replace(grid, seed=seeds, validated_seed=FRESH if piloted else (), hardware=HARDWARE[scale])
   config = config_lib.default(grid)
   config.base = base
   for name, value in (_main(scale) if study == 'main' else _study(study, scale)).items():
@@ -62,10 +74,19 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       node = node[part]
     with node.ignore_type():
       node[leaf] = value
+  if not piloted:
+    config.include = _tested_often(config, SCAN[scale])
   if study == 'second_family' and scale == 'paper':
     for section in (config.base.teacher, config.base.student):
       section.optimizer.learning_rate = 5e-4
   return config
+
+
+def _tested_often(config: ml_collections.ConfigDict, scan: tuple[int, ...]) -> tuple[str, ...]:
+  """Filters: the whole product with the seeds of a scan, and what the contrasts test with all of them."""
+  plain = '&temperature=1&top_k=0&mixing=normalised'
+  declared = zip(config.teacher, config.declared_alpha, strict=True)
+  return (f'seed={"|".join(map(str, scan))}', *(f'teacher={name}&alpha={alpha:g}{plain}' for name, alpha in declared))
 
 
 def _main(scale: str) -> dict[str, object]:
@@ -95,26 +116,35 @@ def _study(study: str, scale: str) -> dict[str, object]:
     'controls.flop_matched': (),
     'controls.tuned.enabled': False,
     'contrasts': ('weak_helps', 'size_reverses', 'ood_more', 'more_than_calibration'),
+    'primary': REVERSAL,
   }
   if study != 'mechanism':  # its alphas are the pilot's; the others scan alpha themselves, as the paper does
-    common['pilot.skip'] = True
+    common |= {'pilot.skip': True, 'declared_alpha': PUBLISHED_ALPHAS}
   two = (0.0, 0.2, 1.0)
+  low = {'alpha': two, 'declared_alpha': (0.2,) * 4}
   return common | {
     'size_alpha': {},
     'second_family': {},
-    'student_size': {'student': (sizes[0], sizes[2], sizes[3])},
-    'horizon': {'student_tokens': billions(100, 300)},
+    # Several settings are one family of tests: what is primary in each is the study's own question.
+    'student_size': {'student': (sizes[0], sizes[2], sizes[3]), 'primary': ('size_reverses:in-domain',)},
+    'horizon': {
+      'student_tokens': billions(100, 300),
+      'primary': ('size_reverses:in-domain', 'size_reverses:OOD mean'),
+    },
     'teacher_budget': {
       'teacher_tokens': billions(5, 10, 30, 50, 80, 100, 300),
       'contrasts': ('weak_helps', 'size_reverses', 'budget_reverses', 'ood_more', 'more_than_calibration'),
+      'primary': (*(f'{axis}_reverses:{on}' for axis in ('size', 'budget') for on in ('in-domain', 'OOD mean')),),
     },
-    'temperature': {'alpha': two, 'temperature': (0.5, 1.0, 2.0, 4.0)},
-    'top_k': {'alpha': two, 'top_k': (0.0, 0.01, 0.05, 0.2, 0.5)},
+    'temperature': low | {'temperature': (0.5, 1.0, 2.0, 4.0)},
+    'top_k': low | {'top_k': (0.0, 0.01, 0.05, 0.2, 0.5)},
     'unnormalised': {
       'teacher': (sizes[1],),
       'alpha': (0.0, 0.2, 0.8, 1.0),
+      'declared_alpha': (0.2,),
       'mixing': ('normalised', 'ce_plus_alpha_kd', 'one_minus_alpha_ce_plus_kd'),
       'contrasts': ('weak_helps', 'ood_more', 'more_than_calibration'),
+      'primary': ('ood_more',),
     },
     'mechanism': {'alpha': (0.0, 1.0)},
   }[study]  # fmt: skip

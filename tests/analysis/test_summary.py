@@ -9,20 +9,31 @@ from tests.analysis import grid_example
 def lines_of(text: str, heading: str) -> list[list[str]]:
   part = text.split(f'## {heading}')[1].split('##')[0]
   return [
-    [cell.strip() for cell in line.strip('| ').split(' | ')] for line in part.splitlines() if line.startswith('|')
+    [cell.strip() for cell in line.strip()[1:-1].split(' | ')] for line in part.splitlines() if line.startswith('|')
   ]
 
 
-def test_every_contrast_has_its_line():
+def test_every_contrast_has_its_line_and_only_primary_ones_a_verdict():
   effects, contrasts = grid_example.tables()
-  head, _, *lines = lines_of(summary.markdown(effects, contrasts, []), 'Declared contrasts')
-  assert len(lines) == len(contrasts) and head[3] == 'estimate'
-  for line, row in zip(lines, contrasts.to_dict('records'), strict=True):
-    assert line[:2] == [row['question'], row['set']]
-    if row['verdict'] == 'not tested':
-      assert line[2].startswith('not tested')
-    else:
-      assert line[2:5] == [row['verdict'], f'{row["estimate"]:+.4f}', f'[{row["low"]:+.4f}, {row["high"]:+.4f}]']
+  text = summary.markdown(effects, contrasts, [])
+  for heading, primary in (('Primary contrasts', True), ('Exploratory contrasts', False)):
+    head, _, *lines = lines_of(text, heading)
+    rows = contrasts[contrasts['primary'] == primary].to_dict('records')
+    assert len(lines) == len(rows) > 0 and ('verdict' in head) == primary
+    for line, row in zip(lines, rows, strict=True):
+      said = dict(zip(head, line, strict=True))
+      assert (
+        said['question'].startswith(row['question']) and row['detail'] in said['question'] and said['on'] == row['set']
+      )
+      if row['verdict'] == 'not tested':
+        assert 'not tested' in ' '.join(line)
+      else:
+        assert said['estimate'] == f'{row["estimate"]:+.4f}' and said['MDE'].startswith(f'{row["mde"]:.4f} [')
+        assert said['interval'] == f'[{row["low"]:+.4f}, {row["high"]:+.4f}] at {row["level"]:.4g}'
+        assert not primary or said['verdict'] == row['verdict']
+    assert primary or not any(
+      word in ' | '.join(line) for line in lines for word in ('| better', '| worse', '| unresolved')
+    )
 
 
 def test_every_validated_arm_has_its_line_and_each_set_its_columns():

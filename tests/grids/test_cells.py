@@ -6,7 +6,7 @@ import pytest
 
 from kdjax import cli, flops
 from kdjax.errors import ConfigError, UserError
-from kdjax.grids import cells, studies
+from kdjax.grids import cells, comparisons, studies
 from kdjax.grids import config as grid_config
 from kdjax.grids.config import ControlsConfig, GridConfig, PilotConfig, TunedConfig
 
@@ -125,10 +125,10 @@ def test_validated_cells_are_at_the_chosen_alpha_with_fresh_seeds_and_their_cont
   g = grid(controls=ControlsConfig(flop_matched=('logits',)))
   (setting,) = cells.settings(g)
   chosen = {f'{setting.name}/{s.name}': 0.1 * k for k, s in enumerate(cells.sources(g, setting), 2)}
-  chosen[f'{setting.name}/tuned'] = 'stop0.5-lr1-wd1'
+  chosen |= {f'{setting.name}/tuned': 'stop0.5-lr1-wd1', f'{setting.name}/unigram': 0.1}
   groups = cells.validated_groups(g, chosen)
   assert [group.alpha for group in of(groups, 'distilled')] == pytest.approx([0.2, 0.3, 0.4])
-  assert sorted(group.alpha for group in of(groups, 'unigram')) == pytest.approx([0.2, 0.3, 0.4])
+  assert [group.alpha for group in of(groups, 'unigram')] == [0.1]  # its own, not the teachers'
   assert all([c.seed for c in group.cells] == list(g.validated_seed) for group in groups)
   (tuned,) = of(groups, 'tuned')
   assert tuned.cells[0].config.student.tokens == setting.student_tokens // 2
@@ -138,6 +138,68 @@ def test_validated_cells_are_at_the_chosen_alpha_with_fresh_seeds_and_their_cont
     ledger = flops.ledger(student, teacher, setting.student_tokens, group.source.teacher_tokens, g.base.data.seq_len)
     spent = flops.training_flops(student, g.base.data.seq_len) * tokens
     assert spent == pytest.approx(ledger.total(count_logits=True, count_pretraining=False), rel=1e-5)
+
+
+def test_the_pilot_looks_for_the_unigram_controls_own_alpha():
+  g = grid(controls=ControlsConfig(flop_matched=()), pilot=PilotConfig(alpha=(0.0, 0.1, 0.5)))
+  groups = of(cells.pilot_groups(g), 'unigram')
+  assert [group.alpha for group in groups] == [0.1, 0.5]
+  assert {group.pilot_key for group in groups} == {'tiny-0.3m-512k/unigram'}
+  assert all(group.cells[0].arm == 'unigram' and group.cells[0].seed == g.pilot.seed for group in groups)
+
+
+@pytest.mark.parametrize('scenario', grid_config.SCENARIOS)
+def test_pairs_at_equal_total_flops_cost_the_same(scenario):
+  g = grid(controls=ControlsConfig(flop_matched=(scenario,)))
+  (setting,) = cells.settings(g)
+  sources = comparisons.plain_sources(g, setting)
+  curves = {f'{setting.name}/{s.name}': {'0': 2.0, '0.4': 1.9 + 0.01 * k} for k, s in enumerate(sources)}
+  chosen = {f'{setting.name}/{s.name}': 0.4 for s in sources}
+  pairs = comparisons.reversal_pairs(g, curves)
+  assert [(most.teacher, less.teacher) for _, most, less in pairs] == [
+    ('tiny-1m', 'tiny-0.1m')
+  ]  # the pilot's best of less
+  (group,) = of(cells.validated_groups(g, chosen, pairs), 'equal_compute')
+  assert group.source.teacher == 'tiny-0.1m' and [c.seed for c in group.cells] == list(g.validated_seed)
+  spent = []
+  for source, tokens in ((sources[-1], setting.student_tokens), (group.source, group.cells[0].config.student.tokens)):
+    student, teacher = (cells.sized(g, name) for name in (setting.student, source.teacher))
+    ledger = flops.ledger(student, teacher, tokens, source.teacher_tokens, g.base.data.seq_len)
+    spent.append(ledger.total(count_logits='logits' in scenario, count_pretraining='pretraining' in scenario))
+  assert spent[0] == pytest.approx(spent[1], rel=1e-5) and tokens > setting.student_tokens
+  assert group.cells[0].config.teacher == of(cells.validated_groups(g, chosen), 'distilled')[0].cells[0].config.teacher
+
+
+def test_without_a_pilot_the_reference_of_a_reversal_is_declared():
+  g = grid(student=('tiny-1m',), teacher=('tiny-0.3m', 'tiny-1m', 'tiny-3m', 'tiny-10m'), teacher_tokens=(0, 9000))
+  (setting,) = cells.settings(g)
+  sources = comparisons.plain_sources(g, setting)
+  pair = lambda found: tuple((s.teacher, s.teacher_tokens) for s in found)
+  assert pair(comparisons.size_pair(setting, sources, None)) == (('tiny-10m', 512_000), ('tiny-1m', 512_000))
+  smaller = [s for s in sources if s.teacher != 'tiny-1m']
+  assert pair(comparisons.size_pair(setting, smaller, None)) == (('tiny-10m', 512_000), ('tiny-3m', 512_000))
+  for family in comparisons.by_budget(sources):
+    assert pair(comparisons.budget_pair(setting, family, None))[1][1] == 9000
+
+
+def test_paired_teacher_seeds_give_each_student_seed_a_teacher_run_of_its_own():
+  g = grid(teacher_seed='paired')
+  for group in of(cells.main_groups(g), 'distilled'):
+    seeds = [cell.config.teacher.seed for cell in group.cells]
+    assert len(set(seeds)) == len(g.seed) and not set(seeds) & {*g.seed, *g.validated_seed, g.base.teacher.seed}
+  shared = {c.config.teacher.seed for group in of(cells.main_groups(grid()), 'distilled') for c in group.cells}
+  assert shared == {g.base.teacher.seed}
+
+
+@pytest.mark.parametrize('study', [s for s in studies.STUDIES if s not in ('main', 'mechanism')])
+@pytest.mark.parametrize('scale', ['laptop', 'paper'])
+def test_what_a_study_without_a_pilot_tests_has_five_seeds(study, scale):
+  g = cli.load_as(GridConfig, grid_config.problems, f'configs/grid.py:study={study},scale={scale}', {})
+  tested = set(zip(g.teacher, g.declared_alpha, strict=True))
+  for group in of(cells.main_groups(g), 'distilled'):
+    plain = group.source == dataclasses.replace(group.source, temperature=1.0, top_k=0.0, mixing='normalised')
+    if plain and (group.source.teacher, group.alpha) in tested:
+      assert len(group.cells) == 5
 
 
 def test_disjoint_teachers_have_the_half_that_students_have_not():
@@ -231,6 +293,16 @@ def test_the_evidence_is_the_main_grid_with_every_control_and_contrast_and_enoug
     ({'pilot.seed': '44'}, r'needs fresh seeds'),
     ({'budget': 'half'}, r"budget: unknown value 'half'; known: annealed, trunk"),
     ({'contrasts': 'weak_helps,nonsense'}, r"contrasts: unknown value 'nonsense'"),
+    ({'primary': 'nonsense'}, r"primary: unknown contrast 'nonsense'; known: weak_helps"),
+    (
+      {'primary': 'weak_helps'},
+      r"primary: 'weak_helps' names no set .* write weak_helps:in-domain or weak_helps:OOD mean",
+    ),
+    ({'contrasts': 'weak_helps', 'primary': 'ood_more'}, r'primary: ood_more is not among contrasts'),
+    ({'student': 'tiny-0.3m,tiny-1m'}, r'primary: 4 tests of each student setting are 8 in all; at most 4'),
+    ({'declared_alpha': '0.2'}, r'declared_alpha: 1 values for 3 teachers'),
+    ({'declared_alpha': '0.2,0.4,0.7'}, r'declared_alpha: 0.7 is no alpha above 0 of the grid'),
+    ({'teacher_seed': 'own'}, r"teacher_seed: unknown value 'own'; known: shared, paired"),
     ({'exclude': 'teacher:tiny-1m'}, r"include/exclude: 'teacher:tiny-1m' is no filter"),
     ({'exclude': 'techer=tiny-1m'}, r'is no filter'),
     ({'temperature': '0'}, r'temperature: must be above 0'),
