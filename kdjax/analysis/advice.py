@@ -39,7 +39,11 @@ def _answer(a: Advice, choice: Option, best: Option) -> list[str]:
       f'alpha {choice.alpha:g}.'
     )
   against = f'against the LM-only student on {count(a.student_tokens)} tokens; below 0: better'
-  measured = 'Measured, drawn towards the surface' if choice.measured else 'Predicted by the surface'
+  measured = (
+    'Predicted by the surface'
+    if not choice.measured
+    else f'Measured{", drawn towards the surface" * bool(choice.teacher)}'
+  )
   lines = [what, f'{measured}: {choice.interval}, {a.surface.set_name}, {against}.', *_cost(a, choice)]
   if choice is not best:
     lines.append(

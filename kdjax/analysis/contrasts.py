@@ -16,7 +16,7 @@ from kdjax.analysis import crossed
 from kdjax.analysis.crossed import Effect
 from kdjax.analysis.scores import MEASURES, Scores
 from kdjax.grids import cells as cells_lib
-from kdjax.grids import comparisons, runner
+from kdjax.grids import comparisons
 from kdjax.grids import config as grid_config
 from kdjax.grids.cells import Cell, Group, Setting, Source
 from kdjax.grids.config import IN_DOMAIN, OOD_LESS_IN_DOMAIN, OOD_MEAN
@@ -71,7 +71,7 @@ class _Arms:
   @property
   def unigram(self) -> Arm:
     """The unigram control at its own alpha: the validated one, or without a pilot the least that a teacher is tested at."""
-    chosen = (self._pilot or {'chosen': {}})['chosen'].get(f'{self.setting.name}/unigram')
+    chosen = (self.scores.pilot or {'chosen': {}})['chosen'].get(f'{self.setting.name}/unigram')
     alpha = chosen if self.validated else min(map(self._declared_alpha, self.scores.grid.teacher))
     return self._of('unigram', lambda g: g.alpha == alpha)
 
@@ -92,7 +92,7 @@ class _Arms:
   @property
   def curves(self) -> comparisons.Curves | None:
     """The pilot's; None where it was skipped."""
-    return (self._pilot or {'curves': {}})['curves'] if self.validated else None
+    return (self.scores.pilot or {'curves': {}})['curves'] if self.validated else None
 
   def level(self, contrast: str, where: str, detail: str) -> float | None:
     """Of a primary test: that of its interval; None of an exploratory one."""
@@ -100,10 +100,6 @@ class _Arms:
     if detail or (contrast, where) not in grid_config.primary_tests(grid):
       return None
     return crossed.corrected_level(grid_config.n_primary(grid))
-
-  @functools.cached_property
-  def _pilot(self) -> dict[str, Any] | None:
-    return runner.read_pilot(self.scores.folder)
 
   def _declared_alpha(self, teacher: str) -> float:
     declared = dict(zip(self.scores.grid.teacher, self.scores.grid.declared_alpha, strict=False))

@@ -202,9 +202,10 @@ def difficulty(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _control(unigram: pd.DataFrame, alpha: float, validated: bool) -> pd.DataFrame:
-  """The unigram control beside a teacher: at its own validated alpha beside a validated one, else at the teacher's alpha."""
-  same = unigram[unigram['validated'] == validated]
-  return same if validated else same[same['alpha'] == alpha]
+  """The unigram control beside a teacher: at the teacher's alpha, or else, beside a validated one, at its own validated alpha."""
+  alike = unigram[unigram['validated'] == validated]
+  same = alike[alike['alpha'] == alpha]
+  return alike if validated and same.empty else same
 
 
 def _plain(rows: pd.DataFrame) -> pd.DataFrame:

@@ -65,7 +65,10 @@ function tip(r, extra = '') {
 const axisTitle = (measure, per = '', gap = ' ') => `${D.units[measure][0]}${per},<br>less the LM-only student’s${D.units[measure][1] ? gap + D.units[measure][1] : ''}`;
 
 // Which rows: the rules of kdjax/analysis/gridrows.py
-const isControl = (r, beside) => r.arm === 'unigram' && r.validated === beside.validated && (r.validated || r.alpha === beside.alpha);
+function controls(list, beside) {
+  const alike = list.filter(r => r.arm === 'unigram' && r.validated === beside.validated), same = alike.filter(r => r.alpha === beside.alpha);
+  return beside.validated && !same.length ? alike : same;
+}
 const plain = list => list.filter(r => r.arm === 'distilled' && !r.scenario);
 const isTask = set => rows.some(r => r.set === set && r.group === 'downstream');
 const measureOf = set => state.measure || (isTask(set) ? 'accuracy' : 'bits_per_byte');
@@ -231,7 +234,7 @@ const FIGURES = {
     for (const r of own) placed.push({row: r, label: label(r), slot: +hollow(r), color: r.colour, symbol: r.marker, hollow: hollow(r)});
     for (const name of labels) {
       const first = own.find(r => label(r) === name);
-      for (const r of measured) if (isControl(r, first)) placed.push({row: r, label: name, slot: 2 + hollow(r), color: r.colour, symbol: 'triangle-right', hollow: hollow(r)});
+      for (const r of controls(measured, first)) placed.push({row: r, label: name, slot: 2 + hollow(r), color: r.colour, symbol: 'triangle-right', hollow: hollow(r)});
     }
     for (const r of own.length ? measured : []) if (r.arm === 'tuned') placed.push({row: r, label: 'LM-only, tuned', slot: +hollow(r), color: GREY, symbol: 'x', hollow: hollow(r)});
     const all = unique(placed.map(p => p.label));
@@ -308,7 +311,7 @@ const FIGURES = {
   gain_by_difficulty(list) {
     const sets = state.set ? [state.set] : D.sets, measured = list.filter(r => r.measure in D.difficulty && sets.includes(r.set));
     const own = chosen(measured), uses = unique(own.map(r => `${r.teacher_tokens}|${r.variant}`)).sort((a, b) => parseFloat(a) - parseFloat(b) || (a < b ? -1 : 1)), labels = unique(own.map(label));
-    const control = measured.filter(r => own.some(o => isControl(r, o)));
+    const control = measured.filter(r => own.some(o => controls(measured, o).includes(r)));
     const at = r => D.difficulty[r.measure], ordered = list => [...list].sort((a, b) => at(a) - at(b));
     const style = r => { const i = uses.indexOf(`${r.teacher_tokens}|${r.variant}`), color = shade(r.colour, i, uses.length); return {mode: 'lines+markers', line: {color, width: 1.5, dash: D.dashes[i % D.dashes.length]}, marker: mark(r.marker, color, 6)}; };
     const panels = sets.map(set => {

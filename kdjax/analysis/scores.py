@@ -72,6 +72,11 @@ class Scores:
     self.grid, self.folder = grid, folder
     self._files = runner.read_scores(grid, folder)
 
+  @functools.cached_property
+  def pilot(self) -> dict[str, Any] | None:
+    """What the pilot chose, with its curves; None before it has."""
+    return runner.read_pilot(self.folder)
+
   def has(self, groups: Iterable[Group]) -> bool:
     """Whether every cell of the groups, and of their baselines, has been scored."""
     return all(cell.id in self._files for group in groups for cell in (*group.cells, *group.baseline))
