@@ -315,7 +315,7 @@ def _ood_more(arms: _Arms) -> Rows:
 
 def _reversal_at_equal_flops(arms: _Arms) -> Rows:
   contrast = 'reversal_at_equal_flops'
-  scenario = (*arms.scores.grid.controls.flop_matched, '')[-1]
+  scenario = ('', *arms.scores.grid.controls.flop_matched)[-1]
   pair = comparisons.size_pair(arms.setting, arms.sources, arms.curves) if arms.validated else None
   for where in grid_config.CONTRASTS[contrast]:
     if not pair or not arms.equal_compute(pair[1]) or not arms.flop_matched(pair[0], scenario):

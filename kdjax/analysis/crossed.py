@@ -201,15 +201,23 @@ def power(difference: float, parts: Sequence[tuple[float, float]], level: float 
     parts: (variance, df) of each part of the squared standard error, as in `Effect.parts`; the true variances.
     level: of the interval.
   """
-  variance_K, df_K = np.asarray(parts, float).T
-  error = math.sqrt(variance_K.sum())
-  quantile_K = special.stdtrit(df_K, (1 + level) / 2)
+  error = math.sqrt(sum(variance for variance, _ in parts))
+  return _power(difference / error, _half_widths(parts, level) / error)
+
+
+def _power(errors: float, halves: np.ndarray) -> float:
+  """The same with difference and half widths in standard errors, over all that the half width may be."""
+  return float(np.mean(special.ndtr(abs(errors) - halves)))
+
+
+def _half_widths(parts: Sequence[tuple[float, float]], level: float) -> np.ndarray:
+  """Half widths of intervals over what each variance may be estimated as, all equally likely."""
   midpoints = (np.arange(QUADRATURE) + 0.5) / QUADRATURE
-  half2 = np.zeros(1)  # the squared half width, over the grid of what each variance might be estimated as
-  for variance, df, quantile in zip(variance_K, df_K, quantile_K, strict=True):
+  squared = np.zeros(1)
+  for variance, df in parts:
     ratio = special.chdtri(df, 1 - midpoints) / df if math.isfinite(df) else np.ones(1)
-    half2 = (half2[:, None] + quantile**2 * variance * ratio).ravel()
-  return float(np.mean(special.ndtr((abs(difference) - np.sqrt(half2)) / error)))
+    squared = (squared[:, None] + special.stdtrit(df, (1 + level) / 2) ** 2 * variance * ratio).ravel()
+  return np.sqrt(squared)
 
 
 def minimum_detectable_effect(effect: Effect, power_wanted: float = POWER, level: float = 0.95) -> float:
@@ -219,7 +227,8 @@ def minimum_detectable_effect(effect: Effect, power_wanted: float = POWER, level
   """
   if effect.error == 0 or math.isinf(effect.error):
     return effect.error
-  short_of = lambda errors: power(errors * effect.error, effect.parts, level) - power_wanted
+  halves = _half_widths(effect.parts, level) / effect.error
+  short_of = lambda errors: _power(errors, halves) - power_wanted
   highest = 2.0
   while short_of(highest) < 0:
     highest *= 2

@@ -1,0 +1,191 @@
+"""The contrasts on simulated grids of known truth: who gets a verdict, at which level, and what is compared with what."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from benchmarks import statistics as simulated
+from kdjax import cli
+from kdjax.analysis import contrasts, crossed
+from kdjax.analysis.scores import MEASURES, Scores
+from kdjax.grids import cells as cells_lib
+from kdjax.grids import comparisons
+from kdjax.grids import config as grid_config
+from kdjax.grids.config import GridConfig
+
+CLEAR = 0.5  # bits per byte: an effect that any grid resolves
+
+
+def rows(design, effects=simulated.no_effect, regime='mixed', seed=0):
+  scores = simulated.SimulatedScores(design, regime, effects, np.random.default_rng(seed))
+  return contrasts.test_all(scores, list(design.groups))
+
+
+def of(found, contrast, where=None, detail=''):
+  (row,) = [r for r in found if r['contrast'] == contrast and r['detail'] == detail and where in (None, r['set'])]
+  return row
+
+
+def with_all_contrasts(n_seeds=5):
+  """The shipped grid with every contrast, and the pair at equal total FLOPs."""
+  made = simulated.design(n_seeds)
+  grid = dataclasses.replace(made.grid, contrasts=tuple(grid_config.CONTRASTS))
+  (setting,) = cells_lib.settings(grid)
+  curves = {key: {'0': 2.0, '0.4': 1.9 + 0.01 * k} for k, key in enumerate(made.keys)}
+  chosen = dict.fromkeys(made.keys, simulated.ALPHA) | {f'{setting.name}/unigram': simulated.UNIGRAM_ALPHA}
+  groups = cells_lib.validated_groups(grid, chosen, comparisons.reversal_pairs(grid, curves))
+  return dataclasses.replace(made, grid=grid, groups=tuple(groups), curves=curves)
+
+
+def without_pilot(study='size_alpha'):
+  grid = cli.load_as(GridConfig, grid_config.problems, f'configs/grid.py:study={study}', {})
+  return simulated.Design(grid, tuple(cells_lib.main_groups(grid)), ())
+
+
+def gain(group, name):
+  return -CLEAR * (group.kind == 'distilled')
+
+
+@pytest.mark.parametrize('n_seeds', [1, 2])
+def test_one_or_two_seeds_give_no_verdict_however_clear_the_effect(n_seeds):
+  primary = [row for row in rows(simulated.design(n_seeds), gain) if row['primary']]
+  assert len(primary) == 4
+  for row in primary:
+    assert row['verdict'] == 'unresolved: too few seeds'
+    assert f'({n_seeds}); a verdict takes 3' in row['answer']
+
+
+def test_with_five_seeds_a_clear_effect_has_a_verdict_on_primary_tests_alone():
+  found = rows(simulated.design(5), gain)
+  assert of(found, 'weak_helps', 'in-domain')['verdict'] == 'better'
+  assert of(found, 'weak_helps', 'OOD mean')['verdict'] == 'exploratory'  # as clear, and not declared
+  assert of(found, 'size_reverses', 'in-domain')['verdict'] == 'unresolved'
+  details = [row for row in found if row['detail']]
+  assert details and all(row['verdict'] == 'exploratory' for row in details)
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_verdict_interval_and_mde_are_of_one_level(seed):
+  half = crossed.corrected_level(4)
+  for row in rows(simulated.design(5), lambda group, name: -0.05 * (group.kind == 'distilled'), seed=seed):
+    assert row['level'] == (half if row['primary'] else 0.95)
+    excludes = row['low'] > 0 or row['high'] < 0
+    if row['primary']:
+      assert (row['verdict'] != 'unresolved') == excludes
+      assert (row['p'] < 1 - half) == excludes or row['contrast'] == 'more_than_calibration'
+      assert row['p_adjusted'] == pytest.approx(min(1, 4 * row['p']))
+    assert row['mde_low'] < row['mde'] < row['mde_high']
+
+
+def test_each_weak_teacher_has_a_row_beside_the_pooled_one():
+  only = lambda group, name: -CLEAR * (group.kind == 'distilled' and group.source.name == 'tiny-0.1m-512k')
+  found = rows(simulated.design(5), only)
+  for contrast, where in (('weak_helps', 'in-domain'), ('more_than_calibration', 'OOD mean')):
+    own = {r['detail']: r for r in found if r['contrast'] == contrast and r['set'] == where and r['detail']}
+    assert set(own) == {'tiny-0.1m-102.4k', 'tiny-0.1m-512k', 'tiny-0.3m-102.4k'}
+    assert own['tiny-0.1m-512k']['high'] < 0 < own['tiny-0.1m-102.4k']['high']
+
+
+@pytest.mark.parametrize('seed', range(10))
+def test_a_control_that_harms_is_no_evidence_for_teachers(seed):
+  found = rows(simulated.design(5), lambda group, name: CLEAR * (group.kind == 'unigram'), seed=seed)
+  assert of(found, 'more_than_calibration')['verdict'] != 'better'
+
+
+@pytest.mark.parametrize(
+  ('teachers', 'control', 'verdict'),
+  [(-CLEAR, 0.0, 'better'), (-CLEAR, -CLEAR, 'unresolved'), (-CLEAR, -2 * CLEAR, 'worse'), (CLEAR, 2 * CLEAR, 'worse')],
+)
+def test_more_than_calibration_takes_a_gain_and_more_of_it_than_the_control_has(teachers, control, verdict):
+  effects = lambda group, name: teachers * (group.kind == 'distilled') + control * (group.kind == 'unigram')
+  assert of(rows(simulated.design(5), effects), 'more_than_calibration')['verdict'] == verdict
+
+
+def test_the_control_is_the_one_at_its_own_validated_alpha():
+  row = of(rows(simulated.design(5), gain), 'more_than_calibration')
+  assert f'_unigram_a{simulated.UNIGRAM_ALPHA:g}_' in row['cells'] or 'LM-only' in row['right']
+  design = simulated.design(5)
+  other = [g for g in design.groups if g.kind != 'unigram']
+  untested = of(rows(dataclasses.replace(design, groups=tuple(other))), 'more_than_calibration')
+  assert untested['verdict'] == 'not tested' and 'unigram control' in untested['answer']
+
+
+def test_at_equal_total_flops_pairs_are_compared_and_lm_only_is_a_third_arm():
+  better_with_tokens = lambda group, name: (
+    -CLEAR * (group.kind == 'equal_compute') - 2 * CLEAR * (group.kind == 'flop_matched')
+  )
+  found = [r for r in rows(with_all_contrasts(), better_with_tokens) if r['contrast'] == 'reversal_at_equal_flops']
+  home = {r['detail']: r for r in found if r['set'] == 'in-domain'}
+  assert len(home) == 3
+  assert home['']['estimate'] == pytest.approx(CLEAR, abs=0.2)
+  assert 'its student on' in home['']['right']
+  assert home['tiny-1m-512k less LM-only']['estimate'] == pytest.approx(2 * CLEAR, abs=0.2)
+  cheap = next(r for name, r in home.items() if name not in ('', 'tiny-1m-512k less LM-only'))
+  assert cheap['estimate'] == pytest.approx(CLEAR, abs=0.2)
+
+
+def test_equal_teachers_do_not_reverse_at_equal_flops_for_their_baselines_sake():
+  """The LM-only student of the stronger teacher has more tokens and is better: that is no reversal of the teachers."""
+  more_text = lambda group, name: -CLEAR * (group.kind == 'flop_matched' and group.source.teacher == 'tiny-1m')
+  row = of(rows(with_all_contrasts(), more_text), 'reversal_at_equal_flops', 'in-domain')
+  assert row['low'] < 0 < row['high']
+
+
+@pytest.mark.parametrize('study', ['size_alpha', 'teacher_budget'])
+def test_without_a_pilot_reversal_is_tested_at_declared_alphas_with_five_seeds(study):
+  found = rows(without_pilot(study))
+  for contrast in ('size_reverses', *(['budget_reverses'] if study == 'teacher_budget' else [])):
+    row = of(found, contrast, 'in-domain')
+    assert row['primary'] and row['verdict'] != 'not tested' and row['n_seeds'] == 5
+    assert 'declared reference' in row['right']
+  alphas = dict(zip(without_pilot(study).grid.teacher, without_pilot(study).grid.declared_alpha, strict=True))
+  largest = max(alphas, key=lambda name: float(name.removeprefix('tiny-').removesuffix('m')))
+  assert f'_a{alphas[largest]:g}_' in of(found, 'size_reverses', 'in-domain')['cells']
+
+
+def test_arms_are_compared_on_the_seeds_that_all_of_them_have():
+  grid = dataclasses.replace(without_pilot().grid, include=('seed=43|44|45', 'teacher=tiny-0.3m&alpha=0.4'))
+  row = of(rows(simulated.Design(grid, tuple(cells_lib.main_groups(grid)), ())), 'size_reverses', 'in-domain')
+  assert row['n_seeds'] == 3
+
+
+@pytest.mark.parametrize(('seeds', 'words'), [('shared', 'of these teacher runs'), ('paired', '')])
+def test_a_statement_is_of_the_teacher_runs_unless_each_seed_has_its_own(seeds, words):
+  design = simulated.design(5)
+  design = dataclasses.replace(design, grid=dataclasses.replace(design.grid, teacher_seed=seeds))
+  answer = of(rows(design, gain), 'weak_helps', 'in-domain')['answer']
+  assert words in answer and ('teacher runs' in answer) == bool(words)
+
+
+# One seed: the noise of the last checkpoints.
+
+
+class OneSeed(simulated.SimulatedScores):
+  """A grid of one seed whose runs have three checkpoints; the noise of each run is known."""
+
+  def checkpoint_spreads(self, coefficients, weights, measure):
+    return [abs(c) * 0.3 for c in coefficients.values()], 3
+
+
+def test_one_seeds_contrasts_have_the_noise_of_every_run_behind_them():
+  design = simulated.design(1)
+  draw = lambda kind: contrasts.test_all(
+    kind(design, 'mixed', simulated.no_effect, np.random.default_rng(0)), list(design.groups)
+  )
+  plain, noisy = (of(draw(kind), 'weak_helps', 'in-domain') for kind in (simulated.SimulatedScores, OneSeed))
+  runs = [1 / 3, 1 / 3, 1 / 3, 1.0]  # three weak teachers and the baseline
+  assert noisy['error'] ** 2 == pytest.approx(plain['error'] ** 2 + 0.09 * np.square(runs).sum())
+  assert noisy['over'] == 'documents and checkpoints' and noisy['estimate'] == plain['estimate']
+
+
+def test_checkpoint_spreads_are_of_the_weighted_value():
+  """By hand: one run, two sets, three checkpoints."""
+  scores = object.__new__(Scores)
+  values = {('a', 0): 1.0, ('a', 1): 2.0, ('a', 2): 4.0, ('b', 0): 3.0, ('b', 1): 3.0, ('b', 2): 0.0}
+  scores.checkpoints = lambda run: 3
+  scores._ratio = lambda run, name, measure, back: values[name, back]
+  (spread,), n = scores.checkpoint_spreads({'run': -2.0}, {'a': 0.5, 'b': 0.5}, MEASURES['bits_per_byte'])
+  assert n == 3 and spread == pytest.approx(2 * np.std([2.0, 2.5, 2.0], ddof=1))
+  scores.checkpoints = lambda run: 1
+  assert scores.checkpoint_spreads({'run': 1.0}, {'a': 1.0}, MEASURES['bits_per_byte']) is None
