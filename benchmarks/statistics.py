@@ -32,6 +32,7 @@ from kdjax.grids.config import GridConfig
 from kdjax.models.named import NAMED, named
 
 FILE = pathlib.Path(__file__).parents[1] / 'docs' / 'results' / 'statistics.json'
+PAGE = FILE.parents[1] / 'STATISTICS.md'
 GRIDS = 2000
 DOCUMENTS = {'in-domain': 40, 'dialogue': 40, 'reference': 40, 'code': 40}
 ALPHA = 0.4  # of every arm: what it is plays no role here
@@ -317,6 +318,15 @@ def markdown(tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
   return {name: _table(rows) for name, rows in tables.items()}
 
 
+def write_page(tables: Mapping[str, list[dict[str, Any]]]) -> None:
+  """Put the tables into docs/STATISTICS.md, between their marks."""
+  text = PAGE.read_text()
+  for name, table in markdown(tables).items():
+    head, tail = text.split(f'<!-- {name} -->')[0], text.split(f'<!-- /{name} -->')[1]
+    text = f'{head}<!-- {name} -->\n{table}\n<!-- /{name} -->{tail}'
+  PAGE.write_text(text)
+
+
 def _table(rows: list[dict[str, Any]]) -> str:
   head = list(rows[0])
   cell = lambda value: '' if value is None else f'{value:.3f}' if isinstance(value, float) else str(value)
@@ -337,6 +347,7 @@ def main() -> None:
     print(f'\n{name}\n{text}')
   if args.grids >= GRIDS:
     FILE.write_text(json.dumps(tables, indent=1) + '\n')
+    write_page(tables)
 
 
 if __name__ == '__main__':

@@ -147,7 +147,7 @@ FIGURES = {
   ),
   'size_by_budget': Figure(
     'Teacher size by teacher budget',
-    '✓ better, ✗ worse, ○ unresolved: the interval holds 0. Blue is better than the LM-only student.',
+    'Each cell: the difference, its 95% interval, alpha. Blue is better than the LM-only student.',
     'no distilled arm has been scored in-domain or on an OOD set',
     gridrows.heat,
     gridplots.heat,
