@@ -153,7 +153,8 @@ def train_students(
   config = arms[0].config
   assert all(cohort_key(arm.config) == cohort_key(config) for arm in arms), 'these students are no cohort'
   section = config.student
-  model = build(teachers.with_vocabulary(section.model, corpus.tokenizer, 'student'))
+  n_tokens = pretrained.n_tokens(config, corpus.tokenizer)
+  model = build(teachers.with_vocabulary(section.model, corpus.tokenizer, 'student', n_tokens))
   targets = {TARGETS[arm.name] for arm in arms}
   teacher_model, teacher, fingerprints, name = None, Teacher(), {}, ''
   if teacher_folder and 'teacher' in targets:
@@ -161,6 +162,9 @@ def train_students(
       teacher_folder, config.teacher.dtype, mesh, teachers.step_of(config), config.teacher.model, config.teacher.layout
     )
     name = f'{weights}@{step}'
+    if teacher_model.config.vocab_size > model.config.vocab_size:  # a part of its distribution is left out
+      name += f'/{model.config.vocab_size}'
+    teacher_model, params = teachers.fit_beside(teacher_model, params, model.config, mesh, config.teacher.layout)
     teacher = Teacher(params)
     fingerprints['teacher'] = weights
   if 'unigram' in targets:
