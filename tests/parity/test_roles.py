@@ -48,14 +48,17 @@ def continued(folder, n: int = 40, **options) -> list[int]:
   first = pretrained.opened(str(folder), one_device()).tokenizer.separator_id
   if ids[0, 0] != first:  # kdjax begins every document with it
     ids = torch.cat([torch.tensor([[first]]), ids], dim=1)
-  out = their_model(folder).generate(ids, max_new_tokens=n, do_sample=False, pad_token_id=0, **options)
+  seen = torch.ones_like(ids)  # else transformers takes a first token that is its padding for padding
+  out = their_model(folder).generate(ids, attention_mask=seen, max_new_tokens=n, do_sample=False, pad_token_id=0, **options)
   return out[0, ids.shape[1] :].tolist()
 
 
 def saying_the_end(folder: pathlib.Path, end: int) -> pathlib.Path:
-  """The folder with the rows of its head changed such that the model says `end` a few tokens after the prompt."""
+  """The folder with the rows of its head changed such that the model says `end` a few tokens after the prompt, and not before."""
+  shapes.change_tensors(folder, lambda tensors: tensors['lm_head.weight'][end].fill(0))
   free = continued(folder, eos_token_id=None)
   at = next(k for k in range(4, len(free)) if free[k] not in free[:k])
+  assert end not in free
 
   def swap(tensors):
     head = tensors['lm_head.weight']
