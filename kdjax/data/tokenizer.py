@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,12 @@ _BPE_DEFAULTS = {
   'byte_fallback': False,
   'ignore_merges': False,
 }
+_KEEPING = (
+  'ByteLevel',
+  'Digits',
+  'Split',
+  'Punctuation',
+)  # pre-tokenizers that drop nothing, but where they say 'Removed'
 _FILE, _META = 'tokenizer.json', 'tokenizer_meta.json'
 _WITH_FILES = (_FILE, 'tokenizer.model')  # beside these there may be files that name roles
 
@@ -51,6 +57,8 @@ class Tokenizer:
     end_id: the token that ends a text; the separator where one token does both.
     begin_id, padding_id: the token that begins a text, and the one that fills up a batch; None: there is none.
     stop_ids: the tokens at which generation stops, `end_id` first.
+    unknown_id: the token of what the vocabulary lacks; None: there is none.
+    keeps_text: whether every text can be read back from its tokens, by the tokenizer's design. Where not, it may all the same.
 
   Raises:
     UserError: not a `tokenizers` file, or nothing in it can start a document.
@@ -79,6 +87,8 @@ class Tokenizer:
         self._model = _model(parsed, unmarked, name)
       self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
       self.fingerprint = _fingerprint(parsed, self.roles, unmarked)
+    self.keeps_text = self._model is None or (parsed is not None and _keeps_text(parsed))
+    self.unknown_id = None if self._model is None or parsed is None else _unknown_id(parsed['model'], self._model)
     self.separator = self.roles.separator
     self.separator_id, self.end_id = self._id(self.roles.separator), self._id(self.roles.end)
     self.begin_id = self._id(self.roles.begin) if self.roles.begin else None
@@ -108,6 +118,14 @@ class Tokenizer:
     needless = self.special_ids - {self.separator_id, self.end_id}
     vocab = sorted(self._model.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
     return [token for token, id_ in vocab if id_ >= n_rows and id_ not in needless]
+
+  def split(self, ids: np.ndarray) -> list[np.ndarray]:
+    """The tokens of each document of a stream, cut at the tokens that start and end documents; other special tokens are left out."""
+    edges = {self.separator_id, self.end_id, self.separator_id if self.begin_id is None else self.begin_id}
+    at = np.flatnonzero(np.isin(ids, list(edges)))
+    others = list(self.special_ids - edges)
+    pieces = [piece[~np.isin(piece, [*edges, *others])] for piece in np.split(ids, at)]
+    return [piece for piece in pieces if len(piece)]
 
   @property
   def is_bytes(self) -> bool:
@@ -165,6 +183,12 @@ class Tokenizer:
     kind = 'bytes' if self.is_bytes else 'tokenizers'
     return {'kind': kind, 'separator': self.separator, 'roles': self.roles.as_dict()}
 
+  def key(self) -> list[Any]:
+    """Tells tokenizers apart that a corpus keeps, by their roles too: those of one token for all are told by the fingerprint."""
+    plain = not self.roles.closes and len(self.roles.stops) == 1
+    roles = [] if plain else [self.roles.as_dict()]
+    return [self.fingerprint, *roles, *([] if self.keeps_text else ['measured'])]  # what older corpora did not keep
+
   def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
     """One int32 array of token ids for each text. None is added; what stands for a special token in a text is read as such if `special`.
 
@@ -178,7 +202,12 @@ class Tokenizer:
       return [np.asarray(e.ids, np.int32) for e in model.encode_batch(list(texts), add_special_tokens=False)]
     if self._model is None:
       return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
-    encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+    try:
+      encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+    except (
+      Exception
+    ) as error:  # the class that `tokenizers` raises, where a model without an unknown token meets an unknown word
+      raise UserError(f'{self._name}: it cannot encode the text ({error}); set data.tokenizer to another one') from None
     ids = [np.asarray(e.ids, np.int32) for e in encoded]
     for what, edge in (('separator', self.separator_id), ('end token', self.end_id)):
       if any((i == edge).any() for i in ids):
@@ -194,6 +223,11 @@ class Tokenizer:
     if self._model is not None:
       return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
     return b''.join(SEPARATOR.encode() if i == self.separator_id else bytes([i]) for i in ids).decode(errors='replace')
+
+  def decode_text(self, ids: Sequence[int]) -> str:
+    """Ids -> text, without the special and the unknown tokens among them."""
+    left_out = {*self.special_ids, self.unknown_id}
+    return self.decode([i for i in map(int, ids) if i not in left_out])
 
   def to_json(self) -> str:
     """The text of a `tokenizers` file that gives the same ids. Bytes too have one."""
@@ -292,6 +326,40 @@ def _unmarked(model: tokenizers.Tokenizer, roles: Roles | None) -> list[str]:
   """The added tokens that have a role and that the file does not mark as special: some files leave the mark off."""
   plain = {token.content for token in model.get_added_tokens_decoder().values() if not token.special}
   return [token for token in roles.tokens if token in plain] if roles else []
+
+
+def _keeps_text(parsed: dict) -> bool:
+  """Whether it is a byte-level BPE that has every byte, and nothing before it changes or drops text."""
+  model = parsed['model']
+  if model.get('type') != 'BPE' or parsed.get('normalizer'):
+    return False
+  if model.get('end_of_word_suffix') or model.get('continuing_subword_prefix'):
+    return False
+  steps = list(_steps(parsed.get('pre_tokenizer')))
+  drops = [step for step in steps if step.get('behavior') == 'Removed' or step.get('type') not in _KEEPING]
+  strips = [token for token in _added(parsed) if token.get('lstrip') or token.get('rstrip')]
+  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+  both = (steps, _steps(parsed.get('decoder')))
+  reads = all(any(step.get('type') == 'ByteLevel' for step in part) for part in both)
+  return reads and not drops and not strips and all(byte in model['vocab'] for byte in alphabet)
+
+
+def _steps(part: Any) -> Iterator[dict]:
+  """A pre-tokenizer's or decoder's steps, those of a sequence one by one."""
+  if not isinstance(part, dict):
+    return
+  inner = [step for name in ('pretokenizers', 'decoders') for step in part.get(name) or ()]
+  if not inner:
+    yield part
+  for step in inner:
+    yield from _steps(step)
+
+
+def _unknown_id(model: dict, known: tokenizers.Tokenizer) -> int | None:
+  """The id of the model's unknown token: its kinds name it in one of two ways."""
+  if isinstance(model.get('unk_id'), int):
+    return model['unk_id']
+  return known.token_to_id(model['unk_token']) if isinstance(model.get('unk_token'), str) else None
 
 
 def _added(parsed: dict) -> list:

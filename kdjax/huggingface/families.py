@@ -221,16 +221,16 @@ def _write(config: ModelConfig, family: Family) -> dict[str, Any]:
   }
 
 
-def _rope_sections(
-  known: Mapping[str, Any], family: Family, where: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _rope_sections(known: Mapping[str, Any], family: Family, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
   """The rotary positions of (the layers that see all, the local ones), each with its rope_theta.
 
   transformers 5 has them in `rope_parameters`, 4 in fields of their own. Raises UserError for what the two read differently.
   """
   parameters, scaling = (_object(known.get(name), name, where) for name in ('rope_parameters', 'rope_scaling'))
   if parameters and scaling and parameters != scaling:
-    raise UserError(f'{where}: it has both rope_parameters and rope_scaling, which differ; keep the one that was trained with')
+    raise UserError(
+      f'{where}: it has both rope_parameters and rope_scaling, which differ; keep the one that was trained with'
+    )
   separate = 'rope_local_base_freq' in family.defaults
   nested = {name: _object(parameters.get(name), name, where) for name in ('full_attention', 'sliding_attention')}
   if parameters and separate != any(name in parameters for name in nested):
@@ -239,7 +239,9 @@ def _rope_sections(
       f'got {", ".join(map(str, parameters))}'
     )
   if separate and 'type' in scaling and 'rope_type' not in scaling:
-    raise UserError(f"{where}: rope_scaling has 'type', which {family.name} ignores in transformers 5; rename it to 'rope_type'")
+    raise UserError(
+      f"{where}: rope_scaling has 'type', which {family.name} ignores in transformers 5; rename it to 'rope_type'"
+    )
   whole = (nested['full_attention'] if separate else parameters) or scaling
   theta = whole.get('rope_theta', known['rope_theta'])
   if not separate:

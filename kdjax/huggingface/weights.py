@@ -254,7 +254,9 @@ def _shards(folder: pathlib.Path) -> list[str]:
     raise UserError(f'{folder / INDEX}: no index of safetensors files; fetch it again')
   outside = [name for name in names if pathlib.PurePath(name).name != name]
   if outside:
-    raise UserError(f'{folder}: its index names files that are not in the folder: {_some(outside)}; fetch the model again')
+    raise UserError(
+      f'{folder}: its index names files that are not in the folder: {_some(outside)}; fetch the model again'
+    )
   missing = [name for name in names if not (folder / name).is_file()]
   if missing:
     raise UserError(f'{folder}: its index names files that are not there: {_some(missing)}; fetch them')

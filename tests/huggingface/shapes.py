@@ -28,7 +28,14 @@ class Shape(NamedTuple):
 
 def added(content: str) -> dict[str, Any]:
   """A token as older tokenizer_config.json files spell it."""
-  return {'__type': 'AddedToken', 'content': content, 'lstrip': False, 'normalized': False, 'rstrip': False, 'single_word': False}
+  return {
+    '__type': 'AddedToken',
+    'content': content,
+    'lstrip': False,
+    'normalized': False,
+    'rstrip': False,
+    'single_word': False,
+  }
 
 
 SHAPES = {
@@ -105,11 +112,17 @@ def make(folder: pathlib.Path, shape: Shape | str, rows: int = 0, seed: int = 0,
     **shape.config,
   }
   tokenizer_config = {'tokenizer_class': 'PreTrainedTokenizerFast', **shape.tokenizer_config}
-  files = {'config.json': config, 'tokenizer_config.json': tokenizer_config, 'generation_config.json': shape.generation_config}
+  files = {
+    'config.json': config,
+    'tokenizer_config.json': tokenizer_config,
+    'generation_config.json': shape.generation_config,
+  }
   for name, values in files.items():
     if values is not None:
       (folder / name).write_text(json.dumps(values))
-  safetensors.numpy.save_file(weights(shape.model_type, rows, seed, tied), folder / 'model.safetensors', {'format': 'pt'})
+  safetensors.numpy.save_file(
+    weights(shape.model_type, rows, seed, tied), folder / 'model.safetensors', {'format': 'pt'}
+  )
   return folder
 
 

@@ -49,7 +49,9 @@ def continued(folder, n: int = 40, **options) -> list[int]:
   if ids[0, 0] != first:  # kdjax begins every document with it
     ids = torch.cat([torch.tensor([[first]]), ids], dim=1)
   seen = torch.ones_like(ids)  # else transformers takes a first token that is its padding for padding
-  out = their_model(folder).generate(ids, attention_mask=seen, max_new_tokens=n, do_sample=False, pad_token_id=0, **options)
+  out = their_model(folder).generate(
+    ids, attention_mask=seen, max_new_tokens=n, do_sample=False, pad_token_id=0, **options
+  )
   return out[0, ids.shape[1] :].tolist()
 
 
@@ -134,7 +136,9 @@ def test_the_harness_generates_their_texts(models):
 def test_whole_texts_and_empty_contexts_have_their_likelihood(models):
   ours, hf = models
   rolling = [asked('loglikelihood_rolling', text) for text in TEXTS[1:]]
-  pairs = [asked('loglikelihood', *pair) for pair in (('', 'a tail'), ('', ' b'), ('a context', ' and more'), ('c ', 'd'))]
+  pairs = [
+    asked('loglikelihood', *pair) for pair in (('', 'a tail'), ('', ' b'), ('a context', ' and more'), ('c ', 'd'))
+  ]
   with jax.set_mesh(one_device()):
     np.testing.assert_allclose(ours.loglikelihood_rolling(rolling), hf.loglikelihood_rolling(rolling), rtol=1e-4)
     found, theirs = ours.loglikelihood(pairs), hf.loglikelihood(pairs)
@@ -152,7 +156,9 @@ def test_there_and_back_keeps_the_roles_and_the_post_processor(folder, tmp_path,
   assert before.eos_token in said
   for text in TEXTS:
     assert before(text).input_ids == after(text).input_ids
-  processors = [json.loads((path / 'tokenizer.json').read_text())['post_processor'] for path in (folder, tmp_path / 'back')]
+  processors = [
+    json.loads((path / 'tokenizer.json').read_text())['post_processor'] for path in (folder, tmp_path / 'back')
+  ]
   assert processors[0] == processors[1]
   stops = [their_model(path).generation_config.eos_token_id for path in (folder, tmp_path / 'back')]
   assert {*np.atleast_1d(stops[0])} | {before.eos_token_id} == {*np.atleast_1d(stops[1])}
@@ -162,7 +168,9 @@ def test_there_and_back_keeps_the_roles_and_the_post_processor(folder, tmp_path,
 
 
 @pytest.mark.skipif(not CASES.exists(), reason=f'there is no {CASES}')
-@pytest.mark.parametrize('name', ['gemma3', 'gemma3soft', 'llama2pad', 'llama_eos', 'qwen_big', 'qwen_small', 'staleidx'])
+@pytest.mark.parametrize(
+  'name', ['gemma3', 'gemma3soft', 'llama2pad', 'llama_eos', 'qwen_big', 'qwen_small', 'staleidx']
+)
 def test_the_cases_give_their_logits(name):
   source = Source(CASES / name)
   assert source.tokenizer.vocab_size  # of one model
