@@ -38,7 +38,7 @@ class Fidelity:
       counts['unknown'] += sum(int((ids == self._tokenizer.unknown_id).sum()) for ids in tokens)
     samples = [text[:_SAMPLE] for text in texts[:: max(1, len(texts) // _PIECES)]]
     for text, ids in zip(samples, self._tokenizer.encode_batch(samples), strict=True):
-      again = self._tokenizer.decode_text(ids)
+      again = self._tokenizer.decode_text(ids.tolist())
       counts['characters'] += len(text)
       counts['changed'] += _missing(text, again)
       counts['lost'] += _missing(_folded(text), _folded(again))

@@ -8,36 +8,20 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 
 from kdjax import paths
-from kdjax.data import foreign
+from kdjax.data import foreign, tokenizer_json
 from kdjax.data import roles as roles_lib
 from kdjax.data.files import StoreDamaged, canonical, check_files, describe, digest, read_json, write_json
 from kdjax.data.roles import Roles
+from kdjax.data.tokenizer_json import SEPARATOR
 from kdjax.errors import UserError
 
-SEPARATOR = '<|endoftext|>'
-# What a BPE's file may leave out.
-_BPE_DEFAULTS = {
-  'dropout': None,
-  'unk_token': None,
-  'continuing_subword_prefix': None,
-  'end_of_word_suffix': None,
-  'fuse_unk': False,
-  'byte_fallback': False,
-  'ignore_merges': False,
-}
-_KEEPING = (
-  'ByteLevel',
-  'Digits',
-  'Split',
-  'Punctuation',
-)  # pre-tokenizers that drop nothing, but where they say 'Removed'
 _FILE, _META = 'tokenizer.json', 'tokenizer_meta.json'
 _WITH_FILES = (_FILE, 'tokenizer.model')  # beside these there may be files that name roles
 
@@ -73,9 +57,13 @@ class Tokenizer:
     roles: Roles | None = None,
   ):
     self._name = name
-    parsed = None if model_json is None else _parse(model_json, name)
+    parsed = None if model_json is None else tokenizer_json.parse(model_json, name)
     self._model = None if parsed is None else _model(parsed, (), name)
-    if parsed is not None and separator in ('', SEPARATOR) and _content(parsed) == _content(json.loads(_bytes_json())):
+    if (
+      parsed is not None
+      and separator in ('', SEPARATOR)
+      and tokenizer_json.content(parsed) == tokenizer_json.content(json.loads(tokenizer_json.bytes_json()))
+    ):
       self._model = model_json = None  # bytes, as `to_json` wrote them
     self._model_json = model_json
     if self._model is None or parsed is None:
@@ -87,8 +75,10 @@ class Tokenizer:
         self._model = _model(parsed, unmarked, name)
       self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
       self.fingerprint = _fingerprint(parsed, self.roles, unmarked)
-    self.keeps_text = self._model is None or (parsed is not None and _keeps_text(parsed))
-    self.unknown_id = None if self._model is None or parsed is None else _unknown_id(parsed['model'], self._model)
+    self.keeps_text = self._model is None or (parsed is not None and tokenizer_json.keeps_text(parsed))
+    self.unknown_id = (
+      None if self._model is None or parsed is None else tokenizer_json.unknown_id(parsed['model'], self._model)
+    )
     self.separator = self.roles.separator
     self.separator_id, self.end_id = self._id(self.roles.separator), self._id(self.roles.end)
     self.begin_id = self._id(self.roles.begin) if self.roles.begin else None
@@ -196,10 +186,11 @@ class Tokenizer:
       UserError: the separator or the end token is an ordinary token, which text can contain.
     """
     if special:
-      model = tokenizers.Tokenizer.from_str(self.to_json())
+      model = self.as_others_read_it()
       model.no_truncation()
       model.no_padding()
-      return [np.asarray(e.ids, np.int32) for e in model.encode_batch(list(texts), add_special_tokens=False)]
+      encoded = model.encode_batch(list(texts), add_special_tokens=False)
+      return [np.asarray(e.ids, np.int32) for e in encoded]
     if self._model is None:
       return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
     try:
@@ -229,9 +220,13 @@ class Tokenizer:
     left_out = {*self.special_ids, self.unknown_id}
     return self.decode([i for i in map(int, ids) if i not in left_out])
 
+  def as_others_read_it(self) -> tokenizers.Tokenizer:
+    """A `tokenizers` model of its own, which reads special tokens in a text as such."""
+    return tokenizer_json.build(json.loads(self.to_json()), (), self._name)
+
   def to_json(self) -> str:
     """The text of a `tokenizers` file that gives the same ids. Bytes too have one."""
-    return self._model_json if self._model_json is not None else _bytes_json()
+    return self._model_json if self._model_json is not None else tokenizer_json.bytes_json()
 
   def __reduce__(self):
     # A pickled `tokenizers` model loses the switch that keeps special tokens out of text.
@@ -259,16 +254,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
   )
   model.train_from_iterator(texts, trainer)
   return Tokenizer(model.to_str(), SEPARATOR, 'bpe')
-
-
-def _parse(model_json: str, name: str) -> dict:
-  try:
-    parsed = json.loads(model_json)
-  except (ValueError, RecursionError) as error:
-    raise UserError(f'{name}: not JSON ({error}); give the path of a Hugging Face tokenizer.json') from error
-  if not isinstance(parsed, dict) or not isinstance(parsed.get('model'), dict) or 'vocab' not in parsed['model']:
-    raise UserError(f'{name}: no model with a vocabulary in it; give the path of a Hugging Face tokenizer.json')
-  return parsed
 
 
 def _read_roles(
@@ -306,16 +291,7 @@ def _kept_roles(folder: paths.Path) -> dict[str, Any]:
 
 def _model(parsed: dict, unmarked: Sequence[str], name: str) -> tokenizers.Tokenizer:
   """The model with the `unmarked` tokens as special ones: only these are kept out of text."""
-  added = [
-    {**t, 'special': bool(t.get('special')) or t.get('content') in unmarked} if isinstance(t, dict) else t
-    for t in _added(parsed)
-  ]
-  try:
-    model = tokenizers.Tokenizer.from_str(json.dumps({**parsed, 'added_tokens': added}))
-  except Exception as error:  # the class that `tokenizers` raises
-    raise UserError(f'{name}: the tokenizers package cannot read it ({error}); fetch it again') from error
-  if not model.get_vocab(with_added_tokens=True):
-    raise UserError(f'{name}: its vocabulary is empty; fetch it again')
+  model = tokenizer_json.build(parsed, unmarked, name)
   model.no_truncation()
   model.no_padding()
   model.encode_special_tokens = True
@@ -328,77 +304,15 @@ def _unmarked(model: tokenizers.Tokenizer, roles: Roles | None) -> list[str]:
   return [token for token in roles.tokens if token in plain] if roles else []
 
 
-def _keeps_text(parsed: dict) -> bool:
-  """Whether it is a byte-level BPE that has every byte, and nothing before it changes or drops text."""
-  model = parsed['model']
-  if model.get('type') != 'BPE' or parsed.get('normalizer'):
-    return False
-  if model.get('end_of_word_suffix') or model.get('continuing_subword_prefix'):
-    return False
-  steps = list(_steps(parsed.get('pre_tokenizer')))
-  drops = [step for step in steps if step.get('behavior') == 'Removed' or step.get('type') not in _KEEPING]
-  strips = [token for token in _added(parsed) if token.get('lstrip') or token.get('rstrip')]
-  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-  both = (steps, _steps(parsed.get('decoder')))
-  reads = all(any(step.get('type') == 'ByteLevel' for step in part) for part in both)
-  return reads and not drops and not strips and all(byte in model['vocab'] for byte in alphabet)
-
-
-def _steps(part: Any) -> Iterator[dict]:
-  """A pre-tokenizer's or decoder's steps, those of a sequence one by one."""
-  if not isinstance(part, dict):
-    return
-  inner = [step for name in ('pretokenizers', 'decoders') for step in part.get(name) or ()]
-  if not inner:
-    yield part
-  for step in inner:
-    yield from _steps(step)
-
-
-def _unknown_id(model: dict, known: tokenizers.Tokenizer) -> int | None:
-  """The id of the model's unknown token: its kinds name it in one of two ways."""
-  if isinstance(model.get('unk_id'), int):
-    return model['unk_id']
-  return known.token_to_id(model['unk_token']) if isinstance(model.get('unk_token'), str) else None
-
-
-def _added(parsed: dict) -> list:
-  added = parsed.get('added_tokens') or []
-  return added if isinstance(added, list) else [added]  # no list: the package says so
-
-
 def _fingerprint(parsed: dict, roles: Roles, unmarked: Sequence[str]) -> str:
   """Of what the tokens of a document depend on."""
-  said = [_content(parsed), roles.separator]
+  said = [tokenizer_json.content(parsed), roles.separator]
   said += [roles.end] if roles.closes else []
   others = sorted(set(unmarked) - {roles.separator, roles.end})
   return digest(canonical([*said, {'kept out of text': others}] if others else said))
 
 
-@functools.cache
-def _bytes_json() -> str:
-  """A BPE without merges whose ids are the bytes, and then the separator."""
-  # The byte-level alphabet, sorted: first the bytes that are printed as themselves, then the others, in order.
-  printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-  others = (byte for byte in range(256) if byte not in printed)
-  characters = {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-  model = tokenizers.Tokenizer(tokenizers.models.BPE({c: byte for byte, c in characters.items()}, []))
-  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-  model.decoder = tokenizers.decoders.ByteLevel()
-  model.add_special_tokens([SEPARATOR])
-  return model.to_str()
-
-
-def _content(parsed: dict) -> dict:
-  """What the ids of a text depend on: two files that differ elsewhere, or in how they spell it, hold the same tokenizer."""
-  model = parsed['model']
-  if model.get('type') == 'BPE':
-    model = _BPE_DEFAULTS | model
-    model['merges'] = [merge.split(' ') if isinstance(merge, str) else merge for merge in model['merges']]
-  return {**parsed, 'model': model, 'truncation': None, 'padding': None, 'post_processor': None}
-
-
 def _name_one(parsed: dict) -> str:
-  names = [t['content'] for t in _added(parsed) if t.get('special')]
+  names = [t['content'] for t in tokenizer_json.added_tokens(parsed) if t.get('special')]
   such = f', such as one of {names[:20]}' if names else ''
   return f'set data.separator (--separator of a command) to a token that starts each document{such}'

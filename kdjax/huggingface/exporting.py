@@ -78,7 +78,7 @@ def tokenizer_file(tokenizer: Tokenizer, trained_here: bool) -> str:
 
   Where the model was trained here, a text begins with the separator, as each document did; a file that adds tokens of its own is left as it is.
   """
-  model = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+  model = tokenizer.as_others_read_it()
   plain, processed = (model.encode('a', add_special_tokens=add).ids for add in (False, True))
   if plain == processed and (trained_here or tokenizer.is_bytes):
     first, known = tokenizer.separator, model.post_processor
