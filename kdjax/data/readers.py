@@ -120,7 +120,7 @@ def token_texts(path: File, tokenizer: Tokenizer, cut: collections.Counter | Non
       raise UserError(
         f'{path}, record {number}: token {ids.max()} is not in the vocabulary of {tokenizer.vocab_size}; data.tokenizer must be the one that made them'
       )
-    for piece in tokenizer.split(ids):
+    for piece in tokenizer.split(ids) or [ids[:0]]:
       yield _whole_characters(tokenizer, piece, cut)
 
 

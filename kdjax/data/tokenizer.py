@@ -41,8 +41,6 @@ class Tokenizer:
     end_id: the token that ends a text; the separator where one token does both.
     begin_id, padding_id: the token that begins a text, and the one that fills up a batch; None: there is none.
     stop_ids: the tokens at which generation stops, `end_id` first.
-    unknown_id: the token of what the vocabulary lacks; None: there is none.
-    keeps_text: whether every text can be read back from its tokens, by the tokenizer's design. Where not, it may all the same.
 
   Raises:
     UserError: not a `tokenizers` file, or nothing in it can start a document.
@@ -58,32 +56,36 @@ class Tokenizer:
   ):
     self._name = name
     parsed = None if model_json is None else tokenizer_json.parse(model_json, name)
-    self._model = None if parsed is None else _model(parsed, (), name)
-    if (
-      parsed is not None
-      and separator in ('', SEPARATOR)
-      and tokenizer_json.content(parsed) == tokenizer_json.content(json.loads(tokenizer_json.bytes_json()))
-    ):
-      self._model = model_json = None  # bytes, as `to_json` wrote them
+    if parsed is not None and separator in ('', SEPARATOR) and tokenizer_json.is_bytes(parsed):
+      parsed = model_json = None  # bytes, as `to_json` wrote them
     self._model_json = model_json
-    if self._model is None or parsed is None:
-      self.roles = roles_lib.one_for_all(SEPARATOR)
+    if parsed is None:
+      self._model, self.roles = None, roles_lib.one_for_all(SEPARATOR)
       self.vocab_size, self.fingerprint = 257, digest(b'bytes')
+      self._text = tokenizer_json.TextKept(keeps_text=True, changes_little=True)
     else:
+      self._model = _model(parsed, (), name)
       self.roles = roles or _read_roles(parsed, self._model, separator, files or {}, name)
       if unmarked := _unmarked(self._model, self.roles):
         self._model = _model(parsed, unmarked, name)
       self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
       self.fingerprint = _fingerprint(parsed, self.roles, unmarked)
-    self.keeps_text = self._model is None or (parsed is not None and tokenizer_json.keeps_text(parsed))
-    self.unknown_id = (
-      None if self._model is None or parsed is None else tokenizer_json.unknown_id(parsed['model'], self._model)
-    )
+      self._text = tokenizer_json.text_kept(parsed, self._model)
     self.separator = self.roles.separator
     self.separator_id, self.end_id = self._id(self.roles.separator), self._id(self.roles.end)
     self.begin_id = self._id(self.roles.begin) if self.roles.begin else None
     self.padding_id = self._id(self.roles.padding) if self.roles.padding else None
     self.stop_ids = tuple(map(self._id, self.roles.stops))
+
+  @property
+  def keeps_text(self) -> bool:
+    """Whether every text can be read back from its tokens, by the tokenizer's design. Where not, it may all the same."""
+    return self._text.keeps_text
+
+  @property
+  def unknown_id(self) -> int | None:
+    """The token of what the vocabulary lacks."""
+    return self._text.unknown_id
 
   def _id(self, name: str) -> int:
     found = 256 if self._model is None else self._model.token_to_id(name)
@@ -174,10 +176,10 @@ class Tokenizer:
     return {'kind': kind, 'separator': self.separator, 'roles': self.roles.as_dict()}
 
   def key(self) -> list[Any]:
-    """Tells tokenizers apart that a corpus keeps, by their roles too: those of one token for all are told by the fingerprint."""
+    """What a corpus is made with. Beside the fingerprint: roles other than one token for all, and that what it loses was measured."""
     plain = not self.roles.closes and len(self.roles.stops) == 1
     roles = [] if plain else [self.roles.as_dict()]
-    return [self.fingerprint, *roles, *([] if self.keeps_text else ['measured'])]  # what older corpora did not keep
+    return [self.fingerprint, *roles, *([] if self._text.changes_little else ['measured'])]
 
   def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
     """One int32 array of token ids for each text. None is added; what stands for a special token in a text is read as such if `special`.

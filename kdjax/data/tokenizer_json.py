@@ -1,5 +1,6 @@
 """The JSON of a `tokenizers` file: read, checked, and what follows from it."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator, Sequence
@@ -66,12 +67,19 @@ def _undefined(processor: Any) -> Iterator[str]:
       yield str(token)
 
 
+def is_bytes(parsed: dict) -> bool:
+  """Whether it is the file that `bytes_json` gives, in whatever spelling."""
+  return parsed['model'].get('type') == 'BPE' and content(parsed) == content(json.loads(bytes_json()))
+
+
 def content(parsed: dict) -> dict:
   """What the ids of a text depend on: two files that differ elsewhere, or in how they spell it, hold the same tokenizer."""
   model = parsed['model']
   if model.get('type') == 'BPE':
     model = _BPE_DEFAULTS | model
-    model['merges'] = [merge.split(' ') if isinstance(merge, str) else merge for merge in model['merges']]
+    merges = model.get('merges')
+    if isinstance(merges, list):
+      model['merges'] = [merge.split(' ') if isinstance(merge, str) else merge for merge in merges]
   return {**parsed, 'model': model, 'truncation': None, 'padding': None, 'post_processor': None}
 
 
@@ -89,12 +97,34 @@ def bytes_json() -> str:
   return model.to_str()
 
 
-def keeps_text(parsed: dict) -> bool:
-  """Whether it is a byte-level BPE that has every byte, and nothing before it changes or drops text."""
+@dataclasses.dataclass(frozen=True)
+class TextKept:
+  """What a tokenizer keeps of a text by its design (kdjax/data/fidelity.py measures the rest).
+
+  Attributes:
+    keeps_text: every text can be read back.
+    changes_little: at most Unicode's composition (NFC) stands between: corpora from before it was measured stay in use.
+    unknown_id: the token of what the vocabulary lacks; None: there is none.
+  """
+
+  keeps_text: bool
+  changes_little: bool
+  unknown_id: int | None = None
+
+
+def text_kept(parsed: dict, model: tokenizers.Tokenizer) -> TextKept:
+  found = parsed.get('normalizer')
+  normalizer = found.get('type') if isinstance(found, dict) else found
+  by_bytes = _is_byte_level(parsed)
+  return TextKept(
+    by_bytes and not normalizer, by_bytes and normalizer in (None, 'NFC'), _unknown_id(parsed['model'], model)
+  )
+
+
+def _is_byte_level(parsed: dict) -> bool:
+  """Whether it is a BPE that has every byte, and whose pre-tokenizer drops nothing."""
   model = parsed['model']
-  if model.get('type') != 'BPE' or parsed.get('normalizer'):
-    return False
-  if model.get('end_of_word_suffix') or model.get('continuing_subword_prefix'):
+  if model.get('type') != 'BPE' or model.get('end_of_word_suffix') or model.get('continuing_subword_prefix'):
     return False
   steps = list(_steps(parsed.get('pre_tokenizer')))
   drops = [step for step in steps if step.get('behavior') == 'Removed' or step.get('type') not in _KEEPING]
@@ -116,7 +146,7 @@ def _steps(part: Any) -> Iterator[dict]:
     yield from _steps(step)
 
 
-def unknown_id(model: dict, known: tokenizers.Tokenizer) -> int | None:
+def _unknown_id(model: dict, known: tokenizers.Tokenizer) -> int | None:
   """The id of the model's unknown token: its kinds name it in one of two ways."""
   if isinstance(model.get('unk_id'), int):
     return model['unk_id']
