@@ -81,7 +81,7 @@ def student_rows(name: str, configs: list[Config]) -> list[str]:
     for config in configs:
       cells = table.load(jobs.find(train.run(with_dtype(config, dtype))))['distilled']
       for set_name, cell in cells.items():
-        found.setdefault(set_name, {}).setdefault(dtype, []).append(cell.bits_per_byte())
+        found.setdefault(set_name, {}).setdefault(dtype, []).append(cell.bits())
   rows = []
   for set_name, values in found.items():
     base = np.asarray(values['float32'])

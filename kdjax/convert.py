@@ -40,7 +40,7 @@ def from_hf(args: argparse.Namespace) -> None:
   model, tokenizer = source.model, source.tokenizer
   print(
     f'{args.path} ({source.family.name}) -> {args.out}: {model.n_params:,} parameters in {model.config.param_dtype}, '
-    f'{tokenizer.vocab_size:,} tokens, documents start with {tokenizer.separator}'
+    f'{tokenizer.vocab_size:,} tokens; {tokenizer.roles}'
   )
 
 
@@ -83,7 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     '--tokenizer', default='', metavar='PATH', help="another tokenizer's file or folder; default: the model's own"
   )
   tokenizer.add_argument(
-    '--separator', default='', metavar='TOKEN', help='the token that starts each document; default: guessed'
+    '--separator',
+    default='',
+    metavar='TOKEN',
+    help="one token that starts and ends documents; default: the tokens that the tokenizer's files name",
   )
 
   into = commands.add_parser('from-hf', parents=[tokenizer], help='a Hugging Face folder -> a run')

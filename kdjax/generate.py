@@ -4,8 +4,8 @@
     python -m kdjax.generate runs/weak2strong-... "The state of the Union" --temperature 0.8 --samples 3    all its students, side by side
     python -m kdjax.generate ~/models/SmolLM2-135M "Once upon a time" --temperature 0                       a Hugging Face folder
 
-A prompt is the beginning of a document: the separator that starts each document is put before it, and the text ends where the model starts
-the next one. What stands for a special token in a prompt is read as plain text, unless --special is given.
+A prompt is the beginning of a document: the token that starts each document is put before it, unless the prompt has it. The text ends at the
+model's end token, or at any of several. A special token's name in a prompt is plain text, unless --special is given.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import jax
 from kdjax import cli, paths, pretrained, sharding
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.evals import job as jobs
-from kdjax.sampling import Sampling, stream
+from kdjax.sampling import Sampling, cut_at, stream
 
 log = logging.getLogger('kdjax')
 
@@ -54,18 +54,25 @@ def texts(
 ) -> Iterator[str]:
   """Yields the prompt and then what follows it, piece by piece, as soon as a piece is whole characters."""
   tokenizer = opened.tokenizer
-  ids = [tokenizer.separator_id, *tokenizer.encode_batch([prompt], special=special)[0].tolist()]
+  ids = prompt_ids(opened, prompt, special)
   yield prompt
   said, shown = ids[1:], len(tokenizer.decode(ids[1:]))
   for tokens_1xN in stream(
-    opened.model, opened.params, [ids], max_tokens, sampling, seed=seed, stop_id=tokenizer.separator_id
+    opened.model, opened.params, [ids], max_tokens, sampling, seed=seed, stop_id=tokenizer.stop_ids
   ):
-    new = tokens_1xN[0].tolist()
-    said += new[: new.index(tokenizer.separator_id)] if tokenizer.separator_id in new else new
+    said += cut_at(tokens_1xN[0].tolist(), tokenizer.stop_ids)
     text = _whole(tokenizer, said)
     yield text[shown:]
     shown = max(shown, len(text))
   yield tokenizer.decode(said)[shown:]
+
+
+def prompt_ids(opened: pretrained.Opened, prompt: str, special: bool = False) -> list[int]:
+  """A prompt's tokens, after the token that starts a document. Raises UserError for a special token that the weights have no row for."""
+  tokenizer = opened.tokenizer
+  ids = tokenizer.encode_batch([prompt], special=special)[0].tolist()
+  opened.check_ids(ids)
+  return ids if ids[:1] == [tokenizer.separator_id] else [tokenizer.separator_id, *ids]
 
 
 def _whole(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -97,7 +104,10 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--samples', type=cli.positive, default=1, help='how many texts, of the seeds that follow')
   parser.add_argument('--step', type=int, default=0, help='which checkpoint; default: the newest')
   parser.add_argument(
-    '--separator', default='', metavar='TOKEN', help='of a Hugging Face folder: what starts a document'
+    '--separator',
+    default='',
+    metavar='TOKEN',
+    help='of a Hugging Face folder: one token that starts and ends documents',
   )
   parser.add_argument(
     '--special', action='store_true', help='special tokens in the prompt count as such, as chats need them'

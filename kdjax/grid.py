@@ -24,6 +24,7 @@ import jax
 
 from kdjax import cli, distributed, paths, sharding
 from kdjax.analysis.table import align
+from kdjax.data import fidelity
 from kdjax.data.corpus import prepare
 from kdjax.errors import TrainingError, UserError
 from kdjax.evals import choices
@@ -91,6 +92,10 @@ def run(
   base = grid.base
   with jax.set_mesh(mesh):
     corpus = distributed.first_process_first(lambda: prepare(base.data, base.eval, grid.runs, progress))
+    if corpus.losses:
+      raise UserError(
+        f'{fidelity.describe(corpus.losses)}, and a grid is told in bits per byte; set data.tokenizer to another one'
+      )
     # A task that cannot be read is told now, not after the training.
     choices.read_all(base.eval.tasks, base.eval.max_items)
   runner.record_corpus(folder, corpus)

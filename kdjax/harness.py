@@ -67,16 +67,22 @@ class Model(TemplateLM):
 
   @property
   def eot_token_id(self) -> int:
-    return self._opened.tokenizer.separator_id
+    return self._opened.tokenizer.end_id
+
+  @property
+  def prefix_token_id(self) -> int:
+    return self._opened.prefix_id
 
   @property
   def tokenizer_name(self) -> str:
     return f'{self._opened.name}:{self._opened.tokenizer.fingerprint}'
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-    begins = string.startswith(self._opened.tokenizer.separator)
+    begins = string.startswith(self._opened.tokenizer.decode([self.prefix_token_id]))
     add = not begins if add_special_tokens is None else add_special_tokens
-    return self._tokenizer.encode(string, add_special_tokens=add).ids
+    ids = self._tokenizer.encode(string, add_special_tokens=add).ids
+    self._opened.check_ids(ids)
+    return ids
 
   def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
     """Of (texts, context's tokens, continuation's tokens); a text that is too long loses its beginning."""
@@ -122,6 +128,7 @@ class Model(TemplateLM):
     settings = dict(requests[numbers[0]].args[1])
     stops = settings.get('until') or []
     stops = [stops] if isinstance(stops, str) else list(stops)
+    stops.append(self._opened.tokenizer.roles.end)  # as the harness's own models do
     n = int(settings.get('max_gen_toks', MAX_TOKENS))
     if n >= self.max_length:
       raise UserError(
@@ -139,7 +146,13 @@ class Model(TemplateLM):
       batch += [batch[-1]] * (-len(batch) % self._rows())
       model, params = self._opened.model, self._opened.params
       texts = generate(
-        model, params, batch, n, sampling, stop_id=self.eot_token_id, stopped=lambda ids: self._has_stopped(ids, stops)
+        model,
+        params,
+        batch,
+        n,
+        sampling,
+        stop_id=self._opened.tokenizer.stop_ids,
+        stopped=lambda ids: self._has_stopped(ids, stops),
       )
       for k, ids in zip(picked, texts, strict=False):
         out[k] = _cut(self._tokenizer.decode(ids, skip_special_tokens=True), stops)
@@ -278,7 +291,10 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--gen-kwargs', metavar='K=V,...', help='of generations, e.g. max_gen_toks=64')
   parser.add_argument('--step', type=int, default=0, help='which checkpoint; default: the newest')
   parser.add_argument(
-    '--separator', default='', metavar='TOKEN', help='of a Hugging Face folder: what starts a document'
+    '--separator',
+    default='',
+    metavar='TOKEN',
+    help='of a Hugging Face folder: one token that starts and ends documents',
   )
   parser.add_argument('--output', metavar='FILE', help='write the results there too, as JSON')
   for axis in sharding.AXES:

@@ -17,9 +17,12 @@ def check(config: Config, corpus: Corpus, mesh: Mesh) -> None:
   """Raises UserError for a model that cannot be made, or does not fit the mesh: before the first one is trained, not after."""
   if config.student.init:  # before its vocabulary is looked at: that another tokenizer is meant is what is to be told
     pretrained.check(config.student.init, 'student.init', config, corpus.tokenizer)
-  make = lambda model, name: build(teachers.with_vocabulary(model, corpus.tokenizer, name))
-  distils = 'distilled' in config.student.arms
-  student, teacher = make(config.student.model, 'student'), make(config.teacher.model, 'teacher') if distils else None
+  n_tokens = pretrained.n_tokens(config, corpus.tokenizer)
+  student = build(teachers.with_vocabulary(config.student.model, corpus.tokenizer, 'student', n_tokens))
+  teacher = None
+  if 'distilled' in config.student.arms:
+    known = teachers.with_vocabulary(config.teacher.model, corpus.tokenizer, 'teacher')
+    teacher = build(teachers.beside(known, student.config))
   check_models(config, mesh, student, teacher)
   check_memory(config, mesh, student, teacher)
 
@@ -58,11 +61,6 @@ def check_models(
     raise UserError(
       f"the teacher's vocabulary ({sizes['teacher']} tokens) is not the student's ({sizes['student']}); distillation needs the same one: "
       f'--config.student.model.vocab_size={sizes["teacher"]}'
-    )
-  if teacher is not None and teacher.config.padded_vocab_size != student.config.padded_vocab_size:
-    raise UserError(
-      f"the teacher's weights have {teacher.config.padded_vocab_size} rows for its vocabulary, the student's {student.config.padded_vocab_size}: "
-      f'--config.student.model.pad_vocab_to={teacher.config.pad_vocab_to}'
     )
 
 

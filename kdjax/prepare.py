@@ -18,7 +18,7 @@ from typing import Any
 import tqdm
 
 from kdjax import cli, paths
-from kdjax.data import overlap
+from kdjax.data import fidelity, overlap
 from kdjax.data.corpus import Corpus, prepare
 
 log = logging.getLogger('kdjax')
@@ -51,6 +51,8 @@ def describe(corpus: Corpus, seconds: float) -> str:
   for name, store in sets.items():
     n_bytes = int(store.n_bytes.sum())
     lines.append(f'{name:<28}{store.n_docs:>12,}{n_bytes:>16,}{store.n_tokens:>16,}{n_bytes / store.n_tokens:>13.2f}')
+  if corpus.losses:
+    lines += ['', fidelity.describe(corpus.losses)]
   counts = corpus.meta['counts']['in-domain']
   lines += [
     '',

@@ -5,6 +5,7 @@ A folder of a run is used where it is. One of Hugging Face is imported once, int
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,6 +35,21 @@ class Opened:
   trained_window: int = 0  # tokens; 0: unknown
   imported: bool = False  # not trained here: its tokenizer puts before a text what it does, and no more
 
+  @property
+  def prefix_id(self) -> int:
+    """What an empty text begins with: where the model was not trained here as transformers has it, the beginning token, else the end token."""
+    known = self.tokenizer
+    if not self.imported:
+      return known.separator_id
+    return known.end_id if known.begin_id is None else known.begin_id
+
+  def check_ids(self, ids: Sequence[int]) -> None:
+    """Raises UserError for tokens that the model's table has no row for: added special ones, which only a text that names them has."""
+    beyond = [i for i in ids if i >= self.model.config.vocab_size]
+    if beyond:
+      name = self.tokenizer.decode(beyond[:1])
+      raise UserError(f'the text holds the special token {name!r}, for which {self.name} has no weights; leave it out')
+
 
 def opened(path: str, mesh: Mesh, step: int = 0, separator: str = '') -> Opened:
   """The model of a run's folder, or of Hugging Face's, which is read where it is. Raises UserError where it is neither."""
@@ -58,6 +74,19 @@ def adopted(config: Config) -> Config:
       section = dataclasses.replace(section, model=_as_run(_model(path, config), section.model))
       config = dataclasses.replace(config, **{name: section})
   return config
+
+
+def n_tokens(config: Config, tokenizer: Tokenizer) -> int:
+  """Over how many tokens an adopted config's students compute: the tokenizer's, or fewer where the table of a folder has no rows for some.
+
+  Those are special tokens that no text contains (`Tokenizer.tokens_beyond`).
+  """
+  named = (
+    (config.teacher.run and 'distilled' in config.student.arms, config.teacher),
+    (config.student.init, config.student),
+  )
+  tables = [section.model.vocab_size for path, section in named if path and section.model.vocab_size]
+  return min([tokenizer.vocab_size, *tables])
 
 
 def check(path: str, field: str, config: Config, tokenizer: Tokenizer, step: int = 0) -> RunFolder:

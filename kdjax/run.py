@@ -98,11 +98,11 @@ class RunFolder:
       known['commands'].append({'argv': sys.argv, 'time': time.time(), 'versions': versions(), 'git': git_commit()})
       paths.write_json(self.path / 'run.json', known)
 
-  def keep_tokenizer(self, tokenizer: Tokenizer) -> dict[str, str]:
-    """Keeps the tokenizer in the folder; returns the note of it that run.json is to have."""
+  def keep_tokenizer(self, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Keep the tokenizer in the folder; return the note of it that run.json is to have: its kind and the roles of its tokens."""
     if self.writes and not tokenizer.is_bytes:
       paths.write_text(self._tokenizer, tokenizer.to_json())
-    return {'kind': 'bytes' if tokenizer.is_bytes else 'tokenizers', 'separator': tokenizer.separator}
+    return tokenizer.note()
 
   def tokenizer(self) -> Tokenizer:
     """The tokenizer with which the model learned. Raises UserError where the folder keeps none, or another one."""
@@ -112,7 +112,7 @@ class RunFolder:
       raise UserError(
         f'{self.path} keeps no tokenizer: it was begun by an older kdjax; train it again, or copy its tokenizer.json'
       )
-    found = Tokenizer() if note['kind'] == 'bytes' else Tokenizer.from_file(self._tokenizer, note['separator'])
+    found = Tokenizer() if note['kind'] == 'bytes' else Tokenizer.from_file(self._tokenizer)
     if found.fingerprint != known['fingerprints']['tokenizer']:
       raise UserError(f'{self._tokenizer} is not the tokenizer with which this run learned; restore it')
     return found

@@ -3,7 +3,7 @@
 Rows of different length are padded on the left. What a row says depends on its prompt, the seed and its number, and on nothing else in the
 batch. The host looks at the tokens a chunk at a time.
 
-Shapes: B rows, P the prompts' common length, N tokens of a chunk, V the padded vocabulary.
+Shapes: B rows, P the prompts' common length, N tokens of a chunk, S tokens that end a row, V the padded vocabulary.
 """
 
 import dataclasses
@@ -65,10 +65,10 @@ def generate(
   sampling: Sampling = Sampling(),
   *,
   seed: int = 0,
-  stop_id: int,
+  stop_id: int | Sequence[int],
   stopped: Callable[[list[int]], bool] = lambda ids: False,
 ) -> list[list[int]]:
-  """The tokens that follow each prompt, up to the first `stop_id`, which is left out, and at most `max_tokens`.
+  """Draw the tokens that follow each prompt, up to the first `stop_id`, which is left out, and at most `max_tokens`.
 
   No more are drawn once each row has ended, or `stopped` says of what it has so far that it is enough.
   """
@@ -76,9 +76,19 @@ def generate(
   for tokens_BxN in stream(model, params, prompts, max_tokens, sampling, seed=seed, stop_id=stop_id):
     for row, new in zip(rows, tokens_BxN, strict=True):
       row += new.tolist()
-    if all(stop_id in row or stopped(row) for row in rows):
+    if all(len(cut_at(row, stop_id)) < len(row) or stopped(row) for row in rows):
       break
-  return [row[: row.index(stop_id)] if stop_id in row else row for row in rows]
+  return [cut_at(row, stop_id) for row in rows]
+
+
+def cut_at(ids: list[int], stop_id: int | Sequence[int]) -> list[int]:
+  """The ids up to the first `stop_id`, which is left out."""
+  stops = set(_as_tuple(stop_id))
+  return ids[: next((k for k, id_ in enumerate(ids) if id_ in stops), len(ids))]
+
+
+def _as_tuple(stop_id: int | Sequence[int]) -> tuple[int, ...]:
+  return (stop_id,) if isinstance(stop_id, int) else tuple(stop_id)
 
 
 def stream(
@@ -89,13 +99,13 @@ def stream(
   sampling: Sampling = Sampling(),
   *,
   seed: int = 0,
-  stop_id: int,
+  stop_id: int | Sequence[int],
 ) -> Iterator[np.ndarray]:
-  """Yields int32 arrays [B, N] of the next tokens, until all rows have ended; a row that has goes on with `stop_id`.
+  """Yield int32 arrays [B, N] of the next tokens, until all rows have ended; a row that has ended is filled with (the first) `stop_id`.
 
   Args:
     prompts: token ids, at least one each; a model expects a document's separator first.
-    stop_id: the token that ends a row.
+    stop_id: the token that ends a row, or several that do.
 
   Raises:
     UserError: a prompt is empty, or is too long for the model with what is to follow.
@@ -118,36 +128,41 @@ def stream(
   first_B = np.array([width - len(prompt) for prompt in prompts], np.int32)
   # Of rotary positions attention sees the differences alone, so those that are padding on the left take none of the model's length.
   roomy = Model(dataclasses.replace(model.config, max_seq_len=width + n_chunks * CHUNK))
-  state = _read(roomy, sampling, params, tokens_BxP, first_B, jax.random.key(seed), stop_id)
+  stop_S = np.asarray(_as_tuple(stop_id), np.int32)
+  state = _read(roomy, sampling, params, tokens_BxP, first_B, jax.random.key(seed), stop_S)
   for k in range(n_chunks):
-    state, tokens_BxN = _draw(roomy, sampling, params, state, stop_id)
+    state, tokens_BxN = _draw(roomy, sampling, params, state, stop_S)
     yield np.asarray(tokens_BxN)[:, : max_tokens - k * CHUNK]
     if bool(state.done_B.all()):
       return
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _read(model: Model, sampling: Sampling, params, tokens_BxP, first_B, key, stop_id) -> State:
+def _read(model: Model, sampling: Sampling, params, tokens_BxP, first_B, key, stop_S) -> State:
   """The cache with the prompts in it, and the first token after each."""
   keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(first_B)))
   cache = model.empty_cache(first_B, model.config.max_seq_len)
   hidden_BxPxD, cache = model.extend(params, tokens_BxP, cache)
   token_B = _next(model, sampling, params, hidden_BxPxD[:, -1], keys_B, 0)
-  return State(cache, token_B, token_B == stop_id, keys_B, jnp.ones((), jnp.int32))
+  return State(cache, token_B, _stops(token_B, stop_S), keys_B, jnp.ones((), jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _draw(model: Model, sampling: Sampling, params, state: State, stop_id) -> tuple[State, Any]:
+def _draw(model: Model, sampling: Sampling, params, state: State, stop_S) -> tuple[State, Any]:
   """(the state, the next CHUNK tokens [B, N], the one that the state held first)."""
 
   def one(state: State, _):
     hidden_Bx1xD, cache = model.extend(params, state.token_B[:, None], state.cache)
     token_B = _next(model, sampling, params, hidden_Bx1xD[:, 0], state.key_B, state.n)
-    token_B = jnp.where(state.done_B, stop_id, token_B)
-    return State(cache, token_B, state.done_B | (token_B == stop_id), state.key_B, state.n + 1), state.token_B
+    token_B = jnp.where(state.done_B, stop_S[0], token_B)
+    return State(cache, token_B, state.done_B | _stops(token_B, stop_S), state.key_B, state.n + 1), state.token_B
 
   state, tokens_NxB = jax.lax.scan(one, state, None, length=CHUNK)
   return state, tokens_NxB.T
+
+
+def _stops(token_B, stop_S):
+  return (token_B[:, None] == stop_S).any(axis=-1)
 
 
 def _next(model: Model, sampling: Sampling, params, hidden_BxD, key_B, n):

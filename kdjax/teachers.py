@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -24,15 +25,39 @@ RUN_AS = ('attention', 'remat', 'scan_unroll', 'max_seq_len')
 FREE = ('dtype', 'param_dtype', *RUN_AS)
 
 
-def with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, name: str) -> ModelConfig:
-  """The model with the tokenizer's vocabulary. Raises UserError where the config names one that is too small."""
+def with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, name: str, n_tokens: int = 0) -> ModelConfig:
+  """Give a model the tokenizer's vocabulary. Rows of its table beyond that stay, and are masked as padding is.
+
+  Args:
+    n_tokens: how many of the tokenizer's tokens; 0: all.
+
+  Raises UserError where the config names a table that is too small.
+  """
+  n_tokens = n_tokens or tokenizer.vocab_size
   if not model.vocab_size:
-    return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
-  if model.vocab_size < tokenizer.vocab_size:
+    return dataclasses.replace(model, vocab_size=n_tokens)
+  if tokenizer.tokens_beyond(model.vocab_size):
     raise UserError(
       f"{name}.model.vocab_size = {model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} tokens; set it to 0"
     )
-  return model
+  return over(model, n_tokens)
+
+
+def over(model: ModelConfig, n_tokens: int) -> ModelConfig:
+  """The model over its first `n_tokens` tokens alone, its table as large as it was."""
+  if model.vocab_size <= n_tokens:
+    return model
+  return with_rows(dataclasses.replace(model, vocab_size=n_tokens), model.padded_vocab_size)
+
+
+def with_rows(model: ModelConfig, n_rows: int) -> ModelConfig:
+  """The model with so many rows in its table."""
+  return model if model.padded_vocab_size == n_rows else dataclasses.replace(model, pad_vocab_to=n_rows)
+
+
+def beside(teacher: ModelConfig, student: ModelConfig) -> ModelConfig:
+  """A teacher as it runs beside a student: over the student's tokens, with as many rows in its table."""
+  return with_rows(dataclasses.replace(teacher, vocab_size=student.vocab_size), student.padded_vocab_size)
 
 
 def model_of(folder: RunFolder, like: ModelConfig | None = None) -> Model:
@@ -88,7 +113,7 @@ def check_tokenizer(what: str, known: str | None, tokenizer: Tokenizer) -> None:
   if known != tokenizer.fingerprint:
     raise UserError(
       f"{what} learned with another tokenizer (fingerprint {known}, the student's is {tokenizer.fingerprint}); "
-      'distillation needs the same one: --config.data.tokenizer names its file or folder'
+      'distillation needs the same one, with the same tokens around a document: --config.data.tokenizer names its file or folder'
     )
 
 
@@ -135,6 +160,30 @@ def cast(params, dtype: str, mesh: Mesh, layout: str):
   if dtype != 'int8' and all(jax.tree.leaves(jax.tree.map(lambda x, w: x.dtype == w.dtype, params, wanted))):
     return params  # it lies there already
   return jax.jit(convert, out_shardings=sharding.param_shardings(wanted, mesh, layout))(params)
+
+
+def fit_beside(model: Model, params, student: ModelConfig, mesh: Mesh, layout: str) -> tuple[Model, Any]:
+  """Cut or pad a teacher's tables to a student's rows. What is beyond the student's tokens is masked: it is never a label."""
+  n_rows = student.padded_vocab_size
+  fitted = build(beside(model.config, student))
+  if model.config.padded_vocab_size == n_rows:
+    return fitted, params
+  shapes = jax.eval_shape(functools.partial(_resize, n_rows=n_rows), params)
+  placed = sharding.param_shardings(shapes, mesh, layout)
+  return fitted, jax.jit(_resize, static_argnums=1, out_shardings=placed)(params, n_rows)
+
+
+def _resize(params, n_rows: int):
+  """Tables [V, D] and heads [D, V] with `n_rows` for V."""
+
+  def resize(x, axis: int):
+    kept = jax.lax.slice_in_dim(x, 0, min(n_rows, x.shape[axis]), axis=axis)
+    return jnp.pad(kept, [(0, n_rows - kept.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+
+  changed = {'embed': {'embedding': resize(params['embed']['embedding'], 0)}}
+  if 'head' in params:
+    changed['head'] = {'kernel': resize(params['head']['kernel'], 1)}
+  return params | changed
 
 
 def unigram_log_probs(windows: Windows, padded_vocab_size: int, max_tokens: int = COUNTED_TOKENS) -> np.ndarray:

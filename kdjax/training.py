@@ -20,6 +20,9 @@ from kdjax.cohort import Cohort, Member
 from kdjax.config import AlphaSchedule, Config, LossConfig, ModelConfig, StudentConfig, TeacherConfig
 from kdjax.data.batches import BatchStream, Windows
 from kdjax.data.corpus import Corpus
+from kdjax.data.roles import Roles
+from kdjax.data.tokenizer import Tokenizer
+from kdjax.errors import UserError
 from kdjax.losses import alpha_state
 from kdjax.models import Model, build
 from kdjax.optimizer import adamw, learning_rate
@@ -153,7 +156,8 @@ def train_students(
   config = arms[0].config
   assert all(cohort_key(arm.config) == cohort_key(config) for arm in arms), 'these students are no cohort'
   section = config.student
-  model = build(teachers.with_vocabulary(section.model, corpus.tokenizer, 'student'))
+  n_tokens = pretrained.n_tokens(config, corpus.tokenizer)
+  model = build(teachers.with_vocabulary(section.model, corpus.tokenizer, 'student', n_tokens))
   targets = {TARGETS[arm.name] for arm in arms}
   teacher_model, teacher, fingerprints, name = None, Teacher(), {}, ''
   if teacher_folder and 'teacher' in targets:
@@ -161,6 +165,9 @@ def train_students(
       teacher_folder, config.teacher.dtype, mesh, teachers.step_of(config), config.teacher.model, config.teacher.layout
     )
     name = f'{weights}@{step}'
+    if teacher_model.config.vocab_size > model.config.vocab_size:  # a part of its distribution is left out
+      name += f'/{model.config.vocab_size}'
+    teacher_model, params = teachers.fit_beside(teacher_model, params, model.config, mesh, config.teacher.layout)
     teacher = Teacher(params)
     fingerprints['teacher'] = weights
   if 'unigram' in targets:
@@ -264,6 +271,7 @@ def _cohort(
       'distinct_tokens': windows.n_tokens,
       'epochs': total / stream.steps_per_epoch,
       'xz9_bits_per_byte': corpus.xz9_bits_per_byte,
+      **({'text_lost': corpus.losses} if corpus.losses else {}),
     },
     threads=config.data.threads,
     prefetch=config.data.prefetch,
@@ -315,7 +323,25 @@ def _windows(config: Config, section: TeacherConfig | StudentConfig, corpus: Cor
 
 def _data_identity(config: Config) -> dict[str, Any]:
   values = dataclasses.asdict(config.data)
-  return {key: value for key, value in values.items() if key not in ('cache', 'prefetch', 'threads')}
+  kept = {key: value for key, value in values.items() if key not in ('cache', 'prefetch', 'threads')}
+  end = _end_token(config.data.tokenizer, config.data.separator)
+  return kept | ({'end': end} if end else {})
+
+
+def _end_token(tokenizer: str, separator: str) -> str:
+  """The token that ends documents, where another one starts them: older runs knew one for both. '' where it cannot be read here."""
+  if tokenizer in ('bpe', 'bytes') or separator:
+    return ''
+  try:
+    roles = _roles(tokenizer)
+  except UserError:  # raised where the corpus is made
+    return ''
+  return roles.end if roles.closes else ''
+
+
+@functools.cache
+def _roles(tokenizer: str) -> Roles:
+  return Tokenizer.from_file(tokenizer).roles
 
 
 def _essence(value: Any) -> Any:

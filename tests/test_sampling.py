@@ -109,6 +109,18 @@ def test_a_row_ends_at_the_stop_token_and_all_end_together(llama):
   assert (np.concatenate(chunks, axis=1)[0, free.index(stop) :] == stop).all()
 
 
+def test_any_of_several_tokens_ends_a_row(llama):
+  model, params = llama
+  prompts = [[256, 5, 9], [256, 7], [256, 100, 3]]
+  free = generate(model, params, prompts, 40, GREEDY, stop_id=NEVER)
+  stops = (free[0][12], free[1][5], 999)
+  got = generate(model, params, prompts, 40, GREEDY, stop_id=stops)
+  for row, whole in zip(got, free, strict=True):
+    first = min((whole.index(stop) for stop in stops if stop in whole), default=len(whole))
+    assert row == whole[:first]
+  assert len(got[0]) <= 12 and len(got[1]) <= 5
+
+
 @pytest.mark.parametrize('n', [1, CHUNK, CHUNK + 1, 37])
 def test_no_more_tokens_than_asked_for(n, llama):
   assert len(generate(*llama, [[256]], n, GREEDY, stop_id=-1)[0]) == n

@@ -85,7 +85,8 @@ def _forest(axes, cells) -> None:
   axes.set_yticks(range(len(names)), names)
   axes.invert_yaxis()
   axes.set(
-    title='Test sets: difference to the baseline', xlabel='bits per byte (left of 0: better), 95% over documents'
+    title='Test sets: difference to the baseline',
+    xlabel=f'bits per {table.unit(cells)} (left of 0: better), 95% over documents',
   )
   if names:
     axes.legend(frameon=False, fontsize=8, loc='best')

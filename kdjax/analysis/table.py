@@ -9,6 +9,7 @@ import pandas as pd
 
 from kdjax import paths
 from kdjax.analysis.crossed import Effect, Paired, crossed_effect
+from kdjax.data import fidelity
 from kdjax.errors import UserError
 from kdjax.evals import job as jobs
 from kdjax.evals import results
@@ -24,17 +25,19 @@ CONTROLLED = ('data', 'tokenizer', 'init')  # fingerprints that arms of one comp
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One model on one set."""
+  """One model on one set. `per`: the column that bits are divided by; tokens where the tokenizer loses or rewrites text."""
 
   documents: pd.DataFrame
   meta: dict
+  per: str = 'bytes'
 
   @property
   def perplexity(self) -> float:
     return math.exp(self.documents['nll'].sum() / self.documents['tokens'].sum())
 
-  def bits_per_byte(self, column: str = 'nll') -> float:
-    return results.bits_per_byte(self.documents, column)
+  def bits(self, column: str = 'nll') -> float:
+    """Bits per byte, or per token."""
+    return float(self.documents[column].sum() / self.documents[self.per].sum() / LN2)
 
   def mean(self, column: str) -> float:
     return self.documents[column].sum() / self.documents['tokens'].sum()
@@ -68,10 +71,21 @@ def _load(job: jobs.Job, step: int = 0) -> Cells:
   if files is None:
     raise UserError(f'{job.folder} has no results yet; run python -m kdjax.evaluate --workdir={job.folder}')
   check_comparable(job.students)
+  per = 'tokens' if text_lost(job) else 'bytes'
   return {
-    arm: {name: Cell(*results.read(paths.under(job.folder, file))) for name, file in sets.items()}
+    arm: {name: Cell(*results.read(paths.under(job.folder, file)), per) for name, file in sets.items()}
     for arm, sets in files.items()
   }
+
+
+def text_lost(job: jobs.Job) -> dict[str, float]:
+  """What the tokenizer does not give back of the texts, as the runs recorded it; {}: all comes back."""
+  return next((found for run in job.runs if (found := (run.identity() or {}).get('facts', {}).get('text_lost'))), {})
+
+
+def unit(cells: Cells) -> str:
+  """'byte' or 'token': what bits are counted per."""
+  return next((cell.per for sets in cells.values() for cell in sets.values()), 'bytes')[:-1]
 
 
 def _apart(cells: Cells) -> tuple[Cells, Cells]:
@@ -96,7 +110,7 @@ def check_comparable(runs: list[RunFolder]) -> None:
 
 
 def difference(cell: Cell, baseline: Cell, column: str = 'nll') -> Effect:
-  """Bits per byte of `cell` less those of `baseline`, paired by document; negative is better."""
+  """Bits per byte (or per token) of `cell` less those of `baseline`, paired by document; negative is better."""
   return crossed_effect([_bits(cell, baseline, column)])
 
 
@@ -107,8 +121,8 @@ def accuracy_difference(cell: Cell, baseline: Cell, column: str = 'correct') -> 
 
 
 def _bits(cell: Cell, baseline: Cell, column: str) -> Paired:
-  pair = _merged(cell, baseline, column, 'bytes')
-  return Paired(_less(pair, column) / LN2, pair['bytes'].to_numpy())
+  pair = _merged(cell, baseline, column, cell.per)
+  return Paired(_less(pair, column) / LN2, pair[cell.per].to_numpy())
 
 
 def _less(pair: pd.DataFrame, column: str) -> np.ndarray:
@@ -155,8 +169,8 @@ def _text_values(cell: Cell) -> dict[str, Any]:
     'bytes': int(cell.documents['bytes'].sum()),
     'tokens': int(cell.documents['tokens'].sum()),
     'perplexity': cell.perplexity,
-    'bits_per_byte': cell.bits_per_byte(),
-    'bits_per_byte_fitted': cell.bits_per_byte('nll_fitted'),
+    'bits_per_byte': cell.bits() if cell.per == 'bytes' else np.nan,
+    'bits_per_byte_fitted': cell.bits('nll_fitted') if cell.per == 'bytes' else np.nan,
     'temperature': cell.meta['temperature'],
     'top1': cell.mean('correct'),
     'entropy': cell.mean('entropy'),
@@ -199,17 +213,17 @@ def format_all(folder: paths.Path, job: jobs.Job, cells: Cells) -> str:
 
 
 def _quality(cells: Cells, sets: list[str]) -> str:
-  """Bits per byte and perplexity as trained, then bits per byte at each model's fitted temperature."""
-  plain = [['bits/byte (perplexity)', *sets, 'top-1', 'ECE']]
-  fitted = [['bits/byte at fitted T (T)', *sets]]
+  """Bits per byte and perplexity as trained, then bits per byte at each model's fitted temperature. Per token where text is lost."""
+  plain = [[f'bits/{unit(cells)} (perplexity)', *sets, 'top-1', 'ECE']]
+  fitted = [[f'bits/{unit(cells)} at fitted T (T)', *sets]]
   for arm, scored in cells.items():
     home = scored[jobs.IN_DOMAIN]
-    plain.append([arm, *(f'{scored[name].bits_per_byte():.3f} ({scored[name].perplexity:.1f})' for name in sets)])
+    plain.append([arm, *(f'{scored[name].bits():.3f} ({scored[name].perplexity:.1f})' for name in sets)])
     plain[-1] += [f'{home.mean("correct"):.3f}', f'{home.meta["ece"]:.3f}']
     fitted.append(
       [
         arm,
-        *(f'{scored[name].bits_per_byte("nll_fitted"):.3f} ({_temperature(scored[name])})' for name in sets),
+        *(f'{scored[name].bits("nll_fitted"):.3f} ({_temperature(scored[name])})' for name in sets),
       ]
     )
   return f'{align(plain)}\n\n{align(fitted)}'
@@ -232,7 +246,7 @@ def _legend(job: jobs.Job, cells: Cells, sets: list[str]) -> str:
 def _differences_table(cells: Cells, sets: list[str]) -> str:
   plain, fitted = differences(cells), differences(cells, 'nll_fitted')
   columns = sets + ([OOD_MEAN] if len(sets) > 1 else [])
-  rows = [['bits/byte less the baseline', *columns]]
+  rows = [[f'bits/{unit(cells)} less the baseline', *columns]]
   for arm in plain:
     for label, found in (('', plain), (' at fitted T', fitted)):
       rows.append([f'{arm}{label}'] + [_interval(found[arm][name]) for name in columns])
@@ -243,7 +257,7 @@ def _differences_table(cells: Cells, sets: list[str]) -> str:
     'Paired by document; negative is better; 95% intervals over documents. One seed: seed variance not included.',
   ]
   if 'teacher' in cells and 'distilled' in cells:
-    loss = lambda arm, name: cells[arm][name].bits_per_byte()
+    loss = lambda arm, name: cells[arm][name].bits()
     gaps = {
       name: performance_gap_recovered(loss('teacher', name), loss('distilled', name), loss(BASELINE, name))
       for name in sets
@@ -296,9 +310,11 @@ def _facts(job: jobs.Job, cells: Cells) -> str:
         f'{done * facts["epochs"]:.2f} epochs of {facts["distinct_tokens"]:,} distinct tokens'
       )
   every = [(run.identity() or {}).get('facts', {}) for run in job.runs]
+  if lost := text_lost(job):
+    return '\n'.join([*lines, f'warning: {fidelity.describe(lost)}'])
   corpus = next((facts for facts in every if 'xz9_bits_per_byte' in facts), None)
   if corpus:
-    best = min(sets[jobs.IN_DOMAIN].bits_per_byte() for arm, sets in cells.items() if arm != 'teacher')
+    best = min(sets[jobs.IN_DOMAIN].bits() for arm, sets in cells.items() if arm != 'teacher')
     verdict = (
       'the best student beats it'
       if best < corpus['xz9_bits_per_byte']

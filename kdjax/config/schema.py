@@ -143,7 +143,9 @@ class DataConfig:
   text_field: str = 'text'
   tokenizer: str = 'bpe'  # bpe (trained on the training split) | bytes | the path of a `tokenizers` JSON file
   vocab_size: int = 2048  # of the bpe that is trained
-  separator: str = ''  # token that starts each document; '': guessed from the tokenizer's own names
+  separator: str = (
+    ''  # one token that starts and ends documents; '': the tokens that the tokenizer's files give these roles
+  )
   validation_fraction: float = 0.08
   test_fraction: float = 0.16
   split_seed: int = 0

@@ -25,7 +25,7 @@ _PADDING = {'tokens': 0, 'labels': -1, 'segment_ids': 0}
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-  """A store's range of tokens as windows of `seq_len`; each token is in exactly one window, each is predicted once.
+  """A store's range of tokens as windows of `seq_len`; each token is in exactly one window, each token of a text is predicted once.
 
   Args:
     slice: which part of the documents, as fractions [begin, end); slices that do not overlap share no document.
@@ -64,15 +64,21 @@ class Windows:
     return math.ceil(self.n_tokens / self.seq_len)
 
   def window(self, i: int) -> dict[str, np.ndarray]:
-    """Window `i`: int32[T] `tokens`, `labels` (the next token, -1: none), `segment_ids` (from 1; 0: padding)."""
+    """Window `i`: int32[T] `tokens`, `labels` (the next token, -1: none), `segment_ids` (from 1; 0: padding).
+
+    A document's beginning token is no label where another token ends the document before: nothing foretells it.
+    """
     if not 0 <= i < len(self):
       raise IndexError(f'window {i} of {len(self)}')
     start = self.range[0] + i * self.seq_len
     stop = min(start + self.seq_len, self.range[1])
     stream = self.store.read(start, min(stop + 1, self.range[1]))
+    labels = stream[1:]
+    if self.store.end_id is not None:
+      labels = np.where(labels == self.store.separator_id, -1, labels)
     window = {
       'tokens': stream[: stop - start],
-      'labels': stream[1:],
+      'labels': labels,
       'segment_ids': self._segments(start, stop),
     }
     return {name: _pad(value, self.seq_len, _PADDING[name]) for name, value in window.items()}

@@ -27,11 +27,11 @@ import tqdm
 
 from kdjax import paths
 from kdjax.config import DataConfig, EvalConfig
-from kdjax.data import files
+from kdjax.data import fidelity, files
 from kdjax.data import splits as splits_lib
 from kdjax.data.ahead import ahead
 from kdjax.data.files import StoreDamaged
-from kdjax.data.sources import documents, mixture, signature
+from kdjax.data.sources import documents, holds_tokens, mixture, signature
 from kdjax.data.spill import Spill
 from kdjax.data.store import COUNTED_TOKENS, TokenStore, token_dtype, write_store
 from kdjax.data.store import VERSION as STORE_VERSION
@@ -87,6 +87,11 @@ class Corpus:
     return self.train.counts(self.tokenizer.vocab_size, 0, min(self.train.n_tokens, COUNTED_TOKENS))
 
   @property
+  def losses(self) -> dict[str, float]:
+    """What the tokenizer does not give back of the texts (`fidelity.worst`); {}: all comes back, and bits per byte are those of the text."""
+    return fidelity.worst(self.meta.get('fidelity', {}))
+
+  @property
   def fingerprint(self) -> str:
     """Of the tokenizer and of every store's content; the same on any machine."""
     return self.meta['fingerprint']
@@ -137,13 +142,15 @@ def _key(data: DataConfig, evals: EvalConfig) -> str:
   fields['tokenizer'] = _tokenizer_key(data)
   fields['signatures'] = [signature(data.source), {name: signature(source) for name, source in evals.ood.items()}]
   fields['versions'] = [VERSION, STORE_VERSION]
+  if any(map(holds_tokens, (data.source, *evals.ood.values()))):
+    fields['records'] = 'split'  # an older corpus holds each record as one document
   return files.digest(files.canonical(fields))
 
 
 def _tokenizer_key(data: DataConfig) -> list:
   if data.tokenizer == 'bpe':
     return ['bpe', data.vocab_size]
-  return ['bytes'] if data.tokenizer == 'bytes' else [_given_tokenizer(data).fingerprint]
+  return ['bytes'] if data.tokenizer == 'bytes' else _given_tokenizer(data).key()
 
 
 def _open(folder: pathlib.Path) -> Corpus:
@@ -165,13 +172,13 @@ def _build(folder: pathlib.Path, spilled: pathlib.Path, data: DataConfig, evals:
   plan = _plan_splits(data, evals, given, progress)
   tokenizer = given or _train_tokenizer(data, plan)
   tokenizer.save(folder / 'tokenizer')
-  counts = {'in-domain': plan.counts}
-  test_text = _write_splits(folder, spilled, plan, tokenizer, progress)
+  counts, kept = {'in-domain': plan.counts}, {}
+  test_text, kept['in-domain'] = _write_splits(folder, spilled, plan, tokenizer, progress)
   train_ids = frozenset(plan.splits['train'])
   for name, source in evals.ood.items():
     ood_plan = _plan_ood(name, source, evals, data.split_seed, train_ids, tokenizer, progress)
     counts[name] = ood_plan.counts
-    _write_splits(folder / 'ood' / name, spilled, ood_plan, tokenizer, progress)
+    _, kept[name] = _write_splits(folder / 'ood' / name, spilled, ood_plan, tokenizer, progress)
   names = [*SPLITS, *(f'ood/{name}/{split}' for name in evals.ood for split in ('validation', 'test'))]
   stores = {name: TokenStore.open(folder / name).fingerprint for name in names}
   meta = {
@@ -181,6 +188,7 @@ def _build(folder: pathlib.Path, spilled: pathlib.Path, data: DataConfig, evals:
     'stores': stores,
     'xz9_bits_per_byte': xz9_bits_per_byte(test_text),
     'fingerprint': files.digest(files.canonical([tokenizer.fingerprint, stores])),
+    **({} if tokenizer.keeps_text else {'fidelity': kept}),
     'data': {name: getattr(data, name) for name in (*_DATA_FIELDS, 'tokenizer', 'vocab_size')},
     'eval': {name: getattr(evals, name) for name in _EVAL_FIELDS},
   }
@@ -303,12 +311,13 @@ def _train_tokenizer(data: DataConfig, plan: _Plan) -> Tokenizer:
 
 def _write_splits(
   folder: pathlib.Path, spilled: pathlib.Path, plan: _Plan, tokenizer: Tokenizer, progress: bool
-) -> list[str]:
-  """Second pass: tokenises the plan's documents and writes a store for each split. Returns the test texts."""
+) -> tuple[list[str], dict[str, float]]:
+  """Second pass: tokenises the plan's documents and writes a store for each split. Returns the test texts, and what the tokens keep of all."""
   wanted = {doc: n for docs in plan.splits.values() for doc, n in docs.items()}
   spill = Spill(spilled, token_dtype(tokenizer.vocab_size))
   texts: dict[str, str] = {}
   train = plan.splits.get('train', {})
+  measure = fidelity.Fidelity(tokenizer, plan.source)
   with _bar(f'tokenising {plan.source}', progress, sum(wanted.values())) as bar:
     for group in ahead(_groups(plan, dict(wanted), tokenizer)):
       kept = {doc: t if doc in train else _cut(t, plan.max_document_bytes) for doc, t in group.items()}
@@ -322,9 +331,11 @@ def _write_splits(
           n_bytes,
           [len(kept[doc]) < len(group[doc]) for doc in names],
         )
+      measure.add(kept_texts, [spill[name].tokens for name in names])
       bar.update(sum(wanted[doc] for doc in group))
   if len(spill) < len(wanted):
     raise UserError(f'data source {plan.source!r} changed while it was read; run again when nothing writes to it')
+  kept_shares = measure.shares()
   for split, docs in plan.splits.items():
     stored = ((doc, spill[doc].n_bytes, spill[doc].tokens) for doc in docs)
     facts = {
@@ -334,7 +345,7 @@ def _write_splits(
       'cut': [doc for doc in docs if spill[doc].cut],
     }
     write_store(folder / split, stored, tokenizer, facts)
-  return [texts[doc] for doc in plan.splits['test']]
+  return [texts[doc] for doc in plan.splits['test']], kept_shares
 
 
 def _groups(plan: _Plan, wanted: dict[str, int], tokenizer: Tokenizer) -> Iterator[dict[str, str]]:

@@ -96,7 +96,7 @@ def _overlap(stretches: list[np.ndarray], wanted: np.ndarray, seen: np.ndarray) 
 
 
 def _documents(store: TokenStore) -> Iterator[tuple[int, np.ndarray]]:
-  """(number, tokens without separator) of each document; read a chunk at a time."""
+  """(number, tokens of its text) of each document; read a chunk at a time."""
   first = 0
   while first < store.n_docs:
     last = max(first + 1, int(np.searchsorted(store.offsets, store.offsets[first] + _CHUNK)))
@@ -104,7 +104,7 @@ def _documents(store: TokenStore) -> Iterator[tuple[int, np.ndarray]]:
     tokens = store.read(int(store.offsets[first]), int(store.offsets[last]))
     for doc in range(first, last):
       a, b = store.offsets[doc : doc + 2] - store.offsets[first]
-      yield doc, tokens[a + 1 : b]
+      yield doc, store.text_of(tokens[a:b])
     first = last
 
 

@@ -1,5 +1,6 @@
 """Files of documents, by suffix: text, JSON lines, Parquet, ArrayRecord; the first two also compressed."""
 
+import collections
 import contextlib
 import functools
 import gzip
@@ -99,10 +100,17 @@ def texts(path: File, text_field: str) -> Iterator[str]:
         yield from _json_texts(f, path, text_field)
 
 
-def token_texts(path: File, tokenizer: Tokenizer) -> Iterator[str]:
-  """The texts of ArrayRecord records that hold token ids, little-endian, two bytes each (four above 65,536 tokens)."""
+def token_texts(path: File, tokenizer: Tokenizer, cut: collections.Counter | None = None) -> Iterator[str]:
+  """The texts of ArrayRecord records that hold token ids, little-endian, two bytes each (four above 65,536 tokens).
+
+  A record may hold several documents, with their beginning, end or separator tokens: each is a text of its own. Special tokens are no text.
+
+  Args:
+    cut: counts the characters of which a record's edge left a part; these are left out.
+  """
   if kind(path)[0] != '.array_record':
     raise UserError(f'{path}: token ids are read from .array_record files alone')
+  cut = collections.Counter() if cut is None else cut
   dtype = token_dtype(tokenizer.vocab_size)
   for number, record in enumerate(_array_records(path)):
     if len(record) % dtype.itemsize:
@@ -112,7 +120,19 @@ def token_texts(path: File, tokenizer: Tokenizer) -> Iterator[str]:
       raise UserError(
         f'{path}, record {number}: token {ids.max()} is not in the vocabulary of {tokenizer.vocab_size}; data.tokenizer must be the one that made them'
       )
-    yield tokenizer.decode(ids[ids != tokenizer.separator_id])
+    for piece in tokenizer.split(ids) or [ids[:0]]:
+      yield _whole_characters(tokenizer, piece, cut)
+
+
+def _whole_characters(tokenizer: Tokenizer, ids: np.ndarray, cut: collections.Counter) -> str:
+  """The text of token ids, less the parts of characters at its edges, which are counted."""
+  text = tokenizer.decode(ids.tolist())
+  kept = text.strip('\ufffd')
+  if kept == text or np.array_equal(tokenizer.encode_batch([text])[0], ids):  # a text may hold that character itself
+    return text
+  for edge in (text[: len(text) - len(text.lstrip('\ufffd'))], text[len(text.rstrip('\ufffd')) :] if kept else ''):
+    cut['characters'] += bool(edge)
+  return kept
 
 
 def json_records(path: File) -> Iterator[tuple[str, dict[str, Any]]]:

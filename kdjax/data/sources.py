@@ -4,16 +4,19 @@
     wiki/*.jsonl.zst             a path or a glob: text, JSON lines, Parquet (these also in an object store: gs://bucket/*.jsonl.zst), ArrayRecord
     tfds:wiki40b/en:train        a dataset that TFDS has prepared as ArrayRecord
     hf:folder-or-name:train      a dataset that Hugging Face's `datasets` reads
-    tokens:part-*.array_record   token ids, which are made text again, so that documents are told apart and bytes are counted
+    tokens:part-*.array_record   token ids, which are made text again, so that documents are told apart and bytes are counted; a record may
+                                 hold several documents
     A@0.7, B@0.3                 several, with commas between them; with weights: shares of the text (corpus.py)
 
 A `.txt` file is one document; a `.jsonl` or `.json` file has one object a line. Files are read in the order of their paths, so the stream is
 the same every time.
 """
 
+import collections
 import dataclasses
 import functools
 import glob
+import logging
 import os
 import pathlib
 import re
@@ -29,6 +32,7 @@ from kdjax.data.readers import File
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
 
+log = logging.getLogger('kdjax')
 _TOKENS = 'tokens:'
 _WEIGHT = re.compile(r'(.*\S)\s*@\s*(\d+(?:\.\d*)?|\.\d+)')
 
@@ -41,6 +45,7 @@ class _Part:
   texts: Callable[[str, Tokenizer | None], Iterator[str]]
   stamp: Callable[[], tuple]
   file: File | None = None
+  cut: collections.Counter | None = None  # characters of which the edges of records left a part
 
 
 def documents(source: str, text_field: str = 'text', tokenizer: Tokenizer | None = None) -> Iterator[str]:
@@ -54,8 +59,16 @@ def documents(source: str, text_field: str = 'text', tokenizer: Tokenizer | None
   Raises:
     UserError: a name, file or line that cannot be read, with where it is and how to mend it.
   """
-  for part in _resolve(source):
+  parts = _resolve(source)
+  for part in parts:
     yield from part.texts(text_field, tokenizer)
+  if n := sum(part.cut['characters'] for part in parts if part.cut):
+    _log_cut(source, n)
+
+
+@functools.cache  # a corpus is read several times
+def _log_cut(source: str, n: int) -> None:
+  log.warning('%s: records begin or end inside a character %d times; its parts are left out', source, n)
 
 
 def records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -71,6 +84,11 @@ def records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if part.file is None or readers.kind(part.file)[0] != '.jsonl':
       raise UserError(f'{part.name}: not JSON lines; give .jsonl or .json, also with .gz, .xz or .zst')
     yield from readers.json_records(part.file)
+
+
+def holds_tokens(source: str) -> bool:
+  """Whether a part of a source holds token ids."""
+  return any(name.startswith(_TOKENS) for name in _parsed(source)[0])
 
 
 def signature(source: str) -> str:
@@ -124,9 +142,13 @@ def _parts(name: str) -> list[_Part]:
   tokens = name.startswith(_TOKENS)
   found = []
   for path in sorted(_match(name.removeprefix(_TOKENS))):
-    read = functools.partial(readers.texts, path)
-    texts = functools.partial(_token_texts, path) if tokens else functools.partial(_without_tokenizer, read)
-    found.append(_Part(str(path), texts, functools.partial(_stamp, path), path))
+    stamp = functools.partial(_stamp, path)
+    if tokens:
+      cut: collections.Counter[str] = collections.Counter()
+      found.append(_Part(str(path), functools.partial(_token_texts, path, cut), stamp, path, cut))
+    else:
+      texts = functools.partial(_without_tokenizer, functools.partial(readers.texts, path))
+      found.append(_Part(str(path), texts, stamp, path))
   return found
 
 
@@ -138,10 +160,10 @@ def _without_tokenizer(texts: Callable[[str], Iterator[str]], text_field: str, _
   return texts(text_field)
 
 
-def _token_texts(path: File, text_field: str, tokenizer: Tokenizer | None) -> Iterator[str]:
+def _token_texts(path: File, cut: collections.Counter, text_field: str, tokenizer: Tokenizer | None) -> Iterator[str]:
   if tokenizer is None:
     raise UserError(f'{path}: token ids need the tokenizer that made them: set data.tokenizer to its file, or to bytes')
-  return readers.token_texts(path, tokenizer)
+  return readers.token_texts(path, tokenizer, cut)
 
 
 def _stamp(path: File) -> tuple:

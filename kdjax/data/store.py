@@ -8,7 +8,8 @@
 
 A document is stored as `[separator] + tokens`. So each token of a text is predicted, the first one from the separator
 inside the document's own segment; and the label of a document's last token is the separator that follows: the end of
-the document.
+the document. Where the tokenizer has an end token other than its beginning one (kdjax/data/roles.py) a document is
+`[beginning] + tokens + [end]`; one that was cut has no end. The beginning is then the label of nothing.
 
 Nothing is trusted: sizes, small files and token files of up to 256 MiB are checked when a store is opened, and each
 block is checked each time that it is read.
@@ -60,6 +61,7 @@ class TokenStore:
     offsets: int64[n_docs + 1], the place of each document's separator, and `n_tokens` at the end.
     n_bytes: int64[n_docs], the bytes of each document's text in UTF-8.
     doc_ids: S16[n_docs], the hash of each document's text.
+    cut: the ids of the documents that have no end, as their text was cut.
   """
 
   def __init__(self, folder: pathlib.Path, meta: dict, documents: np.ndarray, checksums: np.ndarray):
@@ -68,6 +70,7 @@ class TokenStore:
     self.offsets = np.append(documents['offset'], meta['n_tokens'])
     self.n_bytes = np.ascontiguousarray(documents['n_bytes'])
     self.doc_ids = np.ascontiguousarray(documents['id'])
+    self.cut = frozenset(doc.encode() for doc in meta.get('cut', ()))
     self._checksums = checksums
     self._dtype = _DTYPES[meta['dtype']]
     self._lock = threading.Lock()
@@ -110,7 +113,29 @@ class TokenStore:
 
   @property
   def separator_id(self) -> int:
+    """The token that starts each document."""
     return self.meta['separator_id']
+
+  @property
+  def end_id(self) -> int | None:
+    """The token that ends each document; None where the next one's separator does."""
+    return self.meta.get('end_id')
+
+  def document(self, i: int) -> np.ndarray:
+    """A document from its separator to its end, both included, as int32; a cut one has no end."""
+    tokens = self.read(int(self.offsets[i]), int(self.offsets[i + 1]))
+    if self.end_id is None and self.doc_ids[i] not in self.cut:
+      return np.append(tokens, self.separator_id)
+    return tokens
+
+  def text(self, i: int) -> np.ndarray:
+    """A document's text alone, as int32."""
+    return self.text_of(self.read(int(self.offsets[i]), int(self.offsets[i + 1])))
+
+  def text_of(self, tokens: np.ndarray) -> np.ndarray:
+    """What is text of a document's part of the stream."""
+    has_end = self.end_id is not None and tokens[-1] == self.end_id
+    return tokens[1:-1] if has_end else tokens[1:]
 
   def read(self, start: int, stop: int) -> np.ndarray:
     """Tokens [start, stop) as int32.
@@ -128,11 +153,13 @@ class TokenStore:
     return tokens[start - first * BLOCK : stop - first * BLOCK].astype(np.int32)
 
   def counts(self, size: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """How often each of `size` tokens stands in [start, stop), by default in all of it; float64."""
+    """How often each of `size` tokens occurs as a label in [start, stop), by default in all of it; float64."""
     stop = self.n_tokens if stop is None else stop
     counts = np.zeros(size)
     for at in range(start, stop, 1 << 20):
       counts += np.bincount(self.read(at, min(at + (1 << 20), stop)), minlength=size)
+    if self.end_id is not None:
+      counts[self.separator_id] = 0
     return counts
 
   def verify(self) -> None:
@@ -188,16 +215,16 @@ def write_store(
   Args:
     folder: must not exist yet.
     docs: for each document the hash of its text (16 hexadecimal digits), the bytes of its text in UTF-8, its token ids
-      without separator.
+      without separator and end.
     tokenizer: whose ids they are.
-    extra_meta: kept in `meta`, JSON values.
+    extra_meta: kept in `meta`, JSON values. `cut`: the hashes of the documents that get no end, as their text was cut.
 
   Raises:
     UserError: no documents, an id outside the vocabulary, a full disk.
     FileExistsError: the folder exists.
   """
   with files.building(folder) as temporary:
-    meta = _write_tokens(temporary, docs, tokenizer)
+    meta = _write_tokens(temporary, docs, tokenizer, frozenset((extra_meta or {}).get('cut', ())))
     names = [*_shard_names(-(-meta['n_tokens'] // BLOCK), SHARD_BLOCKS), _BLOCKS, _DOCUMENTS]
     meta |= {'version': VERSION, 'shard_blocks': SHARD_BLOCKS, 'files': files.describe(temporary, names)}
     files.write_json(temporary / _META, {**(extra_meta or {}), **meta})
@@ -205,12 +232,14 @@ def write_store(
     TokenStore.open(temporary).verify()
 
 
-def _write_tokens(folder: pathlib.Path, docs: Iterable[tuple[str, int, np.ndarray]], tokenizer: Tokenizer) -> dict:
+def _write_tokens(
+  folder: pathlib.Path, docs: Iterable[tuple[str, int, np.ndarray]], tokenizer: Tokenizer, cut: frozenset[str]
+) -> dict:
   dtype = token_dtype(tokenizer.vocab_size)
   hasher = files.new_digest()
   rows: list[tuple[str, int, int]] = []  # of the documents' table: hash, bytes, tokens
   checksums: list[int] = []
-  blocks = _blocks(_streams(docs, tokenizer, dtype, rows))
+  blocks = _blocks(_streams(docs, tokenizer, dtype, rows, cut))
   for shard in itertools.count():
     first = next(blocks, None)
     if first is None:
@@ -243,6 +272,7 @@ def _write_tokens(folder: pathlib.Path, docs: Iterable[tuple[str, int, np.ndarra
     'dtype': dtype.name,
     'block': BLOCK,
     'separator_id': tokenizer.separator_id,
+    **({'end_id': tokenizer.end_id} if tokenizer.roles.closes else {}),
     'vocab_size': tokenizer.vocab_size,
     'tokenizer': tokenizer.fingerprint,
     'fingerprint': hasher.hexdigest(),
@@ -259,16 +289,26 @@ def _shard_name(shard: int) -> str:
   return f'tokens-{shard:05}.array_record'
 
 
-def _streams(docs, tokenizer: Tokenizer, dtype: np.dtype, rows: list) -> Iterator[np.ndarray]:
+def _streams(
+  docs, tokenizer: Tokenizer, dtype: np.dtype, rows: list, cut: frozenset[str] = frozenset()
+) -> Iterator[np.ndarray]:
   """Each document's part of the stream; its row of the documents' table is appended to `rows`."""
+  first, none = np.array([tokenizer.separator_id]), np.zeros(0, np.int32)
+  end = np.array([tokenizer.end_id]) if tokenizer.roles.closes else none
   for doc_id, n_bytes, tokens in docs:
-    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
-      ids = f'{tokens.min()}..{tokens.max()}'
-      raise UserError(f'document {doc_id}: token ids {ids} are not in the vocabulary of {tokenizer.vocab_size}')
-    if (tokens == tokenizer.separator_id).any():
-      raise UserError(f'document {doc_id}: the separator is among its tokens')
-    rows.append((doc_id, n_bytes, len(tokens) + 1))
-    yield np.concatenate([[tokenizer.separator_id], tokens]).astype(dtype)
+    _check_ids(doc_id, tokens, tokenizer)
+    stream = np.concatenate([first, tokens, none if doc_id in cut else end]).astype(dtype)
+    rows.append((doc_id, n_bytes, len(stream)))
+    yield stream
+
+
+def _check_ids(doc_id: str, tokens: np.ndarray, tokenizer: Tokenizer) -> None:
+  if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+    ids = f'{tokens.min()}..{tokens.max()}'
+    raise UserError(f'document {doc_id}: token ids {ids} are not in the vocabulary of {tokenizer.vocab_size}')
+  for what, edge in (('separator', tokenizer.separator_id), ('end token', tokenizer.end_id)):
+    if (tokens == edge).any():
+      raise UserError(f'document {doc_id}: the {what} is among its tokens')
 
 
 def _blocks(streams: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

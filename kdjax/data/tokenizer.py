@@ -1,6 +1,6 @@
 """Text <-> token ids: raw bytes, a byte-level BPE trained here, or any Hugging Face `tokenizers` file (others are turned into one).
 
-A document's tokens never contain the separator that starts each document in a store, whatever its text says: special
+A document's tokens never contain the tokens that start and end each document in a store, whatever its text says: special
 tokens that occur in text are encoded as plain text.
 """
 
@@ -8,44 +8,22 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
 
 from kdjax import paths
-from kdjax.data import foreign
+from kdjax.data import foreign, tokenizer_json
+from kdjax.data import roles as roles_lib
 from kdjax.data.files import StoreDamaged, canonical, check_files, describe, digest, read_json, write_json
+from kdjax.data.roles import Roles
+from kdjax.data.tokenizer_json import SEPARATOR
 from kdjax.errors import UserError
 
-SEPARATOR = '<|endoftext|>'
-# Names for "a document starts here", and then for "it ends here": models are trained to see the first before any text.
-_KNOWN_SEPARATORS = (
-  '<|endoftext|>',
-  '<|begin_of_text|>',
-  '<s>',
-  '<bos>',
-  '<|bos|>',
-  '[BOS]',
-  '<|end_of_text|>',
-  '</s>',
-  '<eos>',
-  '<|eos|>',
-  '<|im_end|>',
-  '[EOS]',
-  '[SEP]',
-)
-# What a BPE's file may leave out.
-_BPE_DEFAULTS = {
-  'dropout': None,
-  'unk_token': None,
-  'continuing_subword_prefix': None,
-  'end_of_word_suffix': None,
-  'fuse_unk': False,
-  'byte_fallback': False,
-  'ignore_merges': False,
-}
 _FILE, _META = 'tokenizer.json', 'tokenizer_meta.json'
+_WITH_FILES = (_FILE, 'tokenizer.model')  # beside these there may be files that name roles
 
 
 class Tokenizer:
@@ -53,32 +31,93 @@ class Tokenizer:
 
   Args:
     model_json: the text of a `tokenizers` file; None: bytes.
-    separator: the token that starts each document; '': guessed from the names that are usual.
+    separator: one token that starts and ends documents; '': the tokens that have these roles (kdjax/data/roles.py).
     name: what errors call it.
+    files: the files beside it that may name roles.
+    roles: those that it was saved with; read from the files where they are not given.
+
+  Attributes:
+    separator, separator_id: the token that starts each document in a store.
+    end_id: the token that ends a text; the separator where one token does both.
+    begin_id, padding_id: the token that begins a text, and the one that fills up a batch; None: there is none.
+    stop_ids: the tokens at which generation stops, `end_id` first.
 
   Raises:
-    UserError: not a `tokenizers` file, or no separator in it.
+    UserError: not a `tokenizers` file, or nothing in it can start a document.
   """
 
-  def __init__(self, model_json: str | None = None, separator: str = '', name: str = 'tokenizer'):
-    parsed = None if model_json is None else _parse(model_json, name)
-    if parsed is not None and separator in ('', SEPARATOR) and _content(parsed) == _content(json.loads(_bytes_json())):
+  def __init__(
+    self,
+    model_json: str | None = None,
+    separator: str = '',
+    name: str = 'tokenizer',
+    files: Mapping[str, Any] | None = None,
+    roles: Roles | None = None,
+  ):
+    self._name = name
+    parsed = None if model_json is None else tokenizer_json.parse(model_json, name)
+    if parsed is not None and separator in ('', SEPARATOR) and tokenizer_json.is_bytes(parsed):
       parsed = model_json = None  # bytes, as `to_json` wrote them
     self._model_json = model_json
-    self._name = name
     if parsed is None:
-      self._model, self.separator = None, SEPARATOR
-      self.vocab_size, self.separator_id = 257, 256
-      self.fingerprint = digest(b'bytes')
-      return
-    self.separator = separator or _guess_separator(parsed, name)
-    self._model = _model(parsed, self.separator, name)
-    separator_id = self._model.token_to_id(self.separator)
-    if separator_id is None:
-      raise UserError(f'{name}: no token {self.separator!r}; {_name_one(parsed)}')
-    self.separator_id = separator_id
-    self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
-    self.fingerprint = digest(canonical([_content(parsed), self.separator]))
+      self._model, self.roles = None, roles_lib.one_for_all(SEPARATOR)
+      self.vocab_size, self.fingerprint = 257, digest(b'bytes')
+      self._text = tokenizer_json.TextKept(keeps_text=True, changes_little=True)
+    else:
+      self._model = _model(parsed, (), name)
+      self.roles = roles or _read_roles(parsed, self._model, separator, files or {}, name)
+      if unmarked := _unmarked(self._model, self.roles):
+        self._model = _model(parsed, unmarked, name)
+      self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+      self.fingerprint = _fingerprint(parsed, self.roles, unmarked)
+      self._text = tokenizer_json.text_kept(parsed, self._model)
+    self.separator = self.roles.separator
+    self.separator_id, self.end_id = self._id(self.roles.separator), self._id(self.roles.end)
+    self.begin_id = self._id(self.roles.begin) if self.roles.begin else None
+    self.padding_id = self._id(self.roles.padding) if self.roles.padding else None
+    self.stop_ids = tuple(map(self._id, self.roles.stops))
+
+  @property
+  def keeps_text(self) -> bool:
+    """Whether every text can be read back from its tokens, by the tokenizer's design. Where not, it may all the same."""
+    return self._text.keeps_text
+
+  @property
+  def unknown_id(self) -> int | None:
+    """The token of what the vocabulary lacks."""
+    return self._text.unknown_id
+
+  def _id(self, name: str) -> int:
+    found = 256 if self._model is None else self._model.token_to_id(name)
+    if found is None:
+      raise UserError(f'{self._name}: no token {name!r}, with which it was saved; restore the file')
+    return found
+
+  @functools.cached_property
+  def special_ids(self) -> frozenset[int]:
+    """The tokens that no text contains: those that the file marks special, and those with a role."""
+    roles = map(self._id, self.roles.tokens)
+    if self._model is None:
+      return frozenset(roles)
+    return frozenset([*roles, *(i for i, t in self._model.get_added_tokens_decoder().items() if t.special)])
+
+  def tokens_beyond(self, n_rows: int) -> list[str]:
+    """The tokens of texts and documents that have no row in a weight table of `n_rows`. (Other special tokens need none.)"""
+    if n_rows >= self.vocab_size:
+      return []
+    if self._model is None:
+      return [SEPARATOR]
+    needless = self.special_ids - {self.separator_id, self.end_id}
+    vocab = sorted(self._model.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+    return [token for token, id_ in vocab if id_ >= n_rows and id_ not in needless]
+
+  def split(self, ids: np.ndarray) -> list[np.ndarray]:
+    """The tokens of each document of a stream, cut at the tokens that start and end documents; other special tokens are left out."""
+    edges = {self.separator_id, self.end_id, self.separator_id if self.begin_id is None else self.begin_id}
+    at = np.flatnonzero(np.isin(ids, list(edges)))
+    others = list(self.special_ids - edges)
+    pieces = [piece[~np.isin(piece, [*edges, *others])] for piece in np.split(ids, at)]
+    return [piece for piece in pieces if len(piece)]
 
   @property
   def is_bytes(self) -> bool:
@@ -97,11 +136,14 @@ class Tokenizer:
         text = foreign.to_json(pathlib.Path(file))
       else:
         text = file.read_bytes().decode('utf-8')
+      folder = file if file.is_dir() else file.parent if file.name in _WITH_FILES else None
+      kept = _kept_roles(folder) if folder and not separator else {}
+      files = {} if kept else roles_lib.beside(folder)
     except paths.errors(file) as error:
       raise UserError(
         f'tokenizer {path} cannot be read ({paths.said(error)}); give bpe, bytes, a tokenizer.json, .model or .tiktoken file, or a folder'
       ) from error
-    return cls(text, separator, str(path))
+    return cls(text, name=str(path), **(kept or {'separator': separator, 'files': files}))
 
   @classmethod
   def load(cls, folder: str | os.PathLike) -> 'Tokenizer':
@@ -111,7 +153,8 @@ class Tokenizer:
     if meta['kind'] == 'bytes':
       return cls()
     check_files(folder, meta['files'])
-    tokenizer = cls((folder / _FILE).read_text(encoding='utf-8'), meta['separator'], str(folder / _FILE))
+    text = (folder / _FILE).read_text(encoding='utf-8')
+    tokenizer = cls(text, name=str(folder / _FILE), **kept_as(meta))
     if tokenizer.fingerprint != meta['fingerprint']:
       raise StoreDamaged(folder, 'the tokenizer is not the one that was saved')
     return tokenizer
@@ -124,29 +167,48 @@ class Tokenizer:
       write_json(folder / _META, {'kind': 'bytes'})
       return
     (folder / _FILE).write_text(self._model_json, encoding='utf-8')
-    meta = {'kind': 'tokenizers', 'separator': self.separator, 'fingerprint': self.fingerprint}
-    write_json(folder / _META, {**meta, 'files': describe(folder, [_FILE])})
+    meta = {**self.note(), 'fingerprint': self.fingerprint, 'files': describe(folder, [_FILE])}
+    write_json(folder / _META, meta)
+
+  def note(self) -> dict[str, Any]:
+    """What is kept beside the file, for `kept_as` to read: its kind and its roles."""
+    kind = 'bytes' if self.is_bytes else 'tokenizers'
+    return {'kind': kind, 'separator': self.separator, 'roles': self.roles.as_dict()}
+
+  def key(self) -> list[Any]:
+    """What a corpus is made with. Beside the fingerprint: roles other than one token for all, and that what it loses was measured."""
+    plain = not self.roles.closes and len(self.roles.stops) == 1
+    roles = [] if plain else [self.roles.as_dict()]
+    return [self.fingerprint, *roles, *([] if self._text.changes_little else ['measured'])]
 
   def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
     """One int32 array of token ids for each text. None is added; what stands for a special token in a text is read as such if `special`.
 
     Raises:
-      UserError: the separator is an ordinary token, which text can contain.
+      UserError: the separator or the end token is an ordinary token, which text can contain.
     """
     if special:
-      model = tokenizers.Tokenizer.from_str(self.to_json())
+      model = self.as_others_read_it()
       model.no_truncation()
       model.no_padding()
-      return [np.asarray(e.ids, np.int32) for e in model.encode_batch(list(texts), add_special_tokens=False)]
+      encoded = model.encode_batch(list(texts), add_special_tokens=False)
+      return [np.asarray(e.ids, np.int32) for e in encoded]
     if self._model is None:
       return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
-    encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+    try:
+      encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+    except (
+      Exception
+    ) as error:  # the class that `tokenizers` raises, where a model without an unknown token meets an unknown word
+      raise UserError(f'{self._name}: it cannot encode the text ({error}); set data.tokenizer to another one') from None
     ids = [np.asarray(e.ids, np.int32) for e in encoded]
-    if any((i == self.separator_id).any() for i in ids):
-      raise UserError(
-        f'{self._name}: the separator {self.separator!r} is an ordinary token, found inside a text; '
-        'set data.separator to a special one'
-      )
+    for what, edge in (('separator', self.separator_id), ('end token', self.end_id)):
+      if any((i == edge).any() for i in ids):
+        token = self._model.id_to_token(edge)
+        raise UserError(
+          f'{self._name}: the {what} {token!r} is an ordinary token, found inside a text; '
+          'set data.separator to a special one'
+        )
     return ids
 
   def decode(self, ids: Sequence[int]) -> str:
@@ -155,13 +217,22 @@ class Tokenizer:
       return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
     return b''.join(SEPARATOR.encode() if i == self.separator_id else bytes([i]) for i in ids).decode(errors='replace')
 
+  def decode_text(self, ids: Sequence[int]) -> str:
+    """Ids -> text, without the special and the unknown tokens among them."""
+    left_out = {*self.special_ids, self.unknown_id}
+    return self.decode([i for i in map(int, ids) if i not in left_out])
+
+  def as_others_read_it(self) -> tokenizers.Tokenizer:
+    """A `tokenizers` model of its own, which reads special tokens in a text as such."""
+    return tokenizer_json.build(json.loads(self.to_json()), (), self._name)
+
   def to_json(self) -> str:
     """The text of a `tokenizers` file that gives the same ids. Bytes too have one."""
-    return self._model_json if self._model_json is not None else _bytes_json()
+    return self._model_json if self._model_json is not None else tokenizer_json.bytes_json()
 
   def __reduce__(self):
     # A pickled `tokenizers` model loses the switch that keeps special tokens out of text.
-    return Tokenizer, (self._model_json, self.separator if self._model else '', self._name)
+    return Tokenizer, (self._model_json, '', self._name, None, self.roles)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -187,65 +258,63 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
   return Tokenizer(model.to_str(), SEPARATOR, 'bpe')
 
 
-def _parse(model_json: str, name: str) -> dict:
-  try:
-    parsed = json.loads(model_json)
-  except ValueError as error:
-    raise UserError(f'{name}: not JSON ({error}); give the path of a Hugging Face tokenizer.json') from error
-  if not isinstance(parsed, dict) or not isinstance(parsed.get('model'), dict) or 'vocab' not in parsed['model']:
-    raise UserError(f'{name}: no model with a vocabulary in it; give the path of a Hugging Face tokenizer.json')
-  return parsed
+def _read_roles(
+  parsed: dict, model: tokenizers.Tokenizer, separator: str, files: Mapping[str, Any], name: str
+) -> Roles:
+  found = roles_lib.read(model, files, name)
+  if separator:
+    if model.token_to_id(separator) is None:
+      raise UserError(f'{name}: no token {separator!r}; {_name_one(parsed)}')
+    return roles_lib.one_for_all(separator, found, _unmarked(model, found))
+  if found is None:
+    usual = ' '.join(roles_lib.USUAL)
+    raise UserError(f'{name}: none of the usual separators ({usual}) is in it; {_name_one(parsed)}')
+  return found
 
 
-def _model(parsed: dict, separator: str, name: str) -> tokenizers.Tokenizer:
-  # Only tokens marked special are kept out of text; some files leave the mark off.
-  added = [{**t, 'special': t.get('special') or t['content'] == separator} for t in parsed.get('added_tokens') or []]
-  try:
-    model = tokenizers.Tokenizer.from_str(json.dumps({**parsed, 'added_tokens': added}))
-  except Exception as error:  # the class that `tokenizers` raises
-    raise UserError(f'{name}: the tokenizers package cannot read it ({error}); fetch it again') from error
+def kept_as(note: Mapping[str, Any]) -> dict[str, Any]:
+  """What `Tokenizer.note` kept, as arguments of Tokenizer. Before there were roles, one token started and ended documents."""
+  if 'roles' not in note:
+    return {'separator': note['separator']}
+  return {'roles': Roles(**note['roles'] | {'stops': tuple(note['roles']['stops'])})}
+
+
+def _kept_roles(folder: paths.Path) -> dict[str, Any]:
+  """The same from a folder in which kdjax keeps a tokenizer; {} for any other."""
+  for file in (folder / 'run.json', folder / _META):
+    if not file.exists():
+      continue
+    known = paths.read_json(file) or {}
+    note = known.get('tokenizer') if file.name == 'run.json' else known
+    if isinstance(note, dict) and 'separator' in note:
+      return kept_as(note)
+  return {}
+
+
+def _model(parsed: dict, unmarked: Sequence[str], name: str) -> tokenizers.Tokenizer:
+  """The model with the `unmarked` tokens as special ones: only these are kept out of text."""
+  model = tokenizer_json.build(parsed, unmarked, name)
   model.no_truncation()
   model.no_padding()
   model.encode_special_tokens = True
   return model
 
 
-@functools.cache
-def _bytes_json() -> str:
-  """A BPE without merges whose ids are the bytes, and then the separator."""
-  # The byte-level alphabet, sorted: first the bytes that are printed as themselves, then the others, in order.
-  printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-  others = (byte for byte in range(256) if byte not in printed)
-  characters = {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-  model = tokenizers.Tokenizer(tokenizers.models.BPE({c: byte for byte, c in characters.items()}, []))
-  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-  model.decoder = tokenizers.decoders.ByteLevel()
-  model.add_special_tokens([SEPARATOR])
-  return model.to_str()
+def _unmarked(model: tokenizers.Tokenizer, roles: Roles | None) -> list[str]:
+  """The added tokens that have a role and that the file does not mark as special: some files leave the mark off."""
+  plain = {token.content for token in model.get_added_tokens_decoder().values() if not token.special}
+  return [token for token in roles.tokens if token in plain] if roles else []
 
 
-def _content(parsed: dict) -> dict:
-  """What the ids of a text depend on: two files that differ elsewhere, or in how they spell it, hold the same tokenizer."""
-  model = parsed['model']
-  if model.get('type') == 'BPE':
-    model = _BPE_DEFAULTS | model
-    model['merges'] = [merge.split(' ') if isinstance(merge, str) else merge for merge in model['merges']]
-  return {**parsed, 'model': model, 'truncation': None, 'padding': None, 'post_processor': None}
+def _fingerprint(parsed: dict, roles: Roles, unmarked: Sequence[str]) -> str:
+  """Of what the tokens of a document depend on."""
+  said = [tokenizer_json.content(parsed), roles.separator]
+  said += [roles.end] if roles.closes else []
+  others = sorted(set(unmarked) - {roles.separator, roles.end})
+  return digest(canonical([*said, {'kept out of text': others}] if others else said))
 
 
 def _name_one(parsed: dict) -> str:
-  names = [t['content'] for t in parsed.get('added_tokens') or [] if t.get('special')]
+  names = [t['content'] for t in tokenizer_json.added_tokens(parsed) if t.get('special')]
   such = f', such as one of {names[:20]}' if names else ''
   return f'set data.separator (--separator of a command) to a token that starts each document{such}'
-
-
-def _guess_separator(parsed: dict, name: str) -> str:
-  vocab = parsed['model']['vocab']
-  present = {t['content'] for t in parsed.get('added_tokens') or []}
-  present |= set(vocab if isinstance(vocab, dict) else (piece for piece, _ in vocab))
-  known = next((s for s in _KNOWN_SEPARATORS if s in present), None)
-  if known is None:
-    raise UserError(
-      f'{name}: none of the usual separators ({" ".join(_KNOWN_SEPARATORS)}) is in it; {_name_one(parsed)}'
-    )
-  return known

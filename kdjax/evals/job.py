@@ -22,6 +22,7 @@ from kdjax.evals import choices, results
 from kdjax.evals.choices import ChoiceSet
 from kdjax.evals.score import TEMPERATURES, Scored, difficulties, expected_calibration_error, fit_temperature, score
 from kdjax.metrics import Progress
+from kdjax.models import build
 from kdjax.models.decoder import compute_dtype
 from kdjax.paths import read_json, write_json
 from kdjax.run import RunFolder
@@ -187,6 +188,11 @@ class Task:
   key: dict[str, Any]
 
   @property
+  def vocab_size(self) -> int:
+    """Of the set's tokenizer: what a model's table has beyond it is never a label."""
+    return _vocab_size(self.eval_set)
+
+  @property
   def file(self) -> paths.Path:
     return results.path(self.run.results, self.step, self.name, config_lib.fingerprint(self.key))
 
@@ -217,8 +223,10 @@ def _task(
   training_text: str,
 ) -> Task:
   window = job.config.eval.window or job.config.data.seq_len
-  dtype = str(compute_dtype(teachers.model_of(run).config))
-  key: dict[str, Any] = {'version': VERSION, 'window': window, 'weights': weights, 'dtype': dtype}
+  model = teachers.model_of(run).config
+  key: dict[str, Any] = {'version': VERSION, 'window': window, 'weights': weights, 'dtype': str(compute_dtype(model))}
+  if model.vocab_size > _vocab_size(eval_set):
+    key['vocabulary'] = _vocab_size(eval_set)
   if isinstance(eval_set, ChoiceSet):
     key |= {'kind': 'task', 'items': eval_set.fingerprint, 'tokenizer': eval_set.tokenizer.fingerprint}
   else:
@@ -241,9 +249,9 @@ def _score(
   on = functools.partial(
     score, window=window, stride=stride, batch_size=job.config.eval.batch_size, mesh=mesh, progress=bar
   )
-  student = models.load(task.run, task.step, 'float32')
+  student = models.load(task.run, task.step, 'float32', task.vocab_size)
   teacher = (
-    models.load(job.teacher, _step(job.teacher, job.teacher_step), job.config.teacher.dtype)
+    models.load(job.teacher, _step(job.teacher, job.teacher_step), job.config.teacher.dtype, task.vocab_size)
     if job.teacher and task.key['teacher']
     else None
   )
@@ -269,7 +277,7 @@ def _score_choices(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
   """(per-item table, metadata) of a downstream task."""
   assert isinstance(task.eval_set, ChoiceSet)
-  model, window = models.load(task.run, task.step, 'float32'), task.key['window']
+  model, window = models.load(task.run, task.step, 'float32', task.vocab_size), task.key['window']
   table = choices.score(
     model, task.eval_set.items, task.eval_set.tokenizer, window, job.config.eval.batch_size, mesh, bar
   )
@@ -284,8 +292,9 @@ class _Models:
     self._job, self._mesh = job, mesh
     self._loaded: dict[str, Scored] = {}
 
-  def load(self, run: RunFolder, step: int, dtype: str) -> Scored:
-    name = f'{run.path}@{step}:{dtype}'
+  def load(self, run: RunFolder, step: int, dtype: str, vocab_size: int) -> Scored:
+    """The model over the first `vocab_size` tokens of its table."""
+    name = f'{run.path}@{step}:{dtype}:{vocab_size}'
     if name not in self._loaded:
       kept = {
         key: value
@@ -296,7 +305,7 @@ class _Models:
       arm = (run.identity() or {}).get('config', {}).get('arm')
       like = self._job.config.teacher.model if arm == 'teacher' else self._job.config.student.model
       model, params, *_ = teachers.load(run, dtype, self._mesh, step, like)
-      self._loaded[name] = Scored(model, params)
+      self._loaded[name] = Scored(build(teachers.over(model.config, vocab_size)), params)
     return self._loaded[name]
 
 
@@ -314,6 +323,12 @@ def _weights(run: RunFolder, step: int) -> str:
     return saves.fingerprint(step)
   finally:
     saves.close()
+
+
+def _vocab_size(eval_set: EvalSet | ChoiceSet) -> int:
+  if isinstance(eval_set, ChoiceSet):
+    return eval_set.tokenizer.vocab_size
+  return eval_set.test.meta['vocab_size']
 
 
 def _n_tokens(eval_set: EvalSet | ChoiceSet) -> int:

@@ -1,8 +1,9 @@
 """Documents -> rows of windows: each token of a document is scored once, with as much context as the window holds.
 
-A document is its separator, its tokens, and the separator that ends it: a text of n tokens has n + 1 predictions, the first from the
-separator alone, the last of the end of the document. One that was cut (`eval.max_document_bytes`) does not end there: its end is not scored. A document longer than the window is cut into strided windows: each one after the
-first scores only the tokens that the one before did not reach, with at least `window - stride` tokens of context.
+A document is its separator, its tokens, and its end token (or the separator, where one token does both): a text of n tokens has n + 1
+predictions, the first from the separator alone, the last of the end of the document. One that was cut (`eval.max_document_bytes`) does not
+end there: its end is not scored. A document longer than the window is cut into strided windows: each one after the first scores only the
+tokens that the one before did not reach, with at least `window - stride` tokens of context.
 """
 
 from collections.abc import Iterator
@@ -36,11 +37,8 @@ def spans(n: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
 def rows(store: TokenStore, window: int, stride: int) -> Rows:
   """All windows of a store's documents, padded to `window`."""
   tokens, labels, docs = [], [], []
-  cut = {doc.encode() for doc in store.meta.get('cut', ())}
   for doc in range(store.n_docs):
-    text = store.read(int(store.offsets[doc]), int(store.offsets[doc + 1]))
-    if store.doc_ids[doc] not in cut:
-      text = np.append(text, store.separator_id)
+    text = store.document(doc)
     for start, scored, end in spans(len(text) - 1, window, stride):
       row, label = np.zeros(window, np.int32), np.full(window, -1, np.int32)
       row[: end - start] = text[start:end]

@@ -33,18 +33,16 @@ def export(
     max_bytes: of one file.
     max_positions: the longest text that the model is said to be good for; 0: the model's max_seq_len.
     origin: kept as kdjax.json, for people.
-    trained_here: the model's documents began with the separator: so shall what the exported tokenizer makes of a text.
+    trained_here: the model's documents began with the separator: so does what the exported tokenizer makes of a text.
 
   Raises:
     UserError: the folder exists, or no known architecture is this model.
   """
   family, values = families.write(model.config)
-  separator = tokenizer.separator_id
   values |= {
     'max_position_embeddings': max_positions or model.config.max_seq_len,
     'torch_dtype': dtype,
-    'bos_token_id': separator,
-    'eos_token_id': separator,
+    **_token_ids(tokenizer, model.config.vocab_size),
     'use_cache': True,
   }
   check_new(out)
@@ -55,8 +53,7 @@ def export(
       (folder / 'tokenizer.json').write_text(tokenizer_file(tokenizer, trained_here), encoding='utf-8')
       _write(folder / 'tokenizer_config.json', {
         'tokenizer_class': 'PreTrainedTokenizerFast',
-        'bos_token': tokenizer.separator,
-        'eos_token': tokenizer.separator,
+        **_token_names(tokenizer, trained_here),
         'model_max_length': values['max_position_embeddings'],
         'clean_up_tokenization_spaces': False,
       })  # fmt: skip
@@ -81,7 +78,7 @@ def tokenizer_file(tokenizer: Tokenizer, trained_here: bool) -> str:
 
   Where the model was trained here, a text begins with the separator, as each document did; a file that adds tokens of its own is left as it is.
   """
-  model = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+  model = tokenizer.as_others_read_it()
   plain, processed = (model.encode('a', add_special_tokens=add).ids for add in (False, True))
   if plain == processed and (trained_here or tokenizer.is_bytes):
     first, known = tokenizer.separator, model.post_processor
@@ -90,6 +87,25 @@ def tokenizer_file(tokenizer: Tokenizer, trained_here: bool) -> str:
     )
     model.post_processor = tokenizers.processors.Sequence([known, added]) if known else added
   return model.to_str()
+
+
+def _token_ids(tokenizer: Tokenizer, n_rows: int) -> dict[str, int | list[int]]:
+  """The roles as config.json has them; transformers stops a generation at the end tokens."""
+  stops = [id_ for id_ in tokenizer.stop_ids if id_ < n_rows]
+  found: dict[str, int | list[int]] = {
+    'bos_token_id': tokenizer.separator_id,
+    'eos_token_id': stops if len(stops) > 1 else tokenizer.end_id,
+  }
+  padding = tokenizer.padding_id
+  # An added token may have no row; transformers' embedding takes no padding beyond its rows.
+  return found if padding is None or padding >= n_rows else found | {'pad_token_id': padding}
+
+
+def _token_names(tokenizer: Tokenizer, trained_here: bool) -> dict[str, str | None]:
+  """The roles as tokenizer_config.json has them: null is 'there is none'."""
+  roles = tokenizer.roles
+  named = {'bos_token': roles.begin or (roles.separator if trained_here else None), 'eos_token': roles.end}
+  return named | ({'pad_token': roles.padding} if roles.padding else {})
 
 
 def _write(file: pathlib.Path, values: dict[str, Any]) -> None:

@@ -150,9 +150,11 @@ def read(values: Mapping[str, Any], where: str = 'config.json') -> tuple[Family,
     'tied': known['tie_word_embeddings'],
     'norm_eps': known['rms_norm_eps'],
   }
-  theta, scaling, local_theta = _read_rope(known, family, where)
-  fields |= {'rope_theta': theta, 'rope_scaling': scaling}
-  fields |= _read_window(known, family, fields['n_layers'], local_theta, where)
+  whole, local = _rope_sections(known, family, where)
+  fields |= {'rope_theta': whole['rope_theta'], 'rope_scaling': _read_scaling(whole, where)}
+  fields |= _read_window(known, family, fields['n_layers'], local['rope_theta'], where)
+  if 'local_window' in fields and _read_scaling(local, where) != RopeScaling():
+    raise UserError(f'{where}: rotary scaling of the local layers is not supported')
   if family.is_gemma:
     fields['embed_scale'] = math.sqrt(fields['d_model'])
     scalar = known['query_pre_attn_scalar']
@@ -219,33 +221,58 @@ def _write(config: ModelConfig, family: Family) -> dict[str, Any]:
   }
 
 
-def _read_rope(known: Mapping[str, Any], family: Family, where: str) -> tuple[float, RopeScaling, float]:
-  """(theta, scaling, the local layers' theta): transformers 5 has them in `rope_parameters`, 4 in fields of their own."""
-  for name in ('rope_parameters', 'rope_scaling'):
-    if not isinstance(known.get(name) or {}, dict):
-      raise UserError(f'{where}: {name} = {known[name]!r} is no object with fields')
-  parameters = known.get('rope_parameters') or {}
-  local = parameters.get('sliding_attention') or {}
-  whole = parameters.get('full_attention') or (parameters if not local else {}) or known.get('rope_scaling') or {}
+def _rope_sections(known: Mapping[str, Any], family: Family, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The rotary positions of (the layers that see all, the local ones), each with its rope_theta.
+
+  transformers 5 has them in `rope_parameters`, 4 in fields of their own. Raises UserError for what the two read differently.
+  """
+  parameters, scaling = (_object(known.get(name), name, where) for name in ('rope_parameters', 'rope_scaling'))
+  if parameters and scaling and parameters != scaling:
+    raise UserError(
+      f'{where}: it has both rope_parameters and rope_scaling, which differ; keep the one that was trained with'
+    )
+  separate = 'rope_local_base_freq' in family.defaults
+  nested = {name: _object(parameters.get(name), name, where) for name in ('full_attention', 'sliding_attention')}
+  if parameters and separate != any(name in parameters for name in nested):
+    raise UserError(
+      f'{where}: rope_parameters of {family.name} must have {"the fields of each kind of layer" if separate else "one set of fields"}; '
+      f'got {", ".join(map(str, parameters))}'
+    )
+  if separate and 'type' in scaling and 'rope_type' not in scaling:
+    raise UserError(
+      f"{where}: rope_scaling has 'type', which {family.name} ignores in transformers 5; rename it to 'rope_type'"
+    )
+  whole = (nested['full_attention'] if separate else parameters) or scaling
   theta = whole.get('rope_theta', known['rope_theta'])
-  local_theta = local.get('rope_theta', known.get('rope_local_base_freq', theta))
-  method = whole.get('rope_type', whole.get('type', 'default'))
+  if not separate:
+    return {**whole, 'rope_theta': theta}, {**whole, 'rope_theta': theta}
+  local = nested['sliding_attention']
+  local_theta = local.get('rope_theta', known['rope_local_base_freq'])
+  return {**whole, 'rope_theta': theta}, {**local, 'rope_theta': local_theta}
+
+
+def _object(value: Any, name: str, where: str) -> dict[str, Any]:
+  if not isinstance(value or {}, dict):
+    raise UserError(f'{where}: {name} = {value!r} is no object with fields')
+  return value or {}
+
+
+def _read_scaling(rope: Mapping[str, Any], where: str) -> RopeScaling:
+  method = rope.get('rope_type', rope.get('type', 'default'))
   if method == 'default':
-    return theta, RopeScaling(), local_theta
-  if method not in _ROPE:
+    return RopeScaling()
+  if not isinstance(method, str) or method not in _ROPE:
     raise UserError(f"{where}: rotary scaling '{method}' is not supported; known: default, {', '.join(_ROPE)}")
-  separate = not family.global_every or 'rope_local_base_freq' in family.defaults
-  if local.get('rope_type', 'default') != 'default' or not separate:
-    raise UserError(f'{where}: rotary scaling of the local layers is not supported')
-  missing = [name for name in _ROPE[method] if not isinstance(whole.get(name), int | float)]
+  missing = [name for name in _ROPE[method] if type(rope.get(name)) not in (int, float)]
   if missing:
     raise UserError(f"{where}: rotary scaling '{method}' has no number for {', '.join(missing)}")
-  if whole.get('partial_rotary_factor', 1.0) != 1.0:
+  if rope.get('partial_rotary_factor', 1.0) != 1.0:
     raise UserError(f'{where}: rotary positions of a part of each head are not supported')
   if method == 'linear':
-    return theta, RopeScaling(factor=float(whole['factor']), method='linear'), local_theta
-  factor, low, high, length = (whole[name] for name in _ROPE['llama3'])
-  return theta, RopeScaling(float(factor), float(low), float(high), int(length)), local_theta
+    factor = float(rope['factor'])
+    return RopeScaling() if factor == 1.0 else RopeScaling(factor=factor, method='linear')
+  factor, low, high, length = (rope[name] for name in _ROPE['llama3'])
+  return RopeScaling(float(factor), float(low), float(high), int(length))
 
 
 def _write_scaling(scaling: RopeScaling) -> dict[str, Any] | None:

@@ -35,7 +35,7 @@ class Source:
 
   Args:
     path: the folder, on a disk.
-    separator: the token that starts each document; '': the one that the tokenizer has for it.
+    separator: one token that starts and ends documents; '': the tokens that the folder's files give these roles.
     tokenizer: another tokenizer's file or folder; '': the folder's own.
 
   Raises:
@@ -62,9 +62,11 @@ class Source:
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
     found = Tokenizer.from_file(self._tokenizer or self.path, self._separator)
-    if found.vocab_size > self.model.config.vocab_size:
+    rows = self.model.config.vocab_size
+    if beyond := found.tokens_beyond(rows):  # other added tokens may be: no text contains a special one
       raise UserError(
-        f'{self.path}: its tokenizer has {found.vocab_size} tokens and its model {self.model.config.vocab_size}; they are not of one model'
+        f'{self.path}: its tokenizer has {found.vocab_size} tokens and its model {rows}: texts can hold {beyond[0]!r}, which has no row; '
+        'they are not of one model, or the embedding was not resized for added tokens (resize_token_embeddings)'
       )
     return found
 

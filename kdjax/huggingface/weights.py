@@ -5,6 +5,7 @@ padded. Only safetensors files are read: a pickle runs whatever code is in it.
 """
 
 import json
+import logging
 import math
 import pathlib
 import re
@@ -22,6 +23,8 @@ from kdjax.errors import UserError
 from kdjax.huggingface.families import Family
 from kdjax.models import Model
 from kdjax.sharding import path_name
+
+log = logging.getLogger('kdjax')
 
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
 _PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.msgpack', '.h5')
@@ -228,20 +231,13 @@ def _leaves(tree) -> Mapping[str, Any]:
 
 
 def _files(folder: pathlib.Path) -> list[str]:
-  """Names of the folder's safetensors files."""
-  if (folder / INDEX).exists():
-    try:
-      names = sorted(set(json.loads((folder / INDEX).read_text())['weight_map'].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
-      raise UserError(
-        f'{folder / INDEX}: no index of safetensors files ({type(e).__name__}: {e}); fetch it again'
-      ) from None
-    missing = [name for name in names if pathlib.Path(name).name != name or not (folder / name).is_file()]
-    if missing:
-      raise UserError(f'{folder}: its index names files that are not there: {_some(missing)}; fetch them')
-    return names
-  if (folder / SINGLE).exists():
+  """Names of the folder's safetensors files: the single one where there is one, as transformers has it, else those of the index."""
+  if (folder / SINGLE).is_file():
+    if (folder / INDEX).exists() and _index(folder) != [SINGLE]:
+      log.warning('%s: %s is read; the %s beside it is of other files and is ignored', folder, SINGLE, INDEX)
     return [SINGLE]
+  if (folder / INDEX).exists():
+    return _shards(folder)
   pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
   if pickles:
     raise UserError(
@@ -249,6 +245,31 @@ def _files(folder: pathlib.Path) -> list[str]:
       'load them with transformers where you trust them, and save_pretrained writes safetensors'
     )
   raise UserError(f'{folder}: no {SINGLE} and no {INDEX} in it; fetch the weights')
+
+
+def _shards(folder: pathlib.Path) -> list[str]:
+  """The files that the index names. Raises UserError where it names none, or files that are not in the folder."""
+  names = _index(folder)
+  if not names:
+    raise UserError(f'{folder / INDEX}: no index of safetensors files; fetch it again')
+  outside = [name for name in names if pathlib.PurePath(name).name != name]
+  if outside:
+    raise UserError(
+      f'{folder}: its index names files that are not in the folder: {_some(outside)}; fetch the model again'
+    )
+  missing = [name for name in names if not (folder / name).is_file()]
+  if missing:
+    raise UserError(f'{folder}: its index names files that are not there: {_some(missing)}; fetch them')
+  return names
+
+
+def _index(folder: pathlib.Path) -> list[str]:
+  """The files that an index names; [] where it is none."""
+  try:
+    names = json.loads((folder / INDEX).read_text(encoding='utf-8'))['weight_map'].values()
+    return sorted({name for name in names if isinstance(name, str)})
+  except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+    return []
 
 
 def _some(names: list[str], most: int = 6) -> str:

@@ -63,6 +63,28 @@ def test_differences_are_paired_by_document_against_the_baseline(text, arm):
     assert found[4] == f'{estimate:+.4f} [{low:+.4f}, {high:+.4f}]'
 
 
+def test_where_the_tokenizer_loses_text_there_are_no_bits_per_byte(tmp_path):
+  """Bits are per token then, the yardstick per byte is left out, and the table says why."""
+  lost = {'unknown': 0.0, 'lost': 0.002, 'changed': 0.041}
+  change = lambda arm, identity: identity.update(facts=identity['facts'] | {'text_lost': lost})
+  folder = experiment.write(tmp_path, change=change)
+  text = table.write(folder)
+  assert 'bits/byte' not in text and 'xz' not in text
+  assert (
+    '(0.00% of the tokens unknown, 0.20% of the characters lost, 4.10% lost or rewritten): bits per byte would not'
+    in text
+  )
+  d = documents('distilled', 'far')
+  cells = row(text, 'distilled', 'bits/token (perplexity)')
+  assert cells[2].startswith(f'{d["nll"].sum() / math.log(2) / d["tokens"].sum():.3f} (')
+  less = (d['nll'] - documents('baseline', 'far')['nll']).to_numpy()[None] / math.log(2)
+  wanted = crossed_effect([Paired(less, d['tokens'].to_numpy())])
+  assert row(text, 'distilled', 'bits/token less')[2].startswith(f'{wanted.estimate:+.4f} [{wanted.low:+.4f}')
+  frame = pd.read_csv(folder / 'results.csv')
+  assert frame['bits_per_byte'].isna().all() and frame['bits_per_byte_fitted'].isna().all()
+  assert frame['perplexity'].notna().all()
+
+
 def test_perplexity_changes_are_percentages(text):
   cells = row(text, 'distilled, perplexity', 'bits/byte less')
   for i, name in enumerate(SETS, 1):

@@ -16,6 +16,7 @@ from kdjax.data.sources import documents, signature
 from kdjax.data.tokenizer import Tokenizer, train_bpe
 from kdjax.errors import UserError
 from tests.data.helpers import write_jsonl
+from tests.huggingface import shapes
 
 COMPRESS = {'': bytes, '.gz': gzip.compress, '.xz': lzma.compress, '.zst': lambda b: zstandard.compress(b)}
 
@@ -232,6 +233,73 @@ def test_token_ids_become_their_text_again(tmp_path):
     list(documents(f'tokens:{odd}', tokenizer=tokenizer))
   with pytest.raises(UserError, match=r'read from \.array_record files alone'):
     list(documents(f'tokens:{write_parquet(tmp_path / "a.parquet")}', tokenizer=tokenizer))
+
+
+def packed(path, tokenizer, *records) -> str:
+  """A source of token ids; a record is a list of texts and of token ids."""
+  ids = lambda part: [part] if isinstance(part, int) else tokenizer.encode_batch([part])[0].tolist()
+  rows = [np.asarray([i for part in record for i in ids(part)], '<u2').tobytes() for record in records]
+  return f'tokens:{write_array_record(path, rows)}'
+
+
+def test_a_packed_record_is_as_many_documents_as_it_has_separators(tmp_path):
+  tokenizer = Tokenizer()
+  source = packed(
+    tmp_path / 'a.array_record',
+    tokenizer,
+    [256, 'one', 256, 'two ü'],
+    ['the end of three', 256, 256, 'four', 256],
+    [256],
+  )
+  assert list(documents(source, tokenizer=tokenizer)) == ['one', 'two ü', 'the end of three', 'four', '']
+
+
+def test_special_tokens_are_never_text(tmp_path):
+  """The beginning and the end split records; padding, masks and unknown tokens are left out."""
+  shape = shapes.Shape(('<unk>', '<s>', '</s>', '[PAD]', '[MASK]'), True, '', {}, {}, ordinary=('<b>',))
+  tokenizer = Tokenizer(shapes.tokenizer(shape).to_str())
+  source = packed(
+    tmp_path / 'a.array_record',
+    tokenizer,
+    [3, 3, 1, 'one</s>', 2, 1, 'two', 4, '<b>', 0, 2, 3, 3],
+    ['a tail', 2, 'head'],
+    [1, 2],
+  )
+  assert list(documents(source, tokenizer=tokenizer)) == ['one</s>', 'two<b>', 'a tail', 'head', '']
+
+
+@pytest.mark.parametrize('name', ['Llama 3', 'Qwen2.5 Instruct'])
+def test_records_of_published_shapes_are_split_by_their_roles(name, tmp_path):
+  tokenizer = Tokenizer.from_file(shapes.make(tmp_path / 'x', name))
+  first, last = tokenizer.separator_id, tokenizer.end_id
+  source = packed(
+    tmp_path / 'a.array_record', tokenizer, [first, 'one', last, first, 'two', last], ['three', last, first, 'four']
+  )
+  assert list(documents(source, tokenizer=tokenizer)) == ['one', 'two', 'three', 'four']
+
+
+def test_characters_cut_by_a_record_are_left_out_and_counted_once(tmp_path, caplog):
+  tokenizer, smile = Tokenizer(), list('😀'.encode())
+  records = [[256, 'kept \ufffd', 256, 'smile ', *smile[:2]], [*smile[2:], ' after', 256, 'ü'], [*smile[:1]]]
+  source = packed(tmp_path / 'a.array_record', tokenizer, *records)
+  for _ in range(2):  # a corpus is read several times
+    assert list(documents(source, tokenizer=tokenizer)) == ['kept \ufffd', 'smile ', ' after', 'ü', '']
+  assert [record.getMessage() for record in caplog.records] == [
+    f'{source}: records begin or end inside a character 3 times; its parts are left out'
+  ]
+
+
+CASES = pathlib.Path(__file__).parents[2].parent / 'shared/cases'
+
+
+@pytest.mark.skipif(not CASES.exists(), reason=f'there is no {CASES}')
+def test_the_cases_of_packed_records(caplog):
+  read = lambda name, model: list(
+    documents(f'tokens:{CASES}/data/{name}.array_record', tokenizer=Tokenizer.from_file(CASES / 'hf' / model))
+  )
+  assert read('packed', 'qwen_big') == ['First document ends here.', 'Second document starts.', 'smile ']
+  assert read('eos', 'llama_eos') == ['A document.']
+  assert 'records begin or end inside a character 1 times' in caplog.text
 
 
 def test_weights_are_taken_off_the_names(tmp_path):

@@ -97,6 +97,23 @@ def test_a_family_is_written_and_read_back_as_the_same_model(name):
   assert families.read(values)[1] == config
 
 
+LINEAR, DEFAULT = {'rope_type': 'linear', 'factor': 4.0, 'rope_theta': 1e4}, {'rope_type': 'default', 'rope_theta': 1e6}
+
+
+@pytest.mark.parametrize('local', [LINEAR, {'type': 'linear', 'factor': 4.0}, {'rope_type': 'llama3', **dict.fromkeys(
+  ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'), 8)}])  # fmt: skip
+@pytest.mark.parametrize('whole', [DEFAULT, LINEAR, None])
+def test_scaled_rotary_positions_of_local_layers_are_refused_whatever_the_others_are(whole, local):
+  parameters = {'sliding_attention': local} | ({'full_attention': whole} if whole else {})
+  with pytest.raises(UserError, match='rotary scaling of the local layers is not supported'):
+    families.read(GEMMA | {'rope_parameters': parameters})
+  # Where no layer is local, or nothing is scaled, they are read.
+  kinds = ['full_attention'] * GEMMA['num_hidden_layers']
+  assert families.read(GEMMA | {'rope_parameters': parameters, 'layer_types': kinds})[1].local_window == 0
+  none = {'sliding_attention': {'rope_type': 'linear', 'factor': 1.0}}
+  assert families.read(GEMMA | {'rope_parameters': parameters | none})[1].local_window > 0
+
+
 def test_transformers_5_keeps_rotary_parameters_together():
   old = families.read(
     GEMMA | {'rope_theta': 5e5, 'rope_local_base_freq': 2e4, 'rope_scaling': {'rope_type': 'linear', 'factor': 4}}
@@ -127,6 +144,8 @@ def test_layers_that_see_all_are_told_from_local_ones():
     ({'architectures': None}, r'unknown architecture none; known: '),
     ({'architectures': 'GPT2'}, r'unknown architecture GPT2; known: '),
     ({'rope_parameters': 'x'}, r"rope_parameters = 'x' is no object with fields"),
+    ({'rope_parameters': {'full_attention': {'rope_type': 'default'}}}, r'rope_parameters of LlamaForCausalLM must have one set of fields'),
+    ({'rope_parameters': {'rope_type': 'default'}, 'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}}, r'it has both rope_parameters and rope_scaling'),
     ({'num_attention_heads': 0, 'num_hidden_layers': -5}, r'no whole number above 0 for num_hidden_layers, num_attention_heads'),
     ({'max_position_embeddings': 0}, r'no whole number above 0 for max_position_embeddings'),
     ({'attention_bias': True}, r'attention_bias = True: biases of all attention matrices are not supported'),

@@ -194,12 +194,49 @@ def test_truncated_and_missing_files_are_named(llama, tmp_path):
   assert 'its index names files that are not there: model-00002-of-' in refused(sharded)
 
 
-@pytest.mark.parametrize('index', ['{', '[]', '{"weight_map": 3}', '{"weight_map": {"a": "../secret.safetensors"}}'])
-def test_an_index_that_is_none_or_points_outside_is_refused(index, llama, tmp_path):
+@pytest.mark.parametrize(
+  'index', ['{', '[]', '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '\xff']
+)
+def test_an_index_that_is_none_is_refused(index, llama, tmp_path):
   folder = copied(llama, tmp_path / 'x')
-  (folder / 'model.safetensors.index.json').write_text(index)
-  said = refused(folder)
-  assert 'model.safetensors.index.json' in said or 'files that are not there: ../secret' in said
+  (folder / 'model.safetensors').unlink()
+  (folder / 'model.safetensors.index.json').write_bytes(index.encode('latin-1'))
+  assert 'model.safetensors.index.json: no index of safetensors files; fetch it again' in refused(folder)
+
+
+@pytest.mark.parametrize('name', ['../secret.safetensors', '/etc/passwd', 'inner/model.safetensors', '..'])
+def test_an_index_that_points_outside_is_refused(name, llama, tmp_path):
+  folder = copied(llama, tmp_path / 'x')
+  (tmp_path / 'secret.safetensors').write_bytes((folder / 'model.safetensors').read_bytes())
+  (folder / 'model.safetensors').unlink()
+  (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': {'a': name}}))
+  assert f'its index names files that are not in the folder: {name}' in refused(folder)
+
+
+@pytest.mark.parametrize('shards', ['gone', 'there', 'broken index'])
+def test_a_single_file_wins_over_an_index_beside_it(shards, tmp_path, caplog):
+  """An index that an earlier, sharded version has left: transformers reads the single file, and so do we."""
+  folder = make(tmp_path / 'x')
+  old = make(tmp_path / 'old', seed=1, max_bytes=40_000)
+  for file in old.glob('*.safetensors*') if shards == 'there' else [old / 'model.safetensors.index.json']:
+    (folder / file.name).write_bytes(file.read_bytes())
+  if shards == 'broken index':
+    (folder / 'model.safetensors.index.json').write_text('{')
+  jax.tree.map(np.testing.assert_array_equal, Source(folder).load(one_device()), random_params(LLAMA))
+  said = [record.getMessage() for record in caplog.records]
+  assert said == [
+    f'{folder}: model.safetensors is read; the model.safetensors.index.json beside it is of other files and is ignored'
+  ]
+
+
+def test_an_index_of_the_single_file_is_no_news_and_shards_beyond_the_index_are_ignored(tmp_path, caplog):
+  folder = make(tmp_path / 'x')
+  (folder / 'model.safetensors.index.json').write_text('{"weight_map": {"model.norm.weight": "model.safetensors"}}')
+  Source(folder)
+  sharded = make(tmp_path / 'sharded', max_bytes=40_000)
+  (sharded / 'model-00009-of-00009.safetensors').write_bytes(b'left over')
+  jax.tree.map(np.testing.assert_array_equal, Source(sharded).load(one_device()), random_params(LLAMA))
+  assert not caplog.records
 
 
 def test_a_tied_model_with_another_head_and_numbers_that_are_none_are_refused(llama, tmp_path):
