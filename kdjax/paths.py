@@ -36,6 +36,11 @@ def is_remote(path: str | os.PathLike) -> bool:
   return '://' in os.fspath(path)
 
 
+def expand(path: str | os.PathLike) -> str:
+  """The path with a leading '~' or '~NAME' as the home folder it stands for: shells leave it alone after '='."""
+  return os.fspath(path) if is_remote(path) else os.path.expanduser(path)
+
+
 def of_runs(path: str | os.PathLike) -> Path:
   """A folder of runs, or of one. Raises UserError where it is in a store that can hold none."""
   scheme, separator, _ = os.fspath(path).partition('://')
@@ -119,7 +124,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
     return value
   except FileNotFoundError:
     return None
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise UserError(f'{path} is damaged ({e}); delete it if the run is not needed, or restore it') from None
 
 

@@ -269,3 +269,12 @@ def test_text_and_tokenizer_may_lie_in_the_store(store, tmp_path):
   assert same.vocab_size == tokenizer.vocab_size
   with pytest.raises(UserError, match=r'only a tokenizer.json is read; copy this one to a disk'):
     Tokenizer.from_file(f'{STORE}/a.model')
+
+
+def test_names_in_a_store_may_have_brackets(store, tmp_path):
+  home = paths.Path(f'{STORE}/{tmp_path.name}')
+  for name in ('my [v1]/a.txt', 'my [v1]/b.txt', 'c1.txt'):
+    (home / name).write_text(name)
+  assert list(documents(f'{home}/my [v1]/*.txt')) == ['my [v1]/a.txt', 'my [v1]/b.txt']
+  assert list(documents(f'{home}/my [v1]/a.txt')) == ['my [v1]/a.txt']
+  assert list(documents(f'{home}/c[1].txt')) == ['c1.txt']

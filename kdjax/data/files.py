@@ -67,7 +67,7 @@ def read_json(path: pathlib.Path) -> dict:
   data = read_bytes(path)
   try:
     value = json.loads(data)
-  except ValueError as error:  # bad JSON and bad UTF-8 alike
+  except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 alike
     raise StoreDamaged(path, 'is not the JSON that was written') from error
   if not isinstance(value, dict):
     raise StoreDamaged(path, 'is not the JSON that was written')

@@ -190,7 +190,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def _parse(model_json: str, name: str) -> dict:
   try:
     parsed = json.loads(model_json)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f'{name}: not JSON ({error}); give the path of a Hugging Face tokenizer.json') from error
   if not isinstance(parsed, dict) or not isinstance(parsed.get('model'), dict) or 'vocab' not in parsed['model']:
     raise UserError(f'{name}: no model with a vocabulary in it; give the path of a Hugging Face tokenizer.json')
