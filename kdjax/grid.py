@@ -90,9 +90,10 @@ def run(
   mesh = sharding.make_mesh(grid.base.mesh)
   base = grid.base
   with jax.set_mesh(mesh):
-    corpus = distributed.first_process_first(lambda: prepare(base.data, base.eval, grid.runs, progress))
-    # A task that cannot be read is told now, not after the training.
-    choices.read_all(base.eval.tasks, base.eval.max_items)
+    origin = runner.origin_of(folder)
+    corpus = distributed.first_process_first(lambda: prepare(base.data, base.eval, grid.runs, progress, origin))
+    # A task that cannot be read is an error now, and not after the training.
+    choices.read_all(base.eval.tasks, base.eval.max_items, kept=corpus.tasks)
   runner.record_corpus(folder, corpus)
   work = runner.Runner(grid, folder, corpus, mesh, progress)
   failed = work.run(_wanted(grid, folder, cell, shard))

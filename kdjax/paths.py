@@ -41,6 +41,11 @@ def expand(path: str | os.PathLike) -> str:
   return os.fspath(path) if is_remote(path) else os.path.expanduser(path)
 
 
+def seen_from(folder: str, path: str | os.PathLike) -> str:
+  """The path, where it is relative to `folder`, as one from here; '' is the current folder."""
+  return expand(path) if is_remote(path) else os.path.join(folder, expand(path))
+
+
 def of_runs(path: str | os.PathLike) -> Path:
   """A folder of runs, or of one. Raises UserError where it is in a store that can hold none."""
   scheme, separator, _ = os.fspath(path).partition('://')

@@ -118,6 +118,16 @@ def check_files(folder: pathlib.Path, files: dict[str, dict], hash_up_to: int | 
       raise StoreDamaged(path, 'does not match its checksum')
 
 
+def link(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Put a file under a second name; a copy of it where the disk knows no hard links."""
+  try:
+    os.link(source, target)
+  except FileNotFoundError:
+    raise
+  except OSError:
+    shutil.copyfile(source, target)
+
+
 @contextlib.contextmanager
 def building(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Gives a temporary sibling to write into and renames it to `folder` once the block has ended well.

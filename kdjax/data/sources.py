@@ -107,6 +107,30 @@ def mixture(source: str) -> list[tuple[str, float]]:
   return list(zip(names, weights, strict=True)) if weights else [(source, 1.0)]
 
 
+def is_weighted(source: str) -> bool:
+  """Whether the source is a mixture by shares."""
+  return bool(_parsed(source)[1])
+
+
+def seen_from(folder: str, source: str) -> str:
+  """The source with its relative paths, which are seen from `folder`, as ones from here; '' is the current folder."""
+  if not folder:
+    return source
+  return ', '.join(_moved(part, folder) for part in _split(source, folder))
+
+
+def _moved(part: str, folder: str) -> str:
+  if not _exists(part, folder):
+    name = _bare(part)
+    if name != part:
+      return _moved(name, folder) + part[len(name) :]
+  prefix, path = _prefixed(part)
+  is_name = prefix in (hubs.HF, hubs.TFDS) and not _exists(part, folder)
+  if part.startswith(embedded.PREFIX) or is_name or paths.is_remote(path):
+    return part
+  return prefix + paths.seen_from(folder, path)
+
+
 def _parsed(source: str) -> tuple[list[str], list[float]]:
   """The names of the source's parts, and their weights, if they have any."""
   parts = _split(source)
@@ -121,14 +145,14 @@ def _parsed(source: str) -> tuple[list[str], list[float]]:
   return [match[1] for match in found if match], [float(match[2]) for match in found if match]
 
 
-def _split(source: str) -> list[str]:
+def _split(source: str, folder: str = '') -> list[str]:
   """The source's parts. A comma is between two parts unless a file or folder has it in its name."""
   pieces, parts = source.split(','), []
   while pieces:
     joined = [','.join(pieces[:n]).strip() for n in range(1, len(pieces) + 1)]
-    existing = [n for n, name in enumerate(joined, 1) if _exists(name) or _exists(_bare(name))]
-    globs = [n for n, name in enumerate(joined, 1) if not existing and len(joined) > 1 and _matches(_bare(name))]
-    n = max(existing) if existing else min(globs, default=1)
+    existing = [n for n, name in enumerate(joined, 1) if _exists(name, folder) or _exists(_bare(name), folder)]
+    globs = (n for n, name in enumerate(joined, 1) if _matches(_bare(name), folder))
+    n = max(existing) if existing else next(globs, 1) if len(joined) > 1 else 1
     parts.append(joined[n - 1])
     pieces = pieces[n:]
   return [part for part in parts if part]
@@ -140,22 +164,28 @@ def _bare(part: str) -> str:
   return match[1] if match else part
 
 
-def _exists(name: str) -> bool:
-  """Whether a name is that of a file or folder as it is: 'a[1],b@2.txt' is one, then."""
+def _prefixed(name: str) -> tuple[str, str]:
+  """('hf:', 'tfds:', 'tokens:' or '', the rest of the name)."""
   prefix = next((p for p in (_TOKENS, hubs.HF, hubs.TFDS) if name.startswith(p)), '')
-  rest = name.removeprefix(prefix)
-  if not rest or paths.is_remote(rest):
+  return prefix, name.removeprefix(prefix)
+
+
+def _exists(name: str, folder: str = '') -> bool:
+  """Whether a name is that of a file or folder as it is: 'a[1],b@2.txt' is one, then."""
+  prefix, path = _prefixed(name)
+  if not path or paths.is_remote(path):
     return False
   # What follows a dataset's folder: its config, version and split.
-  names = [rest] if prefix not in (hubs.HF, hubs.TFDS) else [rest.rsplit(':', n)[0] for n in range(3)]
-  return any(os.path.exists(paths.expand(one)) for one in names)
+  names = [path] if prefix not in (hubs.HF, hubs.TFDS) else [path.rsplit(':', n)[0] for n in range(3)]
+  return any(os.path.exists(paths.seen_from(folder, one)) for one in names)
 
 
-def _matches(name: str) -> bool:
+def _matches(name: str, folder: str) -> bool:
   """Whether a glob of files on a disk matches any, or the name is of another kind."""
-  if name.startswith((embedded.PREFIX, hubs.HF, hubs.TFDS)) or paths.is_remote(name):
+  prefix, path = _prefixed(name)
+  if name.startswith(embedded.PREFIX) or prefix in (hubs.HF, hubs.TFDS) or paths.is_remote(path):
     return True
-  return glob.has_magic(name) and bool(_glob(paths.expand(name.removeprefix(_TOKENS))))
+  return glob.has_magic(path) and bool(_glob(paths.seen_from(folder, path)))
 
 
 def _resolve(source: str) -> list[_Part]:
