@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Collection
 from typing import Any
 
@@ -89,7 +90,8 @@ def find(workdir: paths.Path) -> Job:
 def origin_of(folder: paths.Path, known: dict[str, Any]) -> Origin:
   """Where the text of a run or an experiment was found, by the JSON file that its folder keeps; unknown in those of earlier versions."""
   origin = known.get('origin', {})
-  return Origin(str(paths.under(folder, origin['folder'])) if origin else '', origin.get('corpus', ''))
+  seen_from = os.path.abspath(paths.under(folder, origin['folder'])) if origin else os.getcwd()
+  return Origin('' if seen_from == os.getcwd() else seen_from, origin.get('corpus', ''))
 
 
 def evaluate(job: Job, corpus: Corpus, mesh: Mesh, step: int = 0, progress: bool = True) -> None:
