@@ -54,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     mesh = sharding.make_mesh(MeshConfig(args.replica, args.fsdp, args.tensor), flags='--replica, --fsdp, --tensor')
     with jax.set_mesh(mesh):
       if args.watch:
-        watch(paths.Path(args.workdir), mesh)
+        watch(paths.of_runs(args.workdir), mesh)
       else:
-        job = find(paths.Path(args.workdir))
+        job = find(paths.of_runs(args.workdir))
         corpus = _corpus(job)
         evaluate(job, corpus, mesh, step=args.step)
     if jax.process_index() == 0:
-      print(table.write(paths.Path(args.workdir), args.step))
+      print(table.write(paths.of_runs(args.workdir), args.step))
 
 
 def watch(workdir: paths.Path, mesh: Mesh) -> None:

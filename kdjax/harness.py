@@ -267,7 +267,9 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('model', metavar='RUN', help="an experiment's folder, a run's, or a Hugging Face folder")
   parser.add_argument('--tasks', required=True, metavar='A,B', help='names of tasks or groups')
-  parser.add_argument('--include-path', metavar='FOLDER', help='a folder of tasks of your own (YAML)')
+  parser.add_argument(
+    '--include-path', type=paths.expand, metavar='FOLDER', help='a folder of tasks of your own (YAML)'
+  )
   parser.add_argument(
     '--no-defaults', action='store_true', help="know those alone: quicker than reading the harness's thousands"
   )
@@ -280,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--separator', default='', metavar='TOKEN', help='of a Hugging Face folder: what starts a document'
   )
-  parser.add_argument('--output', metavar='FILE', help='write the results there too, as JSON')
+  parser.add_argument('--output', type=paths.expand, metavar='FILE', help='write the results there too, as JSON')
   for axis in sharding.AXES:
     parser.add_argument(f'--{axis}', type=int, default=-1 if axis == 'fsdp' else 1, help=f'devices along {axis}')
   return parser

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths.check(args.workdir or config.runs)
     distributed.initialize(args, config.heartbeat_timeout)
     try:
-      run(config, paths.Path(args.workdir) if args.workdir else None, profile=window)
+      run(config, paths.of_runs(args.workdir) if args.workdir else None, profile=window)
     except Preempted as e:
       log.info('%s', e)
       sys.exit(e.code)
@@ -59,7 +59,8 @@ def run(
   """Trains, evaluates and prints; returns the experiment's folder."""
   config = pretrained.adopted(config)
   trackers.check(config.trackers)
-  folder = workdir or paths.Path(config.runs) / f'{config.name}-{config_lib.fingerprint(training.experiment(config))}'
+  name = f'{config.name}-{config_lib.fingerprint(training.experiment(config))}'
+  folder = paths.of_runs(workdir) if workdir else paths.of_runs(config.runs) / name
   origin = _claim_experiment(folder, config)
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh), logs.kept_in(folder):
