@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from kdjax import cli, compiling, pretrained
+from kdjax import cli, compiling, paths, pretrained
 from kdjax.compiling import GIB, Report
 from kdjax.config import Config, MeshConfig
 from kdjax.errors import UserError
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
       '--search', action='store_true', help='try meshes, remats and microbatches; about a minute each'
     )
-    parser.add_argument('--json', type=pathlib.Path, metavar='FILE', help='write the figures there too')
+    parser.add_argument('--json', type=paths.expand, metavar='FILE', help='write the figures there too')
     config, args = cli.parse(parser, sys.argv[1:] if argv is None else argv, cli.load_config)
     config = pretrained.adopted(config)
     slice_ = parse(args.topology, args.num_slices)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(describe(report))
     if args.json:
-      args.json.write_text(json.dumps(figures(report), indent=1))
+      pathlib.Path(args.json).write_text(json.dumps(figures(report), indent=1))
     if not report.fits:
       sys.exit(1)
 

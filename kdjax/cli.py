@@ -46,7 +46,7 @@ def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config
 def load_as(kind: type[T], check: Callable[[T], Iterable[str]], spec: str, overrides: Mapping[str, str]) -> T:
   """The same for a config of any kind and what checks it."""
   path, _, arg = spec.partition(':')
-  config = _get_config(pathlib.Path(path), arg)
+  config = _get_config(pathlib.Path(paths.expand(path)), arg)
   fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
   unknown = set(config.keys()) - fields
   if len(unknown) > max(3, len(config.keys()) / 2):

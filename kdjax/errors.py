@@ -13,6 +13,10 @@ class ConfigError(UserError):
     super().__init__('\n'.join(f'config error: {p}' for p in problems))
 
 
+class SourceGone(UserError):
+  """A source of text cannot be found now: moved, deleted, not mounted, not fetched."""
+
+
 class TrainingError(UserError):
   """A run that cannot go on (a non-finite loss, a lost folder). Its last good checkpoint stands."""
 

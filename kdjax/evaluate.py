@@ -54,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     mesh = sharding.make_mesh(MeshConfig(args.replica, args.fsdp, args.tensor), flags='--replica, --fsdp, --tensor')
     with jax.set_mesh(mesh):
       if args.watch:
-        watch(paths.Path(args.workdir), mesh)
+        watch(paths.of_runs(args.workdir), mesh)
       else:
-        job = find(paths.Path(args.workdir))
-        corpus = distributed.first_process_first(lambda: prepare(job.config.data, job.config.eval, job.config.runs))
+        job = find(paths.of_runs(args.workdir))
+        corpus = _corpus(job)
         evaluate(job, corpus, mesh, step=args.step)
     if jax.process_index() == 0:
-      print(table.write(paths.Path(args.workdir), args.step))
+      print(table.write(paths.of_runs(args.workdir), args.step))
 
 
 def watch(workdir: paths.Path, mesh: Mesh) -> None:
@@ -69,7 +69,7 @@ def watch(workdir: paths.Path, mesh: Mesh) -> None:
   Raises TrainingError where the run's heartbeat stops, or does not begin.
   """
   job = find(workdir)
-  corpus = distributed.first_process_first(lambda: prepare(job.config.data, job.config.eval, job.config.runs))
+  corpus = _corpus(job)
   seen: set[tuple[paths.Path, int]] = set()
   start = time.time()
   while True:
@@ -94,6 +94,11 @@ def watch(workdir: paths.Path, mesh: Mesh) -> None:
         f'{workdir}: its trainer has been silent for more than {job.config.heartbeat_timeout} s; giving up'
       )
     time.sleep(min(POLL, job.config.heartbeat_timeout))
+
+
+def _corpus(job: Job) -> Corpus:
+  config = job.config
+  return distributed.first_process_first(lambda: prepare(config.data, config.eval, config.runs, origin=job.origin))
 
 
 def _score(job: Job, run: RunFolder, at: int, corpus: Corpus, mesh: Mesh) -> None:

@@ -91,13 +91,12 @@ def run(
   mesh = sharding.make_mesh(grid.base.mesh)
   base = grid.base
   with jax.set_mesh(mesh):
-    corpus = distributed.first_process_first(lambda: prepare(base.data, base.eval, grid.runs, progress))
+    origin = runner.origin_of(folder)
+    corpus = distributed.first_process_first(lambda: prepare(base.data, base.eval, grid.runs, progress, origin))
     if corpus.losses:
-      raise UserError(
-        f'{fidelity.describe(corpus.losses)}, and a grid is told in bits per byte; set data.tokenizer to another one'
-      )
-    # A task that cannot be read is told now, not after the training.
-    choices.read_all(base.eval.tasks, base.eval.max_items)
+      raise UserError(f'{fidelity.describe(corpus.losses)}, which a grid reports; set data.tokenizer to another one')
+    # A task that cannot be read is an error now, and not after the training.
+    choices.read_all(base.eval.tasks, base.eval.max_items, kept=corpus.tasks)
   runner.record_corpus(folder, corpus)
   work = runner.Runner(grid, folder, corpus, mesh, progress)
   failed = work.run(_wanted(grid, folder, cell, shard))

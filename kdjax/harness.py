@@ -280,7 +280,9 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('model', metavar='RUN', help="an experiment's folder, a run's, or a Hugging Face folder")
   parser.add_argument('--tasks', required=True, metavar='A,B', help='names of tasks or groups')
-  parser.add_argument('--include-path', metavar='FOLDER', help='a folder of tasks of your own (YAML)')
+  parser.add_argument(
+    '--include-path', type=paths.expand, metavar='FOLDER', help='a folder of tasks of your own (YAML)'
+  )
   parser.add_argument(
     '--no-defaults', action='store_true', help="know those alone: quicker than reading the harness's thousands"
   )
@@ -296,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     metavar='TOKEN',
     help='of a Hugging Face folder: one token that starts and ends documents',
   )
-  parser.add_argument('--output', metavar='FILE', help='write the results there too, as JSON')
+  parser.add_argument('--output', type=paths.expand, metavar='FILE', help='write the results there too, as JSON')
   for axis in sharding.AXES:
     parser.add_argument(f'--{axis}', type=int, default=-1 if axis == 'fsdp' else 1, help=f'devices along {axis}')
   return parser

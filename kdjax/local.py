@@ -57,7 +57,7 @@ class LocalCheckpoints:
   """
 
   def __init__(self, folder: str | os.PathLike, abstract: States, identity: Any):
-    self._home = pathlib.Path(folder).absolute()
+    self._home = pathlib.Path(paths.expand(folder)).absolute()
     self.folder = self._home / str(jax.process_index())
     self._abstract = abstract
     self._identity = fingerprint([identity, jax.process_count(), _layout(abstract)])

@@ -6,6 +6,7 @@ settled by `create`; what grows line by line is written beside (`Mirror`) and co
 """
 
 import contextlib
+import glob
 import json
 import os
 import pathlib
@@ -32,8 +33,29 @@ for _protocol in ('gs', 'gcs', 's3'):
   fsspec.config.conf.setdefault(_protocol, {})['use_listings_cache'] = False
 
 
+_library_glob = type(Path()).glob
+
+
+def _glob(folder: Path, pattern: str) -> Iterator[Path]:
+  """Match names in a folder, whose own name is no pattern: as pathlib does, and epath, which Orbax uses too, does not."""
+  return _library_glob(type(folder)(glob.escape(os.fspath(folder))), pattern)
+
+
+type(Path()).glob = _glob
+
+
 def is_remote(path: str | os.PathLike) -> bool:
   return '://' in os.fspath(path)
+
+
+def expand(path: str | os.PathLike) -> str:
+  """The path with a leading '~' or '~NAME' as the home folder it stands for: shells leave it alone after '='."""
+  return os.fspath(path) if is_remote(path) else os.path.expanduser(path)
+
+
+def seen_from(folder: str, path: str | os.PathLike) -> str:
+  """The path, where it is relative to `folder`, as one from here; '' is the current folder."""
+  return expand(path) if is_remote(path) else os.path.join(folder, expand(path))
 
 
 def of_runs(path: str | os.PathLike) -> Path:
@@ -44,16 +66,18 @@ def of_runs(path: str | os.PathLike) -> Path:
       f'{os.fspath(path)}: no run can be kept in {scheme}://, where Orbax writes no checkpoints; '
       'name a folder in a bucket of gs://, or on a disk that all hosts see'
     )
-  return Path(path)
+  if '\\' in os.fspath(path):
+    raise UserError(f'{os.fspath(path)}: TensorStore takes the backslash for a slash; name a folder without one')
+  return Path(expand(path))
 
 
 def absolute(path: str | os.PathLike) -> Path:
-  return Path(path if is_remote(path) else os.path.abspath(path))
+  return Path(path if is_remote(path) else os.path.abspath(expand(path)))
 
 
 def relative(path: str | os.PathLike, folder: str | os.PathLike) -> str:
   """`path` as seen from `folder`, as os.path.relpath has it. A path of another store is kept whole: `under` understands both."""
-  one, other = os.fspath(path), os.fspath(folder)
+  one, other = expand(path), expand(folder)
   if _store(one) != _store(other):
     return one if is_remote(one) else os.path.abspath(one)
   return os.path.relpath(one, other)
@@ -119,7 +143,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
     return value
   except FileNotFoundError:
     return None
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise UserError(f'{path} is damaged ({e}); delete it if the run is not needed, or restore it') from None
 
 

@@ -136,7 +136,7 @@ def weights_name(folder: RunFolder) -> str:
 
 
 def _imported(source: huggingface.Source, config: Config) -> RunFolder:
-  return RunFolder(paths.Path(config.runs) / 'imported' / source.folder_name)
+  return RunFolder(paths.of_runs(config.runs) / 'imported' / source.folder_name)
 
 
 def _model(path: str, config: Config) -> ModelConfig:

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--set', default='in-domain', choices=('in-domain', OOD_MEAN), help='what is to be gained')
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     paths.check(args.grid)
-    folder = paths.Path(args.grid)
+    folder = paths.of_runs(args.grid)
     grid = load(folder)
     tables = effects.build(grid, folder)
     if args.advise:

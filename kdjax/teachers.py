@@ -199,4 +199,4 @@ def unigram_log_probs(windows: Windows, padded_vocab_size: int, max_tokens: int 
 def folder_of(runs: str, model: Model, identity: str) -> RunFolder:
   """Where a teacher trained by its config lives: shared by all configs that ask for the same one. Named by non-embedding parameters."""
   millions = flops.count_params(model.config).non_embedding / 1e6
-  return RunFolder(paths.Path(runs) / 'teachers' / f'{millions:.3g}M-{identity}')
+  return RunFolder(paths.of_runs(runs) / 'teachers' / f'{millions:.3g}M-{identity}')

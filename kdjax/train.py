@@ -17,7 +17,8 @@ from kdjax import cli, distributed, logs, paths, preflight, pretrained, profilin
 from kdjax import config as config_lib
 from kdjax.analysis import figures, table
 from kdjax.config import Config
-from kdjax.data.corpus import prepare
+from kdjax.data.corpus import Corpus, prepare
+from kdjax.data.wanted import Origin
 from kdjax.errors import UserError
 from kdjax.evals import choices
 from kdjax.evals import job as jobs
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths.check(args.workdir or config.runs)
     distributed.initialize(args, config.heartbeat_timeout)
     try:
-      run(config, paths.Path(args.workdir) if args.workdir else None, profile=window)
+      run(config, paths.of_runs(args.workdir) if args.workdir else None, profile=window)
     except Preempted as e:
       log.info('%s', e)
       sys.exit(e.code)
@@ -58,16 +59,17 @@ def run(
   """Trains, evaluates and prints; returns the experiment's folder."""
   config = pretrained.adopted(config)
   trackers.check(config.trackers)
-  folder = workdir or paths.Path(config.runs) / f'{config.name}-{config_lib.fingerprint(training.experiment(config))}'
-  _claim_experiment(folder, config)
+  name = f'{config.name}-{config_lib.fingerprint(training.experiment(config))}'
+  folder = paths.of_runs(workdir) if workdir else paths.of_runs(config.runs) / name
+  origin = _claim_experiment(folder, config)
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh), logs.kept_in(folder):
-    corpus = distributed.first_process_first(lambda: prepare(config.data, config.eval, config.runs, progress))
-    # A task that cannot be read is told now, not after the training.
-    choices.read_all(config.eval.tasks, config.eval.max_items)
+    corpus = distributed.first_process_first(lambda: prepare(config.data, config.eval, config.runs, progress, origin))
+    # A task that cannot be read is an error now, and not after the training.
+    choices.read_all(config.eval.tasks, config.eval.max_items, kept=corpus.tasks)
     teacher = training.teacher_folder(config, corpus)
     preflight.check(config, corpus, mesh)
-    write_experiment(folder, config, teacher)  # before training, for an eval job that watches
+    write_experiment(folder, config, teacher, corpus)  # before training, for an eval job that watches
     training.train_teacher(config, corpus, teacher, mesh, progress)
     training.train_students(students(config, folder), corpus, teacher, mesh, progress, profile)
     jobs.evaluate(jobs.find(folder), corpus, mesh, progress=progress)
@@ -81,25 +83,30 @@ def students(config: Config, folder: paths.Path) -> list[training.Arm]:
   return [training.Arm(config, arm, RunFolder(folder / 'students' / arm), arm) for arm in config.student.arms]
 
 
-def write_experiment(folder: paths.Path, config: Config, teacher: RunFolder | None) -> None:
-  """experiment.json: what the eval job and the report find their way by. Paths are relative to the folder."""
+def write_experiment(folder: paths.Path, config: Config, teacher: RunFolder | None, corpus: Corpus) -> None:
+  """Write experiment.json, by which the eval job and the report find everything. Paths are relative to the folder."""
   if jax.process_index() == 0:
+    origin = (read_json(folder / 'experiment.json') or {}).get('origin', {})
+    if origin.get('corpus') != corpus.folder.name:  # a later start may be made from elsewhere, without the text
+      origin = training.origin(corpus, folder)
     known = {
       'config': training.experiment(config),
       'resolved': training.resolved(config, folder),
       'teacher': paths.relative(teacher.path, folder) if teacher else None,
       'students': [paths.relative(student.folder.path, folder) for student in students(config, folder)],
+      'origin': origin,
     }
     write_json(folder / 'experiment.json', known)
 
 
-def _claim_experiment(folder: paths.Path, config: Config) -> None:
-  """Refuses, before any work, a folder that holds another experiment."""
+def _claim_experiment(folder: paths.Path, config: Config) -> Origin:
+  """Refuse, before any work, a folder that holds another experiment. Returns what it says of its text."""
   if (folder / 'run.json').exists():
     raise UserError(f'{folder} is the folder of one run, not of an experiment; use another --workdir')
   known = read_json(folder / 'experiment.json')
   if known is not None:
     RunFolder(folder).compare(known['config'], training.experiment(config))
+  return Origin(corpus=(known or {}).get('origin', {}).get('corpus', ''))
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ alpha alone are one cohort on the same batches.
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +57,7 @@ LATER = {  # fields that are younger than runs that are kept, at the value that 
   'local_rope_theta': 10_000.0,
   'method': 'llama3',
   'init': '',
+  'nulls': 'refuse',
 }
 TARGETS = {'baseline': 'none', 'distilled': 'teacher', 'unigram': 'unigram'}
 
@@ -140,7 +142,7 @@ def train_teacher(config: Config, corpus: Corpus, folder: RunFolder | None, mesh
     return
   model, identity = _teacher(config, corpus)
   section = trained_section(config.teacher)
-  members = [_member(config, section, folder, identity, 'teacher')]
+  members = [_member(config, corpus, section, folder, identity, 'teacher')]
   loop.fit(_cohort(config, section, 'teacher', corpus, model, members, progress=progress), mesh)
 
 
@@ -181,6 +183,7 @@ def train_students(
   members = [
     _member(
       arm.config,
+      corpus,
       arm.config.student,
       arm.folder,
       run_config(arm.config, arm.config.student, model.config, arm.name, name, init),
@@ -197,12 +200,27 @@ def resolved(config: Config, folder: paths.Path) -> dict[str, Any]:
   return config_lib.as_dict(config) | {'runs': paths.relative(config.runs, folder)}
 
 
+def origin(corpus: Corpus, folder: paths.Path) -> dict[str, str]:
+  """Where a training found its text, as `folder` keeps it: the current folder, from which the config's paths are seen, and its corpus's name."""
+  return {'folder': paths.relative(os.getcwd(), folder), 'corpus': corpus.folder.name}
+
+
 def _member(
-  config: Config, section: TeacherConfig | StudentConfig, folder: RunFolder, identity: dict[str, Any], label: str
+  config: Config,
+  corpus: Corpus,
+  section: TeacherConfig | StudentConfig,
+  folder: RunFolder,
+  identity: dict[str, Any],
+  label: str,
 ) -> Member:
   schedule = AlphaSchedule(**identity['alpha_schedule'])
   alpha = alpha_state(identity['alpha'], schedule, config_lib.n_steps(section, config.data))
-  notes = {'resolved': resolved(config, folder.path), 'versions': versions(), 'git': git_commit()}
+  notes = {
+    'resolved': resolved(config, folder.path),
+    'origin': origin(corpus, folder.path),
+    'versions': versions(),
+    'git': git_commit(),
+  }
   return Member(folder, identity, alpha, label, notes)
 
 

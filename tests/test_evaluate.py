@@ -1,5 +1,7 @@
 """The eval job from its command line: apart from training, once or beside it; what it refuses."""
 
+import dataclasses
+import json
 import pathlib
 import shutil
 import threading
@@ -9,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdjax import evaluate
+from kdjax import evaluate, train
+from kdjax.config import Config
 from kdjax.errors import UserError
 from kdjax.evals import job as jobs
 from kdjax.evals import results
@@ -298,3 +301,72 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_passed_over(folder, mo
   with caplog.at_level('INFO', 'kdjax'):
     evaluate._score(job, RunFolder(path.parent.parent), 8, None, None)
   assert 'passed over' in caplog.text and not path.exists()
+
+
+@pytest.fixture
+def relative(main_job, tmp_path, monkeypatch) -> tuple[pathlib.Path, Config]:
+  """(a folder where a run has been trained, which is the current one; its config, whose texts and task have relative names)."""
+  for name in ('home', 'far', 'further'):
+    shutil.copy(main_job / f'{name}.jsonl', tmp_path)
+  items = [{'context': 'a b', 'choices': [' c', f' d{k}'], 'answer': k % 2} for k in range(6)]
+  (tmp_path / 'task.jsonl').write_text('\n'.join(json.dumps(item) for item in items))
+  monkeypatch.chdir(tmp_path)
+  names = {'data.source': 'home.jsonl', 'eval.ood.far': 'far.jsonl', 'eval.ood.further': 'further.jsonl'}
+  fields = {'eval.tasks.quiz': 'task.jsonl', 'runs': 'runs', 'student.arms': ('baseline',)}
+  config = tiny.config(tmp_path, **names | fields)
+  train.run(config, progress=False)
+  return tmp_path, config
+
+
+def test_a_finished_run_is_scored_and_trained_again_without_its_text_and_from_any_folder(relative, monkeypatch):
+  relative, config = relative
+  (folder,) = (relative / 'runs').glob('tiny-*')
+  table_, wanted = (folder / 'table.txt').read_text(), files(folder)
+  elsewhere = relative / 'else' / 'where'
+  elsewhere.mkdir(parents=True)
+  (elsewhere / 'home.jsonl').write_text('{"text": "another text by the same name"}\n')
+  monkeypatch.chdir(elsewhere)
+  for moved in (False, True):
+    if moved:
+      for path in relative.glob('*.jsonl'):
+        path.unlink()
+      (elsewhere / 'home.jsonl').unlink()
+    evaluate.main(['--workdir', str(folder)])
+    evaluate.main(['--workdir', str(folder / 'students' / 'baseline')])
+    forget(folder)
+    evaluate.main(['--workdir', str(folder)])
+    assert set(files(folder)) == set(wanted)
+    assert (folder / 'table.txt').read_text().splitlines()[1:] == table_.splitlines()[1:]
+  monkeypatch.chdir(relative)
+  made = {path.name for path in (relative / 'runs' / 'stores').iterdir()}
+  train.run(config, progress=False)
+  assert set(files(folder)) == set(wanted) and {path.name for path in (relative / 'runs' / 'stores').iterdir()} == made
+  monkeypatch.chdir(elsewhere)
+  train.run(dataclasses.replace(config, runs=str(relative / 'runs')), progress=False)
+  assert read_json(folder / 'experiment.json')['origin']['folder'] == '../..'
+  assert set(files(folder)) == set(wanted)
+
+
+def test_a_project_that_was_moved_whole_is_scored_where_it_is_now(relative, tmp_path_factory, monkeypatch):
+  relative, _ = relative
+  home = tmp_path_factory.mktemp('moved') / 'project'
+  shutil.move(relative, home)
+  relative.mkdir()
+  (folder,) = (home / 'runs').glob('tiny-*')
+  wanted = files(folder)
+  monkeypatch.chdir(tmp_path_factory.mktemp('elsewhere'))
+  forget(folder)
+  evaluate.main(['--workdir', str(folder)])
+  assert set(files(folder)) == set(wanted)
+
+
+def test_a_changed_text_is_scored_as_it_is_and_a_changed_training_text_is_another_run(relative):
+  relative, config = relative
+  (folder,) = (relative / 'runs').glob('tiny-*')
+  wanted = set(files(folder))
+  (relative / 'far.jsonl').write_text('\n'.join(json.dumps({'text': f'other text {k}'}) for k in range(40)))
+  evaluate.main(['--workdir', str(folder)])
+  assert {path.rpartition('-')[0].rpartition('/')[2] for path in set(files(folder)) - wanted} == {'far-step12'}
+  (relative / 'home.jsonl').write_text('\n'.join(json.dumps({'text': f'other text {k} ' * 9}) for k in range(60)))
+  with pytest.raises(UserError, match='the data is not the one the run began with'):
+    train.run(config, progress=False)

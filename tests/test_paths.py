@@ -1,17 +1,21 @@
 """Folders on a disk and in an object store: whole files, files that are created once, paths from one to another, and whole runs."""
 
 import contextlib
+import dataclasses
 import gzip
 import lzma
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
 
 import pytest
 
-from kdjax import generate, paths
+from kdjax import config as config_lib
+from kdjax import convert, evaluate, generate, paths, prepare, report
+from kdjax import train as train_command
 from kdjax.data.sources import documents, signature
 from kdjax.data.tokenizer import Tokenizer, train_bpe
 from kdjax.errors import UserError
@@ -269,3 +273,115 @@ def test_text_and_tokenizer_may_lie_in_the_store(store, tmp_path):
   assert same.vocab_size == tokenizer.vocab_size
   with pytest.raises(UserError, match=r'only a tokenizer.json is read; copy this one to a disk'):
     Tokenizer.from_file(f'{STORE}/a.model')
+
+
+def test_names_in_a_store_may_have_brackets(store, tmp_path):
+  home = paths.Path(f'{STORE}/{tmp_path.name}')
+  for name in ('my [v1]/a.txt', 'my [v1]/b.txt', 'c1.txt'):
+    (home / name).write_text(name)
+  assert list(documents(f'{home}/my [v1]/*.txt')) == ['my [v1]/a.txt', 'my [v1]/b.txt']
+  assert list(documents(f'{home}/my [v1]/a.txt')) == ['my [v1]/a.txt']
+  assert list(documents(f'{home}/c[1].txt')) == ['c1.txt']
+
+
+@pytest.mark.parametrize('name', ['my [v1]', 'a*b', 'x**y', 'q?', '[!a]'])
+def test_a_folders_name_is_no_pattern_in_a_glob(folder, name):
+  for file in ('owner-1.json', 'owner-2.json', 'other.txt'):
+    (folder / name / file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name / file).write_text('{}')
+  assert sorted(path.name for path in (folder / name).glob('owner-*.json')) == ['owner-1.json', 'owner-2.json']
+  assert all(path.parent == folder / name for path in (folder / name).glob('*'))
+  assert list((folder / 'nowhere' / name).glob('*')) == []
+
+
+def test_a_run_in_a_folder_with_brackets_is_trained_and_found_again(tmp_path):
+  config = tiny.config(tmp_path, runs=str(tmp_path / 'my runs [v1] a*b'), **{'student.arms': ('distilled',)})
+  folder = train_command.run(config, progress=False)
+  assert folder.parent == tmp_path / 'my runs [v1] a*b' and RunFolder(folder / 'students' / 'distilled').is_done()
+  table = (folder / 'table.txt').read_text()
+  before = {path: path.stat().st_mtime_ns for path in pathlib.Path(folder).rglob('*.parquet')}
+  train_command.run(config, progress=False)
+  evaluate.main(['--workdir', str(folder)])
+  assert {path: path.stat().st_mtime_ns for path in pathlib.Path(folder).rglob('*.parquet')} == before
+  assert (folder / 'table.txt').read_text() == table
+
+
+def test_a_backslash_in_the_name_of_runs_is_refused(tmp_path):
+  with pytest.raises(UserError, match='takes the backslash for a slash'):
+    paths.check(f'{tmp_path}/a\\b')
+
+
+# ---- the home folder
+
+
+@pytest.fixture
+def at_home(tmp_path, monkeypatch) -> pathlib.Path:
+  """A home folder; the current one is another, which must stay empty."""
+  (tmp_path / 'home').mkdir()
+  (tmp_path / 'here').mkdir()
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  monkeypatch.chdir(tmp_path / 'here')
+  yield tmp_path / 'home'
+  assert os.listdir(tmp_path / 'here') == []
+
+
+def test_a_tilde_is_expanded_in_front_alone_and_in_no_store(at_home):
+  assert paths.expand('~/a/~b') == f'{at_home}/a/~b' and paths.expand('~') == str(at_home)
+  assert paths.expand('a/~/b') == 'a/~/b' and paths.expand('gs://~/b') == 'gs://~/b'
+  assert paths.expand('~nobody-of-this-name/x') == '~nobody-of-this-name/x'
+  assert paths.of_runs('~/a') == paths.absolute('~/a') == RunFolder('~/a').path == paths.Path(at_home / 'a')
+  assert paths.relative('~/a/b', '~/c') == '../a/b'
+
+
+def test_every_path_of_a_config_may_start_with_a_tilde(main_job, at_home):
+  (teacher,) = (main_job / 'runs' / 'teachers').iterdir()
+  shutil.copytree(teacher, at_home / 'teacher')
+  tiny.write_text(at_home / 'texts [1]')
+  (at_home / 'task.jsonl').write_text(
+    '\n'.join(f'{{"context": "a", "choices": [" b", " c"], "answer": {k % 2}, "id": {k}}}' for k in range(2))
+  )
+  Tokenizer().save(at_home / 'tokenizer')
+  (at_home / 'tokenizer' / 'tokenizer.json').write_text(Tokenizer().to_json())
+  fields = {
+    'runs': '~/runs',
+    'data.source': '~/texts [1]/home.jsonl@.5, ~/texts [1]/further.jsonl@.5',
+    'data.cache': '~/cache',
+    'data.tokenizer': '~/tokenizer',
+    'eval.ood': {'far': '~/texts [1]/far.jsonl'},
+    'eval.tasks': {'quiz': '~/task.jsonl'},
+    'teacher.run': '~/teacher',
+    'student.init': '~/teacher',
+    'student.arms': ('distilled',),
+    'checkpoint.local': '~/local',
+    'checkpoint.local_every': 3,
+  }
+  config = config_lib.resolve(tiny.config_dict(at_home / 'unused', **fields))
+  folder = train_command.run(config, progress=False)
+  assert folder.parent == at_home / 'runs' and (at_home / 'cache').is_dir()
+  evaluate.main(['--workdir', f'~/runs/{folder.name}'])
+  assert train_command.run(dataclasses.replace(config, runs=str(at_home / 'runs')), progress=False) == folder
+
+
+def test_every_command_takes_a_tilde_for_its_folders(main_job, at_home, capsys):
+  shutil.copytree(main_job / 'runs', at_home / 'runs')
+  (run,) = (at_home / 'runs').glob('tiny-*/students/distilled')
+  name = f'~/{run.relative_to(at_home)}'
+  generate.main([name, 'a b', '--max-tokens=3'])
+  convert.main(['to-hf', name, '~/exported'])
+  convert.main(['from-hf', '~/exported', '~/imported', '--tokenizer=~/exported/tokenizer.json'])
+  generate.main(['~/exported', 'a b', '--max-tokens=3'])
+  assert (at_home / 'imported' / 'run.json').exists()
+  config = tiny.write_config(at_home / 'configs')
+  shutil.move(config, at_home / 'mine.py')
+  capsys.readouterr()
+  prepare.main(['--config=~/mine.py', '--config.runs=~/more runs', '--no-report'])
+  assert f'{at_home}/more runs/stores' in capsys.readouterr().out
+  for main, argv in (
+    (report.main, ['--grid=~/nothing']),
+    (evaluate.main, ['--workdir=~/nothing']),
+    (convert.main, ['to-hf', '~/nothing', '~/out']),
+    (generate.main, ['~/nothing']),
+  ):
+    with pytest.raises(SystemExit) as caught:
+      main(argv)
+    assert caught.value.code == 2 and 'nothing' in capsys.readouterr().err

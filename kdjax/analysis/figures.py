@@ -14,7 +14,7 @@ SMOOTHING = 40  # points of a loss curve after averaging
 
 def write(folder: paths.Path) -> paths.Path:
   """run.png in the experiment's folder, from its metrics and results alone; one that is newer than they are is left alone."""
-  folder = paths.Path(folder)
+  folder = paths.of_runs(folder)
   job, path = jobs.find(folder), folder / 'run.png'
   shown = [folder / 'evaluation.json', *(run.metrics for run in job.students)]
   if path.exists() and all(path.stat().mtime >= f.stat().mtime for f in shown if f.exists()):

@@ -21,6 +21,7 @@ CHOICES = {
   'model.norms': ('before', 'after', 'both'),
   'model.activation': ('silu', 'gelu_tanh'),
   'rope_scaling.method': ('llama3', 'linear'),
+  'data.nulls': ('refuse', 'skip'),
   'optimizer.schedule': ('cosine', 'wsd'),
   'alpha_schedule.kind': ('constant', 'linear', 'cosine', 'lr'),
   'loss.kd': ('forward_kl', 'hard_label'),

@@ -141,6 +141,7 @@ class DataConfig:
 
   source: str = 'embedded:speeches'  # or a path or glob: .txt, .jsonl, each also .gz, .xz, .zst
   text_field: str = 'text'
+  nulls: str = 'refuse'  # records whose text is null or missing, in every source: refuse | skip (left out and counted)
   tokenizer: str = 'bpe'  # bpe (trained on the training split) | bytes | the path of a `tokenizers` JSON file
   vocab_size: int = 2048  # of the bpe that is trained
   separator: str = (

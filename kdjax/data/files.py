@@ -67,7 +67,7 @@ def read_json(path: pathlib.Path) -> dict:
   data = read_bytes(path)
   try:
     value = json.loads(data)
-  except ValueError as error:  # bad JSON and bad UTF-8 alike
+  except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 alike
     raise StoreDamaged(path, 'is not the JSON that was written') from error
   if not isinstance(value, dict):
     raise StoreDamaged(path, 'is not the JSON that was written')
@@ -116,6 +116,16 @@ def check_files(folder: pathlib.Path, files: dict[str, dict], hash_up_to: int | 
       raise StoreDamaged(path, f'has {size:,} bytes where {seen["size"]:,} were written')
     if (hash_up_to is None or size <= hash_up_to) and file_digest(path) != seen['digest']:
       raise StoreDamaged(path, 'does not match its checksum')
+
+
+def link(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Put a file under a second name; a copy of it where the disk knows no hard links."""
+  try:
+    os.link(source, target)
+  except FileNotFoundError:
+    raise
+  except OSError:
+    shutil.copyfile(source, target)
 
 
 @contextlib.contextmanager

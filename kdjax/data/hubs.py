@@ -13,8 +13,9 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
-from kdjax.data.readers import FIELDS, field_of
-from kdjax.errors import UserError
+from kdjax import paths
+from kdjax.data.records import NullText, field_of, fields_of
+from kdjax.errors import SourceGone, UserError
 
 TFDS, HF = 'tfds:', 'hf:'
 _BATCH = 256
@@ -44,15 +45,15 @@ class TfdsSplit:
   def _open(self, name: str, version: str | None) -> Any:
     tfds = importlib.import_module('tensorflow_datasets')
     try:
-      if os.path.isdir(os.path.expanduser(name)):
-        return tfds.builder_from_directory(os.path.expanduser(name))
+      if os.path.isdir(paths.expand(name)):
+        return tfds.builder_from_directory(paths.expand(name))
       builder = tfds.builder(f'{name}:{version}' if version else name, try_gcs=False)
     except Exception as e:
-      raise UserError(
+      raise SourceGone(
         f'{self.name}: {_line(e)}; give NAME/config:split of a dataset that is prepared in {_data_dir()}'
       ) from None
     if not builder.info.splits:
-      raise UserError(
+      raise SourceGone(
         f"{self.name} is not prepared in {_data_dir()}; run tfds.builder({name!r}, file_format='array_record').download_and_prepare() "
         'where there is a network, or set TFDS_DATA_DIR'
       )
@@ -63,7 +64,7 @@ class TfdsSplit:
     files = [pathlib.Path(path) for split in info.splits.values() for path in split.filepaths]
     return info.full_name, self._split, [(path.name, path.stat().st_size) for path in files if path.exists()]
 
-  def texts(self, text_field: str) -> Iterator[str]:
+  def texts(self, text_field: str) -> Iterator[str | NullText]:
     for first in range(0, len(self._source), _BATCH):
       last = min(first + _BATCH, len(self._source))
       for number, record in enumerate(self._source.__getitems__(range(first, last)), first):
@@ -79,14 +80,14 @@ class HfSplit:
     self._config, self._split = (rest[0] if len(rest) > 1 else None), (rest[-1] if rest else 'train')
     if not path:
       raise UserError(f'{name} names no dataset; give hf:NAME:config:split of one of the hub, or hf:FOLDER')
-    if os.path.exists(os.path.join(os.path.expanduser(path), 'state.json')):
+    if os.path.exists(os.path.join(paths.expand(path), 'state.json')):
       raise UserError(f'{name} was written by save_to_disk; write it as Parquet (its to_parquet) and give that file')
     datasets = self._library(path)
     try:
-      self._builder = datasets.load_dataset_builder(os.path.expanduser(path), self._config)
-      self._data = datasets.load_dataset(os.path.expanduser(path), self._config, split=self._split, streaming=True)
+      self._builder = datasets.load_dataset_builder(paths.expand(path), self._config)
+      self._data = datasets.load_dataset(paths.expand(path), self._config, split=self._split, streaming=True)
     except Exception as e:
-      raise UserError(
+      raise SourceGone(
         f'{name}: {_line(e)}; give hf:NAME:config:split of a dataset of the hub, or of a local folder'
       ) from None
 
@@ -94,9 +95,9 @@ class HfSplit:
     try:
       datasets, hub = importlib.import_module('datasets'), importlib.import_module('huggingface_hub')
     except ImportError:
-      raise UserError(f"{self.name}: the package datasets is not installed; run: pip install 'kdjax[hf]'") from None
+      raise SourceGone(f"{self.name}: the package datasets is not installed; run: pip install 'kdjax[hf]'") from None
     datasets.disable_progress_bars()
-    if not os.path.isdir(os.path.expanduser(path)) and not _hub_answers():
+    if not os.path.isdir(paths.expand(path)) and not _hub_answers():
       # What has been fetched before is still found; else it is said now, and not after half a minute of retries.
       hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     return datasets
@@ -119,10 +120,10 @@ class HfSplit:
       local,
     )
 
-  def texts(self, text_field: str) -> Iterator[str]:
+  def texts(self, text_field: str) -> Iterator[str | NullText]:
     columns = self._data.column_names
     if columns is not None and text_field not in columns:
-      raise UserError(f'{self.name}: no column {text_field!r}; it has {sorted(columns)}; set {FIELDS} to one of them')
+      raise UserError(f'{self.name}: no column {text_field!r}; {fields_of(columns)}')
     data = self._data.select_columns([text_field]) if columns is not None else self._data
     iterator = enumerate(data)
     while True:

@@ -1,37 +1,22 @@
 """Files of documents, by suffix: text, JSON lines, Parquet, ArrayRecord; the first two also compressed."""
 
 import collections
-import contextlib
 import functools
-import gzip
-import io
-import json
-import lzma
 import pathlib
-import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
-import zstandard
 from array_record.python.array_record_module import ArrayRecordReader
 
-from kdjax import paths
+from kdjax.data import compressed, jsonl, parquet
+from kdjax.data.compressed import OPENERS, File
+from kdjax.data.records import NullText, field_of
 from kdjax.data.store import token_dtype
-from kdjax.data.text import decoded, without_surrogates
+from kdjax.data.text import decoded
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
 
-Lines = BinaryIO | gzip.GzipFile | lzma.LZMAFile | io.BufferedReader
-File: TypeAlias = pathlib.Path | paths.Path  # on a disk, in an object store
-_OPENERS: dict[str, Callable[[BinaryIO], Lines]] = {
-  '': lambda file: file,
-  '.gz': lambda file: gzip.open(file, 'rb'),  # noqa: SIM115 (the caller closes it)
-  '.xz': lambda file: lzma.open(file, 'rb'),  # noqa: SIM115
-  '.zst': lambda file: io.BufferedReader(_ZstdFile(file)),
-}
 _KINDS = {
   '.txt': '.txt',
   '.jsonl': '.jsonl',
@@ -41,63 +26,34 @@ _KINDS = {
   '.arrayrecord': '.array_record',
 }
 _COMPRESSED = ('.txt', '.jsonl')
-FIELDS = 'data.text_field (or eval.ood_text_field)'
 SUFFIXES = '.txt, .jsonl or .json (each also with .gz, .xz or .zst), .parquet, .array_record'
 _RECORDS = 256  # of an ArrayRecord file that are read at once
 
 
-class _ZstdFile(io.RawIOBase):
-  """Decompresses frame after frame. `zstandard`'s own reader takes a truncated file for a short one, in silence."""
-
-  def __init__(self, file: BinaryIO):
-    self._file = file
-    self._frame: zstandard.ZstdDecompressionObj | None = None
-    self._ready = b''
-
-  def readable(self) -> bool:
-    return True
-
-  def readinto(self, buffer) -> int:
-    while not self._ready:
-      data = self._frame.unused_data if self._frame and self._frame.eof else b''
-      if not data and not (data := self._file.read(1 << 17)):
-        if self._frame and not self._frame.eof:
-          raise EOFError('it ends in mid-frame')
-        return 0
-      if self._frame is None or self._frame.eof:
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-      self._ready = self._frame.decompress(data)
-    n = min(len(buffer), len(self._ready))
-    buffer[:n], self._ready = self._ready[:n], self._ready[n:]
-    return n
-
-  def close(self) -> None:
-    self._file.close()
-    super().close()
-
-
 def kind(path: File) -> tuple[str, str]:
   """('.txt' | '.jsonl' | '.parquet' | '.array_record', compression's suffix or ''). Raises UserError for another suffix."""
-  compression = path.suffix if path.suffix in _OPENERS else ''
+  compression = path.suffix if path.suffix in OPENERS else ''
   found = _KINDS.get(pathlib.Path(path.stem).suffix if compression else path.suffix, '')
   if not found or (compression and found not in _COMPRESSED):
     raise UserError(f'{path}: unknown suffix; data files end in {SUFFIXES}')
   return found, compression
 
 
-def texts(path: File, text_field: str) -> Iterator[str]:
-  """The documents of a file, in its order."""
+def texts(path: File, text_field: str) -> Iterator[str | NullText]:
+  """Stream the documents of a file, in its order; NullText for a record that holds none."""
   found = kind(path)[0]
   if found == '.parquet':
-    yield from _parquet_texts(path, text_field)
+    yield from parquet.texts(path, text_field)
   elif found == '.array_record':
     yield from _array_record_texts(path, text_field)
+  elif found == '.jsonl':
+    for where, record in json_records(path):
+      text = field_of(record, text_field, where)
+      del record
+      yield text
   else:
-    with _opened(path) as f:
-      if found == '.txt':
-        yield decoded(f.read(), path)
-      else:
-        yield from _json_texts(f, path, text_field)
+    with compressed.opened(path, kind(path)[1]) as file:
+      yield decoded(file.read(), path)
 
 
 def token_texts(path: File, tokenizer: Tokenizer, cut: collections.Counter | None = None) -> Iterator[str]:
@@ -136,101 +92,23 @@ def _whole_characters(tokenizer: Tokenizer, ids: np.ndarray, cut: collections.Co
 
 
 def json_records(path: File) -> Iterator[tuple[str, dict[str, Any]]]:
-  """The objects of a file of JSON lines, each with its place (`path:line`) for messages."""
-  with _opened(path) as lines:
-    yield from _json_lines(lines, path)
+  """Stream the objects of a file of JSON lines, each with its place (`path:line`) for messages."""
+  with compressed.opened(path, kind(path)[1]) as lines:
+    yield from jsonl.read(lines, path)
 
 
-@contextlib.contextmanager
-def _opened(path: File) -> Iterator[Lines]:
-  try:
-    with path.open('rb') as file, _OPENERS[kind(path)[1]](file) as f:
-      yield f
-  except (gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError, zlib.error, EOFError) as error:
-    raise UserError(f'{path}: the compressed file is damaged ({error}); fetch it again') from error
-  except PermissionError as error:
-    raise UserError(f'{path}: cannot be read ({error.strerror}); mend its permissions') from error
-
-
-def _json_texts(lines: Lines, path: File, text_field: str) -> Iterator[str]:
-  for where, record in _json_lines(lines, path):
-    yield field_of(record, text_field, where)
-
-
-def field_of(record: dict[str, Any], text_field: str, where: str) -> str:
-  """A record's text. Raises UserError where the field is not there, listing those that are, or holds no text."""
-  if text_field not in record:
-    raise UserError(f'{where}: no field {text_field!r}; it has {sorted(record)}; set {FIELDS} to one of them')
-  value = record[text_field]
-  if isinstance(value, bytes):
-    value = decoded(value, where)
-  if not isinstance(value, str):
-    found = type(value).__name__
-    raise UserError(f'{where}: field {text_field!r} holds a {found}, not a string; set {FIELDS} to another one')
-  return without_surrogates(value, where)
-
-
-def _json_lines(lines: Lines, path: File) -> Iterator[tuple[str, dict[str, Any]]]:
-  position = 0
-  for number, line in enumerate(lines, 1):
-    text = decoded(line, path, position)
-    position += len(line)
-    if text.strip():
-      where = f'{path}:{number}'
-      yield where, _json_object(text, where)
-
-
-def _json_object(text: str, where: str) -> dict[str, Any]:
-  try:
-    record = json.loads(text)
-  except ValueError as error:
-    raise UserError(f'{where}: not JSON ({error}); each line must be one JSON object') from error
-  if not isinstance(record, dict):
-    raise UserError(f'{where}: not a JSON object but a {type(record).__name__}; each line must be one JSON object')
-  return record
-
-
-def _parquet_texts(path: File, text_field: str) -> Iterator[str]:
-  try:
-    with path.open('rb') as raw, pyarrow.parquet.ParquetFile(raw) as file:
-      schema = file.schema_arrow
-      if text_field not in schema.names:
-        raise UserError(f'{path}: no column {text_field!r}; it has {sorted(schema.names)}; set {FIELDS} to one of them')
-      column = schema.field(text_field).type
-      if not (pa.types.is_string(column) or pa.types.is_large_string(column)):
-        raise UserError(f'{path}: column {text_field!r} holds {column}, not strings; set {FIELDS} to another one')
-      number = 0
-      for batch in file.iter_batches(columns=[text_field], batch_size=1024):
-        for value in batch.column(0).to_pylist():
-          number += 1
-          if value is None:
-            raise UserError(f'{path}, row {number}: column {text_field!r} is null; leave such rows out')
-          yield value
-  except (pa.ArrowException, OSError) as error:
-    if getattr(error, 'errno', None):  # of the disk, not of what is on it
-      raise
-    raise UserError(f'{path}: the Parquet file is damaged ({str(error).splitlines()[0]}); fetch it again') from error
-
-
-def _array_record_texts(path: File, text_field: str) -> Iterator[str]:
+def _array_record_texts(path: File, text_field: str) -> Iterator[str | NullText]:
   """Records that are text, or all of them JSON objects: the first one tells."""
-  as_text: Callable[[bytes, str], str] | None = None
+  as_text: Callable[[bytes, str], str | NullText] | None = None
   for number, record in enumerate(_array_records(path)):
     where = f'{path}, record {number}'
     if as_text is None:
-      as_text = functools.partial(_json_text, text_field) if _is_json_object(record) else decoded
+      as_text = functools.partial(_json_text, text_field) if jsonl.is_object(record) else decoded
     yield as_text(record, where)
 
 
-def _json_text(text_field: str, record: bytes, where: str) -> str:
-  return field_of(_json_object(decoded(record, where), where), text_field, where)
-
-
-def _is_json_object(record: bytes) -> bool:
-  try:
-    return isinstance(json.loads(record), dict)
-  except ValueError:
-    return False
+def _json_text(text_field: str, record: bytes, where: str) -> str | NullText:
+  return field_of(jsonl.parse_object(decoded(record, where), where), text_field, where)
 
 
 def _array_records(path: File) -> Iterator[bytes]:

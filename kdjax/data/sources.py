@@ -27,10 +27,11 @@ import fsspec
 
 from kdjax import paths
 from kdjax.data import embedded, hubs, readers
+from kdjax.data.compressed import File
 from kdjax.data.files import digest
-from kdjax.data.readers import File
+from kdjax.data.records import MissingField, NullText
 from kdjax.data.tokenizer import Tokenizer
-from kdjax.errors import UserError
+from kdjax.errors import SourceGone, UserError
 
 log = logging.getLogger('kdjax')
 _TOKENS = 'tokens:'
@@ -42,26 +43,44 @@ class _Part:
   """A file or a dataset: its documents, given the field that holds their text and the tokenizer of their tokens, and what tells of a change."""
 
   name: str
-  texts: Callable[[str, Tokenizer | None], Iterator[str]]
+  texts: Callable[[str, Tokenizer | None], Iterator[str | NullText]]
   stamp: Callable[[], tuple]
   file: File | None = None
   cut: collections.Counter | None = None  # characters of which the edges of records left a part
 
 
-def documents(source: str, text_field: str = 'text', tokenizer: Tokenizer | None = None) -> Iterator[str]:
-  """Streams the documents' texts, in a fixed order.
+def documents(
+  source: str,
+  text_field: str = 'text',
+  tokenizer: Tokenizer | None = None,
+  on_null: Callable[[NullText], Any] | None = None,
+) -> Iterator[str]:
+  """Stream the documents' texts, in a fixed order.
 
   Args:
     source: as above; weights are left to the caller (`mixture`).
     text_field: the field or column that holds a document's text.
     tokenizer: of token ids.
+    on_null: called for each record without text, which is then left out; None: such a record is an error.
 
   Raises:
-    UserError: a name, file or line that cannot be read, with where it is and how to mend it.
+    UserError: a name, file or line that cannot be read, with where it is and how to fix it; no record has the field.
   """
+  missing, has_field = None, False
   parts = _resolve(source)
   for part in parts:
-    yield from part.texts(text_field, tokenizer)
+    for text in part.texts(text_field, tokenizer):
+      if isinstance(text, NullText):
+        if on_null is None:
+          raise text
+        on_null(text)
+        missing = missing or (text if isinstance(text, MissingField) else None)
+      has_field = has_field or not isinstance(text, MissingField)
+      if isinstance(text, str):
+        yield text
+      del text  # a document may be a good part of the memory there is: it is held once
+  if missing is not None and not has_field:
+    raise missing  # a wrong name of the field, and not records without text
   if n := sum(part.cut['characters'] for part in parts if part.cut):
     _log_cut(source, n)
 
@@ -106,18 +125,85 @@ def mixture(source: str) -> list[tuple[str, float]]:
   return list(zip(names, weights, strict=True)) if weights else [(source, 1.0)]
 
 
+def is_weighted(source: str) -> bool:
+  """Whether the source is a mixture by shares."""
+  return bool(_parsed(source)[1])
+
+
+def seen_from(folder: str, source: str) -> str:
+  """The source with its relative paths, which are seen from `folder`, as ones from here; '' is the current folder."""
+  if not folder:
+    return source
+  return ', '.join(_moved(part, folder) for part in _split(source, folder))
+
+
+def _moved(part: str, folder: str) -> str:
+  if not _exists(part, folder):
+    name = _bare(part)
+    if name != part:
+      return _moved(name, folder) + part[len(name) :]
+  prefix, path = _prefixed(part)
+  is_name = prefix in (hubs.HF, hubs.TFDS) and not _exists(part, folder)
+  if part.startswith(embedded.PREFIX) or is_name or paths.is_remote(path):
+    return part
+  return prefix + paths.seen_from(folder, path)
+
+
 def _parsed(source: str) -> tuple[list[str], list[float]]:
   """The names of the source's parts, and their weights, if they have any."""
-  parts = [source] if os.path.exists(source) else [p.strip() for p in source.split(',') if p.strip()]
+  parts = _split(source)
   if not parts:
     raise UserError(f'data source {source!r} names nothing; give a path, a glob, or one of {embedded.names()}')
-  found = [None if os.path.exists(part) else _WEIGHT.fullmatch(part) for part in parts]
+  found = [None if _exists(part) else _WEIGHT.fullmatch(part) for part in parts]
   if not any(found):
     return parts, []
   bare = [part for part, match in zip(parts, found, strict=True) if not match or not float(match[2])]
   if bare:
     raise UserError(f'data source {source!r}: {", ".join(bare)} needs a weight above 0 beside the others (NAME@0.3)')
   return [match[1] for match in found if match], [float(match[2]) for match in found if match]
+
+
+def _split(source: str, folder: str = '') -> list[str]:
+  """The source's parts. A comma is between two parts unless a file or folder has it in its name."""
+  pieces, parts = source.split(','), []
+  while pieces:
+    joined = [','.join(pieces[:n]).strip() for n in range(1, len(pieces) + 1)]
+    existing = [n for n, name in enumerate(joined, 1) if _exists(name, folder) or _exists(_bare(name), folder)]
+    globs = (n for n, name in enumerate(joined, 1) if _matches(_bare(name), folder))
+    n = max(existing) if existing else next(globs, 1) if len(joined) > 1 else 1
+    parts.append(joined[n - 1])
+    pieces = pieces[n:]
+  return [part for part in parts if part]
+
+
+def _bare(part: str) -> str:
+  """A part's name without the weight that may follow it."""
+  match = _WEIGHT.fullmatch(part)
+  return match[1] if match else part
+
+
+def _prefixed(name: str) -> tuple[str, str]:
+  """('hf:', 'tfds:', 'tokens:' or '', the rest of the name)."""
+  prefix = next((p for p in (_TOKENS, hubs.HF, hubs.TFDS) if name.startswith(p)), '')
+  return prefix, name.removeprefix(prefix)
+
+
+def _exists(name: str, folder: str = '') -> bool:
+  """Whether a name is that of a file or folder as it is: 'a[1],b@2.txt' is one, then."""
+  prefix, path = _prefixed(name)
+  if not path or paths.is_remote(path):
+    return False
+  # What follows a dataset's folder: its config, version and split.
+  names = [path] if prefix not in (hubs.HF, hubs.TFDS) else [path.rsplit(':', n)[0] for n in range(3)]
+  return any(os.path.exists(paths.seen_from(folder, one)) for one in names)
+
+
+def _matches(name: str, folder: str) -> bool:
+  """Whether a glob of files on a disk matches any, or the name is of another kind."""
+  prefix, path = _prefixed(name)
+  if name.startswith(embedded.PREFIX) or prefix in (hubs.HF, hubs.TFDS) or paths.is_remote(path):
+    return True
+  return glob.has_magic(path) and bool(_glob(paths.seen_from(folder, path)))
 
 
 def _resolve(source: str) -> list[_Part]:
@@ -156,7 +242,9 @@ def _embedded_texts(known: embedded.Embedded, path: pathlib.Path, *_) -> Iterato
   return known.read(path)
 
 
-def _without_tokenizer(texts: Callable[[str], Iterator[str]], text_field: str, _: Tokenizer | None) -> Iterator[str]:
+def _without_tokenizer(
+  texts: Callable[[str], Iterator[str | NullText]], text_field: str, _: Tokenizer | None
+) -> Iterator[str | NullText]:
   return texts(text_field)
 
 
@@ -175,7 +263,7 @@ def _stamp(path: File) -> tuple:
 
 
 def _match(pattern: str) -> list[File]:
-  found = _in_store(pattern) if paths.is_remote(pattern) else _on_disk(os.path.expanduser(pattern))
+  found = _in_store(pattern) if paths.is_remote(pattern) else _on_disk(paths.expand(pattern))
   for path in found:
     readers.kind(path)
   return found
@@ -184,28 +272,41 @@ def _match(pattern: str) -> list[File]:
 def _on_disk(pattern: str) -> list[File]:
   if os.path.isdir(pattern):
     raise UserError(f'data source {pattern} is a folder; give a glob such as {os.path.join(pattern, "**", "*.jsonl")}')
-  names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+  names = [pattern] if os.path.isfile(pattern) else _glob(pattern)
   found: list[File] = [pathlib.Path(name) for name in names if os.path.isfile(name)]
   if not found:
-    raise UserError(
+    raise SourceGone(
       f'data source {pattern!r} matches no file (seen from {os.getcwd()}); '
-      f'mend the path, or use one of {embedded.names()}'
+      f'correct the path, or use one of {embedded.names()}'
     )
   return found
+
+
+def _glob(pattern: str) -> list[str]:
+  """The files of a pattern. A folder that exists is taken as it is, whatever characters its name has; '[' elsewhere may be literal too."""
+  root, rest = '', pattern
+  while '/' in rest and os.path.isdir(root + rest[: rest.index('/') + 1]):
+    root, rest = root + rest[: rest.index('/') + 1], rest[rest.index('/') + 1 :]
+  for tried in (glob.escape(root) + rest, pattern, glob.escape(root) + rest.replace('[', '[[]')):
+    if found := glob.glob(tried, recursive=True):
+      return found
+  return []
 
 
 def _in_store(pattern: str) -> list[File]:
   try:
     store, name = fsspec.core.url_to_fs(pattern)
-    found = store.glob(name, detail=True)
+    # '[' may be literal: an object of that very name, then a folder's.
+    found = {name: store.info(name)} if glob.has_magic(name) and store.isfile(name) else {}
+    found = found or store.glob(name, detail=True) or store.glob(name.replace('[', '[[]'), detail=True)
     files: list[File] = [
       paths.Path(store.unstrip_protocol(file)) for file, about in found.items() if about['type'] != 'directory'
     ]
     is_folder = not files and store.isdir(name)
   except Exception as error:  # whatever the store's client raises
-    raise UserError(f'data source {pattern!r} cannot be read ({paths.said(error)})') from None
+    raise SourceGone(f'data source {pattern!r} cannot be read ({paths.said(error)})') from None
   if is_folder:
     raise UserError(f'data source {pattern} is a folder; give a glob such as {pattern.rstrip("/")}/**/*.jsonl')
   if not files:
-    raise UserError(f'data source {pattern!r} matches no file; mend the name of the bucket, or the pattern')
+    raise SourceGone(f'data source {pattern!r} matches no file; correct the name of the bucket, or the pattern')
   return files

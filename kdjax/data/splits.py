@@ -53,7 +53,13 @@ def cap(docs: dict[str, int], split: str, evals: EvalConfig) -> dict[str, int]:
 
 def content_hash(text: str) -> str:
   """What a document is known by."""
-  return files.digest(text.encode())
+  return identify(text)[0]
+
+
+def identify(text: str) -> tuple[str, int]:
+  """(content hash, bytes) of a document's text in UTF-8."""
+  data = text.encode()
+  return files.digest(data), len(data)
 
 
 def _uniform(doc: str, seed: int, purpose: str) -> float:

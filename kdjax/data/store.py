@@ -232,6 +232,25 @@ def write_store(
     TokenStore.open(temporary).verify()
 
 
+def link_store(source: str | os.PathLike, folder: str | os.PathLike, extra_meta: Mapping[str, Any]) -> None:
+  """Give a store a second folder, with the same files and other notes beside them.
+
+  Args:
+    source: the folder of the store there is.
+    folder: must not exist yet.
+    extra_meta: replaces what `source` notes under the same keys.
+
+  Raises:
+    StoreDamaged: `source` is not whole.
+  """
+  with files.building(folder) as temporary:
+    meta = TokenStore.open(source).meta
+    for name in meta['files']:
+      files.link(pathlib.Path(source) / name, temporary / name)
+    files.write_json(temporary / _META, {**meta, **extra_meta})
+    TokenStore.open(temporary).verify()
+
+
 def _write_tokens(
   folder: pathlib.Path, docs: Iterable[tuple[str, int, np.ndarray]], tokenizer: Tokenizer, cut: frozenset[str]
 ) -> dict:

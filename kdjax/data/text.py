@@ -4,22 +4,37 @@ import os
 
 from kdjax.errors import UserError
 
+_MARKS = (b'\xff\xfe', b'\xfe\xff', b'\x00\x00\xfe\xff')  # of UTF-16 and UTF-32
+
 
 def decoded(data: bytes, path: str | os.PathLike, position: int = 0) -> str:
-  """UTF-8 text; `position`: of the data's first byte in the file."""
+  """Decode UTF-8.
+
+  Args:
+    position: of the data's first byte in the file.
+  """
+  if not position and _is_utf16(data[:64]):
+    raise UserError(f'{path}: not UTF-8 but UTF-16 or UTF-32; convert the file to UTF-8')
   try:
     return data.decode('utf-8' if position else 'utf-8-sig')  # some editors mark the start of a file
   except UnicodeDecodeError as error:
     where = f'byte {position + error.start:,} (0x{data[error.start]:02x})'
-    raise UserError(f'{path}: not UTF-8 at {where}; convert the file to UTF-8') from error
+    raise UserError(f'{path}: not UTF-8 at {where}; convert the file to UTF-8') from None
 
 
 def without_surrogates(text: str, where: str) -> str:
-  """JSON can spell half a character ("\\ud800"), which no UTF-8 text can hold."""
+  """Refuse half a character, which JSON can spell ("\\ud800") and no UTF-8 text can hold."""
   try:
-    text.encode('utf-8')
+    if not text.isascii():
+      text.encode('utf-8')
   except UnicodeEncodeError as error:
     raise UserError(
       f'{where}: character {error.start:,} of the text is half a surrogate pair; mend that line'
-    ) from error
+    ) from None
   return text
+
+
+def _is_utf16(head: bytes) -> bool:
+  """By its mark, or, without one, by the zeros of Western text: they are at every second place, or at three of four."""
+  zeros = head[::2].count(0), head[1::2].count(0)
+  return head.startswith(_MARKS) or (len(head) >= 8 and abs(zeros[0] - zeros[1]) > len(head) // 5)

@@ -126,7 +126,7 @@ class Tokenizer:
   @classmethod
   def from_file(cls, path: str | os.PathLike, separator: str = '') -> 'Tokenizer':
     """Reads a Hugging Face `tokenizer.json`, or the folder that holds one; what else there is, by way of transformers (foreign.py)."""
-    file = paths.Path(path).expanduser()
+    file = paths.Path(paths.expand(path))
     in_store = paths.is_remote(file)
     if in_store and file.suffix in foreign.SUFFIXES:
       raise UserError(f'tokenizer {path}: of an object store only a tokenizer.json is read; copy this one to a disk')

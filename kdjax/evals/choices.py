@@ -17,6 +17,8 @@ scored in strided windows, each token once, as a document is (kdjax/evals/window
 
 import dataclasses
 import functools
+import logging
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,14 +26,17 @@ import numpy as np
 import pandas as pd
 from jax.sharding import Mesh
 
+from kdjax import paths
 from kdjax.data.files import canonical, digest
-from kdjax.data.sources import records, signature
+from kdjax.data.sources import records, seen_from, signature
 from kdjax.data.text import without_surrogates
 from kdjax.data.tokenizer import Tokenizer
-from kdjax.errors import UserError
+from kdjax.errors import SourceGone, UserError
 from kdjax.evals import likelihood
 from kdjax.evals.score import Scored
 from kdjax.metrics import Progress
+
+log = logging.getLogger('kdjax')
 
 FIELDS = {
   'choices': ('context', 'choices', 'answer'),
@@ -88,16 +93,38 @@ def _read(source: str, signature: str) -> tuple[Item, ...]:
   return tuple(items.values())
 
 
-def read_all(tasks: Mapping[str, str], max_items: int = 0) -> dict[str, list[Item]]:
-  """The items of eval.tasks by name; of each task at most `max_items` (0: all): the first by their hash, so the same in any order of lines."""
+def read_all(
+  tasks: Mapping[str, str], max_items: int = 0, folder: str = '', kept: pathlib.Path | None = None
+) -> dict[str, list[Item]]:
+  """Read the items of eval.tasks, by name.
+
+  Args:
+    max_items: of each task at most so many (0: all): the first by their hash, so the same in any order of lines.
+    folder: from which relative paths are seen; '': the current one.
+    kept: a folder where the items of each task are kept, for when its file is gone.
+  """
   found = {}
   for name, source in tasks.items():
     try:
-      items = read(source)
+      items = _read_or_recall(source, folder, kept / f'{digest(source.encode())}.json' if kept else None)
     except UserError as e:
       raise UserError(f'eval.tasks.{name}: {e}') from e
     found[name] = sorted(items, key=lambda item: item.id)[:max_items] if max_items else items
   return found
+
+
+def _read_or_recall(source: str, folder: str, copy: pathlib.Path | None) -> list[Item]:
+  try:
+    items = read(seen_from(folder, source))
+  except SourceGone:
+    known = paths.read_json(copy) if copy else None
+    if known is None:
+      raise
+    log.warning('the task %r is not there any more; using its items as they were, in %s', source, copy)
+    return [Item(id_, group, tuple(one), tuple(two), *rest) for id_, group, one, two, *rest in known['items']]
+  if copy:
+    paths.write_json(copy, {'source': source, 'items': items})
+  return items
 
 
 def score(

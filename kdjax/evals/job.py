@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Collection
 from typing import Any
 
@@ -17,6 +18,7 @@ from kdjax import distributed, paths, teachers
 from kdjax.checkpoint import Checkpoints, steps_in
 from kdjax.config import Config
 from kdjax.data.corpus import Corpus, EvalSet
+from kdjax.data.wanted import Origin
 from kdjax.errors import UserError
 from kdjax.evals import choices, results
 from kdjax.evals.choices import ChoiceSet
@@ -37,12 +39,18 @@ VALIDATION = 'validation'  # the in-domain validation split as a set of its own:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """The models to score: run folders, the teacher first, and the config and teacher they share; `folder` is where they were found."""
+  """The models to score: run folders, the teacher first, and the config and teacher they share.
+
+  Attributes:
+    folder: where they were found.
+    origin: where their training found its text.
+  """
 
   folder: paths.Path
   config: Config
   runs: list[RunFolder]
   teacher: RunFolder | None
+  origin: Origin = Origin()
 
   def is_teacher(self, run: RunFolder) -> bool:
     return self.teacher is not None and run.path == self.teacher.path
@@ -71,13 +79,20 @@ def find(workdir: paths.Path) -> Job:
     config = _config(experiment['resolved'], workdir)
     teacher = _relative(workdir, experiment['teacher']) if experiment['teacher'] else None
     students = [_relative(workdir, name) for name in experiment['students']]
-    return Job(workdir, config, ([teacher] if teacher else []) + students, teacher)
+    return Job(workdir, config, ([teacher] if teacher else []) + students, teacher, origin_of(workdir, experiment))
   run = read_json(workdir / 'run.json')
   if run is None:
     raise UserError(f'{workdir} is neither an experiment nor a run: it has no experiment.json and no run.json')
   if 'resolved' not in run:
     raise UserError(f'{workdir / "run.json"} is damaged: it holds no config; restore it')
-  return Job(workdir, _config(run['resolved'], workdir), [RunFolder(workdir)], None)
+  return Job(workdir, _config(run['resolved'], workdir), [RunFolder(workdir)], None, origin_of(workdir, run))
+
+
+def origin_of(folder: paths.Path, known: dict[str, Any]) -> Origin:
+  """Where the text of a run or an experiment was found, by the JSON file that its folder keeps; unknown in those of earlier versions."""
+  origin = known.get('origin', {})
+  seen_from = os.path.abspath(paths.under(folder, origin['folder'])) if origin else os.getcwd()
+  return Origin('' if seen_from == os.getcwd() else seen_from, origin.get('corpus', ''))
 
 
 def evaluate(job: Job, corpus: Corpus, mesh: Mesh, step: int = 0, progress: bool = True) -> None:
@@ -151,7 +166,7 @@ def score_missing(
   """
   for run, _ in checkpoints:
     run.check_fingerprints({'tokenizer': corpus.tokenizer.fingerprint})
-  wanted_sets = _sets(job.config, corpus, sets)
+  wanted_sets = _sets(job, corpus, sets)
   teacher = ''
   if job.teacher:
     teacher = f'{_weights(job.teacher, _step(job.teacher, job.teacher_step))} in {job.config.teacher.dtype}'
@@ -197,17 +212,19 @@ class Task:
     return results.path(self.run.results, self.step, self.name, config_lib.fingerprint(self.key))
 
 
-def _sets(config: Config, corpus: Corpus, names: Collection[str] | None) -> dict[str, EvalSet | ChoiceSet]:
+def _sets(job: Job, corpus: Corpus, names: Collection[str] | None) -> dict[str, EvalSet | ChoiceSet]:
   text = {
     IN_DOMAIN: EvalSet(corpus.validation, corpus.test),
     VALIDATION: EvalSet(corpus.validation, corpus.validation),
     **corpus.ood,
   }
-  known = [*text, *config.eval.tasks]
+  evals = job.config.eval
+  known = [*text, *evals.tasks]
   names = [name for name in known if name != VALIDATION] if names is None else names
   if unknown := sorted(set(names) - set(known)):
     raise UserError(f'no set is named {", ".join(unknown)}; there are {", ".join(known)}')
-  items = choices.read_all({n: path for n, path in config.eval.tasks.items() if n in names}, config.eval.max_items)
+  asked = {name: source for name, source in evals.tasks.items() if name in names}
+  items = choices.read_all(asked, evals.max_items, job.origin.folder, corpus.tasks)
   tasks = {name: ChoiceSet(found, corpus.tokenizer) for name, found in items.items()}
   return {name: eval_set for name, eval_set in (text | tasks).items() if name in names}
 

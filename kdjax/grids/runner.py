@@ -27,6 +27,7 @@ from kdjax import distributed, paths, preflight, training
 from kdjax.checkpoint import steps_in
 from kdjax.config import Config
 from kdjax.data.corpus import Corpus
+from kdjax.data.wanted import Origin
 from kdjax.errors import OwnedError, UserError
 from kdjax.evals import job as evaluation
 from kdjax.evals import results
@@ -78,9 +79,15 @@ def claim(folder: paths.Path, grid: GridConfig) -> None:
 
 
 def record_corpus(folder: paths.Path, corpus: Corpus) -> None:
-  """Keeps what was found when the text was read, for the report: documents of a test set that are in the training text too, above all."""
+  """Keep what was found when the text was read, for the report: documents of a test set that are in the training text too, above all."""
   if jax.process_index() == 0:
-    write_json(folder / CORPUS, {'fingerprint': corpus.fingerprint, 'counts': corpus.meta['counts']})
+    known = {'name': corpus.folder.name, 'fingerprint': corpus.fingerprint, 'counts': corpus.meta['counts']}
+    write_json(folder / CORPUS, known)
+
+
+def origin_of(folder: paths.Path) -> Origin:
+  """What an earlier start of the grid says of its text."""
+  return Origin(corpus=(read_json(folder / CORPUS) or {}).get('name', ''))
 
 
 def cell_folder(folder: paths.Path, cell: Cell) -> RunFolder:

@@ -47,7 +47,7 @@ def export(
   }
   check_new(out)
   try:
-    with files.building(out) as folder:
+    with files.building(paths.expand(out)) as folder:
       weights.save(params, model, family, folder, dtype, max_bytes)
       _write(folder / 'config.json', values)
       (folder / 'tokenizer.json').write_text(tokenizer_file(tokenizer, trained_here), encoding='utf-8')
@@ -69,7 +69,7 @@ def check_new(out: str | os.PathLike) -> None:
   """Raises UserError where `export` would not write. To be asked before a model is read for it."""
   if paths.is_remote(out):
     raise UserError(f'{out}: a Hugging Face folder is written on a disk; name a folder there and copy it')
-  if pathlib.Path(out).exists():
+  if pathlib.Path(paths.expand(out)).exists():
     raise UserError(f'{out} exists already; name a new folder, or delete it')
 
 

@@ -47,7 +47,7 @@ class Source:
       raise UserError(
         f'{path}: a Hugging Face folder must be on a disk; copy it there, or import it with kdjax.convert first'
       )
-    self.path = pathlib.Path(path).expanduser()
+    self.path = pathlib.Path(paths.expand(path))
     if not self.path.is_dir():
       raise UserError(
         f'{path}: no such folder; a model of the hub is fetched with: hf download NAME --local-dir FOLDER'

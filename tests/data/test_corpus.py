@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from kdjax.config import DataConfig, EvalConfig
-from kdjax.data import corpus, files, splits
+from kdjax.data import build, corpus, files, plan, splits
 from kdjax.data.ahead import ahead
-from kdjax.data.corpus import prepare, xz9_bits_per_byte
+from kdjax.data.build import xz9_bits_per_byte
+from kdjax.data.corpus import prepare
 from kdjax.data.sources import documents
 from kdjax.data.store import TokenStore
 from kdjax.errors import UserError
@@ -74,7 +75,7 @@ def test_splits_hold_each_distinct_document_once_with_its_bytes(made):
     'read': 323,
     'empty': 2,
     'duplicates': 21,
-    **{f'{name}_documents': len(held) for name, held in zip(corpus.SPLITS, splits, strict=True)},
+    **{f'{name}_documents': len(held) for name, held in zip(plan.SPLITS, splits, strict=True)},
   }
 
 
@@ -106,7 +107,7 @@ def test_a_document_keeps_its_split_when_others_come_and_go(made, tmp_path):
   built = prepare(data, evals, runs, progress=False)
   half = dataclasses.replace(data, source=write_jsonl(tmp_path / 'half.jsonl', main[::2]))
   smaller = prepare(half, evals, runs, progress=False)
-  for split in corpus.SPLITS:
+  for split in plan.SPLITS:
     ids = [store.doc_ids for store in (getattr(built, split), getattr(smaller, split))]
     np.testing.assert_array_equal(ids[0][np.isin(ids[0], ids[1])], ids[1])
 
@@ -159,14 +160,14 @@ def test_evaluation_stores_are_cut_to_whole_documents_and_training_is_not(made):
   assert all(store.n_docs == 1 for store in list(all_stores(prepared(made, max_bytes=1)))[1:])
 
 
-@pytest.mark.parametrize('split', corpus.SPLITS)
+@pytest.mark.parametrize('split', plan.SPLITS)
 def test_the_tokenizer_is_trained_on_the_training_split_only(made, tmp_path, split):
   data, evals, runs, main = made
   mark = '\u4e16' * 4000  # so frequent that a tokenizer that sees it merges its bytes
   for i in range(1000):
     marked = write_jsonl(tmp_path / 'marked.jsonl', [*main, f'{i} {mark}'])
-    plan = corpus._plan_splits(dataclasses.replace(data, source=marked), evals, None, False)
-    if splits.content_hash(f'{i} {mark}') in plan.splits[split]:
+    planned = plan.plan_splits(data, evals, plan.Reading(marked), False)
+    if splits.content_hash(f'{i} {mark}') in planned.splits[split]:
       break
   built = prepare(dataclasses.replace(data, source=marked), evals, runs, progress=False)
   assert any(mark in t for t in stored_texts(built, getattr(built, split)))
@@ -212,12 +213,12 @@ def test_an_empty_source_split_or_set_is_named_with_what_to_change(made, tmp_pat
 def test_a_source_that_changes_between_the_passes_is_refused(made, monkeypatch):
   calls = []
 
-  def shrinking(source, text_field, tokenizer=None):
+  def shrinking(source, *how):
     calls.append(source)
-    found = list(documents(source, text_field, tokenizer))
+    found = list(documents(source, *how))
     return found if len(calls) == 1 else found[:10]
 
-  monkeypatch.setattr(corpus, 'documents', shrinking)
+  monkeypatch.setattr(plan, 'documents', shrinking)
   with pytest.raises(UserError, match='changed while it was read'):
     prepared(made, tokenizer='bytes')
 
@@ -381,14 +382,14 @@ def test_a_document_of_two_parts_is_in_the_first(tmp_path):
 
 
 def test_a_build_that_was_cut_off_tokenises_only_what_is_missing(tmp_path, monkeypatch):
-  monkeypatch.setattr(corpus, '_GROUP_BYTES', 2000)
+  monkeypatch.setattr(build, 'GROUP_BYTES', 2000)
   texts = [f'document {i} ' * 20 for i in range(100)]
   data = DataConfig(
     source=write_jsonl(tmp_path / 'a.jsonl', texts), tokenizer='bytes', validation_fraction=0.2, test_fraction=0.2
   )
-  build = lambda runs: prepare(data, EvalConfig(ood={}), str(runs), progress=False)
-  calm = build(tmp_path / 'calm').fingerprint
-  encoded, original = [], corpus.Tokenizer.encode_batch
+  make = lambda runs: prepare(data, EvalConfig(ood={}), str(runs), progress=False)
+  calm = make(tmp_path / 'calm').fingerprint
+  encoded, original = [], build.Tokenizer.encode_batch
 
   def encode(self, texts, **options):
     encoded.append(len(texts))
@@ -396,14 +397,14 @@ def test_a_build_that_was_cut_off_tokenises_only_what_is_missing(tmp_path, monke
       raise KeyboardInterrupt
     return original(self, texts, **options)
 
-  monkeypatch.setattr(corpus.Tokenizer, 'encode_batch', encode)
+  monkeypatch.setattr(build.Tokenizer, 'encode_batch', encode)
   with pytest.raises(KeyboardInterrupt):
-    build(tmp_path / 'runs')
+    make(tmp_path / 'runs')
   done = sum(encoded[:6])
   (spilled,) = (tmp_path / 'runs/stores').glob('.*.spill')
   damaged = sorted(spilled.glob('*.npy'))[0]
   damaged.write_bytes(damaged.read_bytes()[:-1] + b'?')  # is made again
-  assert build(tmp_path / 'runs').fingerprint == calm
+  assert make(tmp_path / 'runs').fingerprint == calm
   assert 100 - done < sum(encoded[7:]) < 100 - done + 2 * encoded[0]
   assert not spilled.exists()
 

@@ -5,8 +5,6 @@ import os
 import pathlib
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -52,9 +50,53 @@ def test_files_come_in_the_order_of_their_paths_and_each_once(tmp_path):
   assert list(documents(f'{tmp_path}/b.txt, {tmp_path}/*.txt')) == ['b.txt', 'a.txt']
 
 
-def test_a_path_with_a_comma_or_brackets_is_a_path(tmp_path):
-  (tmp_path / 'a,b[1].txt').write_text('text')
-  assert list(documents(str(tmp_path / 'a,b[1].txt'))) == ['text']
+def write(path, text=None) -> str:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(path.name if text is None else text)
+  return str(path)
+
+
+@pytest.mark.parametrize(
+  'name', ['a,b[1].txt', 'a, b.txt', 'x@0.5', '@.5, [!a]*.txt', 'what?.txt', '[v1]/b.txt', 'a,b/c@1/d.txt']
+)
+def test_a_file_that_exists_is_taken_as_it_is_also_as_a_part_of_a_mixture(tmp_path, name):
+  name = name if name.endswith('.txt') else f'{name}.txt'
+  odd, plain = write(tmp_path / name, 'odd'), write(tmp_path / 'plain.txt', 'plain')
+  assert list(documents(odd)) == ['odd']
+  assert list(documents(f'{odd}, {plain}')) == ['odd', 'plain']
+  assert list(documents(f'{plain},{odd}')) == ['plain', 'odd']
+  assert sources.mixture(f'{plain}@0.25,{odd} @ .75') == [(plain, 0.25), (odd, 0.75)]
+  assert sources.mixture(f'{odd}@2, {plain}@1') == [(odd, 2.0), (plain, 1.0)]
+  assert list(documents(f'{odd}@2, {plain}@1')) == ['odd', 'plain']
+
+
+@pytest.mark.parametrize('folder', ['my [v1]', 'a,b', 'x*y', 'q?', '[!a]', 'at@0.5', 'x, y [z]', '~'])
+def test_a_folder_that_exists_is_taken_as_it_is_also_in_a_glob(tmp_path, folder):
+  for name in ('a.txt', 'b.txt', 'in/c.txt'):
+    write(tmp_path / folder / name)
+  write(tmp_path / 'plain.txt')
+  assert list(documents(f'{tmp_path}/{folder}/*.txt')) == ['a.txt', 'b.txt']
+  assert list(documents(f'{tmp_path}/{folder}/**/*.txt')) == ['a.txt', 'b.txt', 'c.txt']
+  assert list(documents(f'{tmp_path}/{folder}/in/[c].txt, {tmp_path}/plain.txt')) == ['c.txt', 'plain.txt']
+  mixture = f'{tmp_path}/{folder}/*.txt@0.7, {tmp_path}/plain.txt@0.3'
+  assert sources.mixture(mixture) == [(f'{tmp_path}/{folder}/*.txt', 0.7), (f'{tmp_path}/plain.txt', 0.3)]
+  assert list(documents(mixture)) == ['a.txt', 'b.txt', 'plain.txt']
+
+
+def test_brackets_and_stars_of_a_pattern_still_are_one(tmp_path):
+  for name in ('a1.txt', 'a2.txt', 'a3.txt', 'v1/x.txt', 'v2/x.txt', 'w [old] 7.txt'):
+    write(tmp_path / name)
+  assert list(documents(f'{tmp_path}/a[12].txt')) == ['a1.txt', 'a2.txt']
+  assert list(documents(f'{tmp_path}/v[12]/*.txt')) == ['x.txt', 'x.txt']
+  assert list(documents(f'{tmp_path}/a[12].txt, {tmp_path}/v*/x.txt')) == ['a1.txt', 'a2.txt', 'x.txt', 'x.txt']
+  assert list(documents(f'{tmp_path}/w [old] *.txt')) == ['w [old] 7.txt']
+
+
+def test_a_tilde_is_the_home_folder_in_every_part(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  write(tmp_path / 'a,b.txt'), write(tmp_path / 'c [1]' / 'd.txt')
+  assert list(documents('~/a,b.txt')) == ['a,b.txt']
+  assert list(documents('~/c [1]/*.txt@0.3, ~/a,b.txt@0.7')) == ['d.txt', 'a,b.txt']
 
 
 def test_another_field_can_hold_the_text(tmp_path):
@@ -89,7 +131,7 @@ def read_error(source, text_field='text') -> str:
     (b'["a"]', ['a.jsonl:2', 'not a JSON object but a list']),
     (b'{"body": "a", "id": 1}', ['a.jsonl:2', "no field 'text'", "['body', 'id']", 'data.text_field']),
     (b'{"text": 3}', ['a.jsonl:2', 'holds a int, not a string']),
-    (b'{"text": null}', ['a.jsonl:2', 'holds a NoneType']),
+    (b'{"text": null}', ['a.jsonl:2', "field 'text' is null", 'data.nulls=skip']),
     (b'{"text": "\xff"}', ['a.jsonl', 'not UTF-8 at byte 25 (0xff)', 'convert']),
     (b'{"text": "ab\\ud800"}', ['a.jsonl:2', 'character 2', 'surrogate']),
   ],
@@ -174,32 +216,12 @@ def test_real_json_lines_are_read(real_data):
   assert len(list(documents(str(real_data / 'ood' / '*.jsonl.xz')))) == 1000 + 117 + 2933 + 733 + 2524
 
 
-COLUMNS = {'text': ['one', 'zwei ü', ''], 'title': ['a', 'b', 'c'], 'n': [1, 2, 3]}
-
-
-def write_parquet(path, columns=COLUMNS) -> str:
-  pq.write_table(pa.table(columns), path, row_group_size=2)
-  return str(path)
-
-
 def write_array_record(path, items: list[bytes]) -> str:
   writer = ArrayRecordWriter(str(path), 'group_size:1')
   for item in items:
     writer.write(item)
   writer.close()
   return str(path)
-
-
-def test_parquet_is_read_by_column(tmp_path):
-  path = write_parquet(tmp_path / 'a.parquet')
-  assert list(documents(path)) == COLUMNS['text']
-  assert list(documents(path, 'title')) == COLUMNS['title']
-  assert "no column 'body'; it has ['n', 'text', 'title']; set data.text_field" in read_error(path, 'body')
-  assert "column 'n' holds int64, not strings" in read_error(path, 'n')
-  assert "row 2: column 'text' is null" in read_error(write_parquet(tmp_path / 'b.parquet', {'text': ['a', None]}))
-  for damage in (b'', b'PAR1', (tmp_path / 'a.parquet').read_bytes()[:-20]):
-    (tmp_path / 'c.parquet').write_bytes(damage)
-    assert 'c.parquet: the Parquet file is damaged' in read_error(str(tmp_path / 'c.parquet'))
 
 
 def test_array_record_holds_text_or_json_objects(tmp_path):
@@ -232,7 +254,7 @@ def test_token_ids_become_their_text_again(tmp_path):
   with pytest.raises(UserError, match='record 0: 3 bytes are no whole number of uint16 token ids'):
     list(documents(f'tokens:{odd}', tokenizer=tokenizer))
   with pytest.raises(UserError, match=r'read from \.array_record files alone'):
-    list(documents(f'tokens:{write_parquet(tmp_path / "a.parquet")}', tokenizer=tokenizer))
+    list(documents(f'tokens:{write_jsonl(tmp_path / "a.jsonl", ["a"])}', tokenizer=tokenizer))
 
 
 def packed(path, tokenizer, *records) -> str:

@@ -1,0 +1,125 @@
+"""Open files of text that may be compressed, and diagnose those that are damaged or misnamed."""
+
+import contextlib
+import gzip
+import io
+import lzma
+import pathlib
+import zlib
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, TypeAlias
+
+import zstandard
+
+from kdjax import paths
+from kdjax.errors import UserError
+
+Lines = BinaryIO | gzip.GzipFile | lzma.LZMAFile | io.BufferedReader
+File: TypeAlias = pathlib.Path | paths.Path  # on a disk, in an object store
+MAX_WINDOW = 1 << 31  # bytes: the largest window that zstd's own library decompresses
+_READ = 1 << 16  # bytes of a zstd file at once; a block of four bytes can stand for 128 KiB of text
+_DAMAGE = (gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError, zlib.error, EOFError)
+OPENERS: dict[str, Callable[[BinaryIO], Lines]] = {
+  '': lambda file: file,
+  '.gz': lambda file: gzip.open(file, 'rb'),  # noqa: SIM115 (the caller closes it)
+  '.xz': lambda file: lzma.open(file, 'rb'),  # noqa: SIM115
+  '.zst': lambda file: io.BufferedReader(_ZstdFile(file), 1 << 16),
+}
+_ZSTD = b'\x28\xb5\x2f\xfd'
+# How files begin: (bytes, name, suffix that kdjax reads it by).
+_KNOWN = (
+  (b'\x1f\x8b', 'gzip', '.gz'),
+  (b'\xfd7zXZ\x00', 'xz', '.xz'),
+  (_ZSTD, 'zstd', '.zst'),
+  (b'PAR1', 'Parquet', '.parquet'),
+  (b'BZh', 'bzip2', ''),
+  (b'PK\x03\x04', 'zip', ''),
+)
+
+
+class _ZstdFile(io.RawIOBase):
+  """Decompresses frame after frame. `zstandard`'s own reader takes a truncated file for a short one, in silence."""
+
+  def __init__(self, file: BinaryIO):
+    self._file = file
+    self._frame: zstandard.ZstdDecompressionObj | None = None
+    self._ready = memoryview(b'')
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    while not self._ready:
+      data = self._frame.unused_data if self._frame and self._frame.eof else b''
+      if not data and not (data := self._file.read(_READ)):
+        if self._frame and not self._frame.eof:
+          raise EOFError('it ends in mid-frame')
+        return 0
+      if self._frame is None or self._frame.eof:
+        self._frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
+      self._ready = memoryview(self._frame.decompress(data))
+    n = min(len(buffer), len(self._ready))
+    buffer[:n], self._ready = self._ready[:n], self._ready[n:]
+    return n
+
+  def close(self) -> None:
+    self._file.close()
+    super().close()
+
+
+@contextlib.contextmanager
+def opened(path: File, compression: str) -> Iterator[Lines]:
+  """Open a file of text for reading, decompressed.
+
+  Args:
+    compression: a key of OPENERS.
+
+  Raises:
+    UserError: the file is damaged or cannot be read, or its content is not what its name says.
+  """
+  try:
+    with path.open('rb') as file, OPENERS[compression](file) as f:
+      yield f
+  except _DAMAGE as error:
+    raise UserError(f'{path}: {_damage(path, compression, error)}') from error
+  except PermissionError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror}); mend its permissions') from error
+  except UserError as error:
+    if misnamed := _misnamed(path, compression):
+      raise UserError(f'{path}: {misnamed}') from error
+    raise
+
+
+def _damage(path: File, compression: str, error: BaseException) -> str:
+  head = _head(path)
+  if compression == '.zst' and head.startswith(_ZSTD) and (window := _window(head)) > MAX_WINDOW:
+    return f'it needs a window of {window:,} bytes and zstd reads up to {MAX_WINDOW:,}; compress it with --long=31'
+  if compression == '.zst' and 'ictionary' in str(error):
+    return 'it was compressed with a dictionary, which is not in it; compress it without one'
+  if misnamed := _misnamed(path, compression):
+    return f'the compressed file is damaged, or misnamed: {misnamed}'
+  return f'the compressed file is damaged ({error}); fetch it again'
+
+
+def _window(head: bytes) -> int:
+  """The bytes that a zstd frame asks its reader to keep (RFC 8878, 3.1.1.1.2); 0 where its content is its window."""
+  single, descriptor = head[4] & 0x20, head[5]
+  return 0 if single else (1 << 10 + (descriptor >> 3)) * (8 + (descriptor & 7)) // 8
+
+
+def _misnamed(path: File, compression: str) -> str:
+  """What a file's first bytes say where its name says something else; '' where they agree or say nothing."""
+  head = _head(path)
+  found = next(((name, suffix) for begin, name, suffix in _KNOWN if head.startswith(begin)), None)
+  if found is None:
+    is_text = compression and head and all(byte >= 0x20 or byte in b'\t\r\n' for byte in head)
+    return f'it begins as plain text; fetch it again, or take {compression} off its name' if is_text else ''
+  name, suffix = found
+  if compression and suffix == compression:
+    return ''
+  return f'it begins as a {name} file; ' + (f'name it ...{suffix}' if suffix else 'unpack it first')
+
+
+def _head(path: File) -> bytes:
+  with path.open('rb') as file:
+    return file.read(256)
