@@ -37,6 +37,7 @@ from kdjax.data.store import COUNTED_TOKENS, TokenStore, token_dtype, write_stor
 from kdjax.data.store import VERSION as STORE_VERSION
 from kdjax.data.tokenizer import Tokenizer, train_bpe
 from kdjax.errors import UserError
+from kdjax.runtime.progress import bar
 
 log = logging.getLogger('kdjax')
 
@@ -361,4 +362,4 @@ def _check_names(ood: dict[str, str]) -> None:
 
 
 def _bar(title: str, progress: bool, total: int | None = None) -> tqdm.tqdm:
-  return tqdm.tqdm(desc=title, total=total, unit='B', unit_scale=True, disable=not progress, leave=False)
+  return bar(title, total, unit='B', unit_scale=True, enabled=progress, leave=False)

@@ -36,7 +36,6 @@ from kdjax.grids.cells import Cell, Group
 from kdjax.grids.config import GridConfig
 from kdjax.grids.plan import Job
 from kdjax.paths import read_json, write_json
-from kdjax.preemption import Preempted
 from kdjax.run import Heartbeat, RunFolder, git_commit, versions
 
 log = logging.getLogger('kdjax')
@@ -182,7 +181,7 @@ class Runner:
       with heart.beating():
         try:
           scores = self._do(job)
-        except (Preempted, OwnedError):
+        except OwnedError:
           heart.finish('preempted')
           raise
         flop = plan.cost(self.grid, job).flops
@@ -190,8 +189,6 @@ class Runner:
         if here.writes:
           write_json(here.path / 'job.json', record | {'scores': scores})
         heart.finish('done')
-    except Preempted:
-      raise
     except OwnedError:
       if jax.process_count() > 1:
         raise
