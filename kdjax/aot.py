@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(describe(report))
     if args.json:
-      args.json.write_text(json.dumps(figures(report), indent=1))
+      args.json.write_text(json.dumps(figures(report), indent=1), encoding='utf-8')
     if not report.fits:
       sys.exit(1)
 

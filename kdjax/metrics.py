@@ -45,7 +45,7 @@ class MetricWriter:
       self._trackers = [KINDS[name](local, step, about or {}) for name in trackers]
       kept = [line for line, record in _lines(self.path) if record['step'] <= step]
       paths.write_text(local / self.path.name, ''.join(kept))
-      self._file = open(local / self.path.name, 'a')  # noqa: SIM115 - closed by close()
+      self._file = open(local / self.path.name, 'a', encoding='utf-8')  # noqa: SIM115 - closed by close()
 
   def write(self, step: int, values: dict[str, float]) -> None:
     with self._disk():

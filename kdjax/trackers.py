@@ -82,7 +82,7 @@ class Csv:
       self._file.close()
 
   def _read(self) -> list[dict[str, Any]]:
-    with self._path.open(newline='') as f:
+    with self._path.open(newline='', encoding='utf-8') as f:
       reader = csv.DictReader(f)
       self._columns = list(reader.fieldnames or self._columns)
       return [row for row in reader if _whole(row)]
@@ -90,8 +90,8 @@ class Csv:
   def _anew(self, rows: Sequence[dict[str, Any]]) -> None:
     """The whole file, old or new: a kill leaves one of them."""
     with paths.replacing(self._path) as temporary:
-      temporary.write_text(','.join(self._columns) + '\n' + self._text(rows))
-    self._file = self._path.open('a', newline='')
+      temporary.write_text(','.join(self._columns) + '\n' + self._text(rows), encoding='utf-8')
+    self._file = self._path.open('a', newline='', encoding='utf-8')
 
   def _text(self, rows: Sequence[dict[str, Any]]) -> str:
     out = io.StringIO()

@@ -199,7 +199,7 @@ class Runner:
       failed[job.id] = job
       log.error('%s failed: %s', job.id, (str(e).splitlines() or [type(e).__name__])[0])
       if here.writes:
-        (here.path / 'error.txt').write_text(traceback.format_exc())
+        (here.path / 'error.txt').write_text(traceback.format_exc(), encoding='utf-8')
       if jax.process_count() > 1:
         raise
     return True

@@ -1,9 +1,15 @@
-"""Read and check the environment variables that JAX's C++ side reads: it ends a process that has a wrong one, without an exception."""
+"""Read, check and correct the environment variables of the libraries below: XLA_FLAGS and MPLBACKEND.
 
+XLA's C++ side ends a process that has wrong flags, without an exception. Matplotlib cannot be imported with a backend that is not installed,
+as every command of a notebook's shell has it from the notebook.
+"""
+
+import contextlib
 import functools
 import os
 import resource
 import signal
+import sys
 
 from kdjax.errors import UserError
 from kdjax.runtime import interrupts
@@ -59,6 +65,21 @@ def _check_xla_flags(flags: str) -> None:
   xla_flags()
   if complaint := _ask_xla():
     raise UserError(f'XLA_FLAGS: XLA refuses its flags ({complaint}); correct or unset it')
+
+
+def import_matplotlib() -> None:
+  """Import matplotlib whatever MPLBACKEND says: figures that go to files need no backend. One that is installed is kept for the caller's own."""
+  backend = os.environ.get('MPLBACKEND')
+  if not backend or 'matplotlib' in sys.modules:
+    return
+  os.environ['MPLBACKEND'] = 'agg'
+  try:
+    import matplotlib
+
+    with contextlib.suppress(ValueError):
+      matplotlib.rcParams['backend'] = backend
+  finally:
+    os.environ['MPLBACKEND'] = backend
 
 
 def _names_file(flags: str) -> bool:
