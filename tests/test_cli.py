@@ -14,7 +14,6 @@ from kdjax.errors import ConfigError, TrainingError, UserError
 from kdjax.grids import config as grid_config
 from kdjax.grids.config import GridConfig
 from kdjax.preemption import Preempted
-from kdjax.runtime import environment
 from tests import tiny
 
 REPO = pathlib.Path(__file__).parents[1]
@@ -319,19 +318,6 @@ def test_exit_codes(error, code, line, capsys):
 def test_a_programming_error_keeps_its_traceback():
   with pytest.raises(ZeroDivisionError), cli.user_errors():
     _ = 1 / 0
-
-
-def test_deterministic_flags_are_added_once(monkeypatch):
-  monkeypatch.setenv('XLA_FLAGS', '--xla_a=1')
-  environment.set_deterministic()
-  environment.set_deterministic()
-  assert os.environ['XLA_FLAGS'].split() == ['--xla_a=1', '--xla_gpu_deterministic_ops=true']
-
-
-def test_the_users_own_determinism_flag_is_kept(monkeypatch):
-  monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_deterministic_ops=false')
-  environment.set_deterministic()
-  assert os.environ['XLA_FLAGS'] == '--xla_gpu_deterministic_ops=false'
 
 
 def test_a_process_with_mistakes_exits_with_2_and_one_line_each(tmp_path):
