@@ -31,14 +31,14 @@ MICROBATCHES = (1, 2, 4, 8)
 
 def main(argv: Sequence[str] | None = None) -> None:
   with cli.user_errors():
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
       prog='python -m kdjax.aot', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--topology', required=True, help='v4-128, v5litepod-256, v5p-64, v6e-64, or a shape: v6e:8x8')
     parser.add_argument(
-      '--num-slices', type=int, default=1, help="slices of that kind, joined by the data centre's network"
+      '--num-slices', type=cli.machines, default=1, help="slices of that kind, joined by the data centre's network"
     )
-    parser.add_argument('--vocab-size', type=int, default=0, help='of models that leave it to their tokenizer')
+    parser.add_argument('--vocab-size', type=cli.count, default=0, help='of models that leave it to their tokenizer')
     parser.add_argument(
       '--search', action='store_true', help='try meshes, remats and microbatches; about a minute each'
     )
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(describe(report))
     if args.json:
-      pathlib.Path(args.json).write_text(json.dumps(figures(report), indent=1))
+      pathlib.Path(args.json).write_text(json.dumps(figures(report), indent=1), encoding='utf-8')
     if not report.fits:
       sys.exit(1)
 

@@ -1,29 +1,28 @@
-"""The commands' front: the config off the command line, and user errors as one line.
+"""What all commands share: reading the config off the command line, types of options, reporting errors as one line.
 
 `--config=FILE[:ARG]` names a Python file with `get_config(arg)`; `--config.a.b=VALUE` changes a field. What is left goes to argparse.
-Exit codes: 0 done, 2 the config or a file is wrong, 1 a run could not go on, 75 another process is gone, 130 stopped by the user.
+Exit codes (kdjax/errors.py): 0 done; 1 a run cannot continue; 2 the command line, the config or a file is wrong; 75 work is left, and the
+same command resumes it: SIGTERM, or another process is gone; 130 stopped by Ctrl-C; 141 nobody reads the output.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import difflib
-import importlib.util
 import logging
-import os
-import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-import ml_collections
 
 from kdjax import config as config_lib
-from kdjax import distributed, paths
-from kdjax.config import Config
+from kdjax import distributed, paths, preemption
+from kdjax.config import Config, config_file
 from kdjax.data.files import NO_SPACE
-from kdjax.errors import ConfigError, ProcessLost, TrainingError, UserError
+from kdjax.errors import FAILED, STOPPED, TEMPORARY, WRONG, ConfigError, ProcessLost, TrainingError, UserError
+from kdjax.preemption import Preempted
+from kdjax.runtime import interrupts, progress, streams
+from kdjax.runtime.options import Parser, axis, count, machines, positive, runners, seed, share, temperature, text  # noqa: F401 - of commands
 
 NO_MEMORY = (
   'out of memory: take a smaller model or batch_size, more microbatches, remat=full, or a mesh of more devices'
@@ -45,8 +44,8 @@ def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config
 
 def load_as(kind: type[T], check: Callable[[T], Iterable[str]], spec: str, overrides: Mapping[str, str]) -> T:
   """The same for a config of any kind and what checks it."""
-  path, _, arg = spec.partition(':')
-  config = _get_config(pathlib.Path(paths.expand(path)), arg)
+  path, arg = config_file.split(paths.expand(spec))
+  config = config_file.read(path, arg)
   fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
   unknown = set(config.keys()) - fields
   if len(unknown) > max(3, len(config.keys()) / 2):
@@ -96,17 +95,9 @@ def parse(
   return load(spec, overrides), args
 
 
-def positive(text: str) -> int:
-  """Of an option: a whole number from 1 on."""
-  value = int(text)
-  if value < 1:
-    raise argparse.ArgumentTypeError(f'must be at least 1, got {value}')
-  return value
-
-
 def set_up_logging() -> None:
-  """What kdjax has to say, as lines; of the libraries under it, errors alone. For commands and notebooks."""
-  logging.basicConfig(level=logging.INFO, format='%(message)s')
+  """Print what kdjax logs, as plain lines, and of its libraries only errors. For commands and notebooks."""
+  logging.basicConfig(level=logging.INFO, format='%(message)s', handlers=[progress.Handler()])
   log.setLevel(logging.INFO)  # these two, where a library has set up the root logger before
   for handler in logging.getLogger().handlers:
     handler.setFormatter(logging.Formatter('%(message)s'))
@@ -115,40 +106,54 @@ def set_up_logging() -> None:
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-  """Prints a user's mistakes as lines on stderr, without a traceback, and exits."""
+def user_errors(resumable: bool = False) -> Iterator[None]:
+  """Print a user's mistakes as lines on stderr, without a traceback, and exit with their code.
+
+  Args:
+    resumable: the command leaves on disk what it has done, and resumes it: SIGTERM ends it with TEMPORARY.
+  """
   set_up_logging()
+  streams.make_printable()
   sys.unraisablehook = _unraisable
+  with interrupts.raising(preemption.terminated() if resumable else None), _reporting(), streams.ending_with_reader():
+    yield
+
+
+@contextlib.contextmanager
+def _reporting() -> Iterator[None]:
   try:
     yield
   except TrainingError as e:
-    _exit(e, 1)
+    _exit(e, FAILED)
   except ProcessLost as e:
     _exit_lost(e)
   except UserError as e:
-    _exit(e, 2)
+    _exit(e, WRONG)
   except ImportError as e:
     if not paths.missing_extra(e):
       raise
-    _exit(UserError(f'an object store is named, and {paths.said(e)}'), 2)
+    _exit(UserError(f'an object store is named, and {paths.said(e)}'), WRONG)
   except OSError as e:
     if e.errno is None:
       raise
     where, full = e.filename or 'a file', e.errno in NO_SPACE
-    mend = 'free some disk space and run the same command again' if full else 'mend the path or its permissions'
-    _exit(UserError(f'{where} cannot be used ({e.strerror}); {mend}'), 1 if full else 2)
+    fix = 'free some disk space and run the same command again' if full else 'correct the path or its permissions'
+    _exit(UserError(f'{where} cannot be used ({e.strerror}); {fix}'), FAILED if full else WRONG)
   except MemoryError:
-    _exit(UserError(NO_MEMORY), 1)
+    _exit(UserError(NO_MEMORY), FAILED)
   except (jax.errors.JaxRuntimeError, ValueError) as e:
     what = (str(e).splitlines() or [''])[0][:200]
     if isinstance(e, jax.errors.JaxRuntimeError) and ('RESOURCE_EXHAUSTED' in str(e) or 'Out of memory' in str(e)):
-      _exit(UserError(f'{NO_MEMORY} ({what})'), 1)
+      _exit(UserError(f'{NO_MEMORY} ({what})'), FAILED)
     if not distributed.is_lost(e):
       raise
     _exit_lost(e)
+  except Preempted as e:
+    interrupts.report_end(str(e))
+    sys.exit(e.code)
   except KeyboardInterrupt:
-    print('\nstopped', file=sys.stderr)
-    sys.exit(130)
+    interrupts.report_end('stopped')
+    sys.exit(STOPPED)
 
 
 def _unraisable(what: Any) -> None:
@@ -159,51 +164,12 @@ def _unraisable(what: Any) -> None:
 
 def _exit_lost(error: Exception) -> None:
   what = (str(error).splitlines() or [''])[0][:200]
-  _exit(UserError(f'another process is gone ({what}); {distributed.AGAIN}'), distributed.TEMPORARY)
+  _exit(UserError(f'another process is gone ({what}); {distributed.AGAIN}'), TEMPORARY)
 
 
 def _exit(error: UserError, code: int) -> None:
-  for line in str(error).splitlines():
-    print(line if line.startswith('config error') else f'error: {line}', file=sys.stderr)
-  sys.stderr.flush()
+  with contextlib.suppress(BrokenPipeError):  # nobody reads it: the code is all that is left to say
+    for line in str(error).splitlines():
+      print(line if line.startswith('config error') else f'error: {line}', file=sys.stderr)
+    sys.stderr.flush()
   sys.exit(code)
-
-
-def _get_config(path: pathlib.Path, arg: str) -> ml_collections.ConfigDict:
-  if not path.is_file():
-    folder = path.parent if path.parent.is_dir() else pathlib.Path('.')
-    near = difflib.get_close_matches(path.name, [p.name for p in folder.glob('*.py')], n=1)
-    what = 'is no file' if path.exists() else 'does not exist'
-    raise ConfigError([f'config file {path} {what}' + (f'; did you mean {folder / near[0]}?' if near else '')])
-  spec = importlib.util.spec_from_file_location(f'kdjax_config_{path.stem}', path)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    config = module.get_config(arg or None)
-  except UserError:
-    raise
-  except Exception as e:  # a config file is the user's code: whatever it raises is the user's to mend
-    raise ConfigError([f'{path}: {_where(e, path)}{type(e).__name__}: {" ".join(str(e).split())}']) from None
-  if not isinstance(config, ml_collections.ConfigDict):
-    raise ConfigError(
-      [f'{path}: get_config returned {type(config).__name__}, not a ConfigDict; start from kdjax.config.default()']
-    )
-  return config
-
-
-def _where(error: Exception, path: pathlib.Path) -> str:
-  """'line 12: ', the innermost line of the config file on the way to the error."""
-  line, trace = getattr(error, 'lineno', None), error.__traceback__
-  while trace is not None:
-    if trace.tb_frame.f_code.co_filename == str(path):
-      line = trace.tb_lineno
-    trace = trace.tb_next
-  return f'line {line}: ' if line else ''
-
-
-def set_deterministic() -> None:
-  """Same bits for the same seed on GPU too: XLA's deterministic reductions. To be called before JAX touches a device."""
-  flags = os.environ.get('XLA_FLAGS', '')
-  if 'xla_gpu_deterministic_ops' not in flags:
-    os.environ['XLA_FLAGS'] = f'{flags} --xla_gpu_deterministic_ops=true'.strip()

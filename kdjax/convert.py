@@ -74,11 +74,11 @@ def to_hf(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = cli.Parser(
     prog='python -m kdjax.convert', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   commands = parser.add_subparsers(required=True, metavar='from-hf | to-hf')
-  tokenizer = argparse.ArgumentParser(add_help=False)
+  tokenizer = cli.Parser(add_help=False)
   tokenizer.add_argument(
     '--tokenizer', default='', metavar='PATH', help="another tokenizer's file or folder; default: the model's own"
   )
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
   out = commands.add_parser('to-hf', parents=[tokenizer], help='a run -> a Hugging Face folder')
   out.add_argument('run', metavar='RUN', help='a folder with run.json')
   out.add_argument('out', metavar='OUT', help='a new folder')
-  out.add_argument('--step', type=int, default=0, help='which checkpoint; default: the newest')
+  out.add_argument('--step', type=cli.count, default=0, help='which checkpoint; default: the newest')
   out.add_argument('--dtype', choices=DTYPES, help='of the weights in the files; default: as they are')
   out.add_argument('--shard-size', type=_size, default='5GB', help='of one file, at most; default: 5GB')
   out.add_argument(

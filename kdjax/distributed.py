@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import ctypes
+import functools
+import itertools
 import os
 import re
 import signal
@@ -11,13 +13,16 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from kdjax import preemption
 from kdjax.errors import UserError
+from kdjax.runtime import environment, interrupts, options
 
 T = TypeVar('T')
 
@@ -30,7 +35,6 @@ LOST = re.compile(
 )
 LEFT_BEHIND = 'unset the TPU_* and MEGASCALE_* variables, where they are left behind by an earlier slice, or mend them'
 SIGNALLED = 128  # an exit code above it, as in a shell: ended by signal `code - 128`
-TEMPORARY = 75  # EX_TEMPFAIL: nothing is wrong with the command; launch/supervise.sh starts it again
 
 
 def watch() -> None:
@@ -48,13 +52,20 @@ def watch() -> None:
   if not any(word.partition('=')[0] in ('--distributed', '--coordinator') for word in sys.argv[1:]):
     return
   child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=os.environ | {WATCHED: str(os.getpid())})
-  signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+  signal.signal(signal.SIGTERM, functools.partial(_pass_on, child, itertools.count()))
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal gives it to the child too
   code = child.wait()
   if code < 0:
     print(f'error: {_ended_by(-code)}', file=sys.stderr, flush=True)
     code = SIGNALLED - code
   sys.exit(code)
+
+
+def _pass_on(child: subprocess.Popen, times: Iterator[int], number: int, frame: FrameType | None) -> None:
+  """Hand SIGTERM to the child, whose runtime keeps quiet about it."""
+  if next(times) == 0:
+    interrupts.report(preemption.STOPPING)
+  child.terminate()
 
 
 def _ended_by(number: int) -> str:
@@ -69,8 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   group = parser.add_argument_group('several processes (on a TPU pod --distributed is enough)')
   group.add_argument('--distributed', action='store_true', help='join the processes that the environment describes')
   group.add_argument('--coordinator', metavar='HOST:PORT', help='address of process 0')
-  group.add_argument('--processes', type=int, help='how many there are')
-  group.add_argument('--process', type=int, help='which one this is, from 0')
+  group.add_argument('--processes', type=options.machines, help='how many there are')
+  group.add_argument('--process', type=options.count, help='which one this is, from 0')
 
 
 def check_environment(joins: bool, environment: Mapping[str, str], addresses: Sequence[str]) -> None:
@@ -119,6 +130,7 @@ def _addresses() -> list[str]:
 
 def initialize(args: argparse.Namespace, heartbeat_timeout: int) -> None:
   """Joins the processes, where there are several. To be called before JAX touches a device."""
+  environment.check_xla_flags()
   check_environment(args.distributed or args.coordinator is not None, os.environ, _addresses())
   named = (args.coordinator, args.processes, args.process)
   if any(value is not None for value in named):
@@ -187,8 +199,9 @@ def leaving_at_once() -> Iterator[None]:
       raise
     if not isinstance(e, SystemExit):
       traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError):  # nobody reads it any more
+        stream.flush()
     os._exit(e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1)
 
 

@@ -1,8 +1,14 @@
-"""Errors that a user can cause. Commands print them as one line and exit with code 2."""
+"""Errors that a user can cause, and the codes that commands exit with. Commands print an error as one line."""
+
+FAILED = 1  # a run cannot continue; nothing is gained by starting it again as it is
+WRONG = 2  # the command line, the config or a file is wrong
+TEMPORARY = 75  # EX_TEMPFAIL: work is left, and the same command resumes it
+STOPPED = 130  # 128 + SIGINT: stopped by the user
+NO_READER = 141  # 128 + SIGPIPE: nobody reads the output
 
 
 class UserError(Exception):
-  """What is wrong, where, and how to mend it, in one line."""
+  """What is wrong, where, and how to fix it, in one line."""
 
 
 class ConfigError(UserError):

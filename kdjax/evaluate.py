@@ -34,17 +34,17 @@ DELETING = 25  # looks at a checkpoint that could not be read
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  with distributed.leaving_at_once(), cli.user_errors():
-    parser = argparse.ArgumentParser(
+  with distributed.leaving_at_once(), cli.user_errors(resumable=True):
+    parser = cli.Parser(
       prog='python -m kdjax.evaluate', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--workdir', required=True, help="an experiment's folder, or that of one run in it")
-    parser.add_argument('--step', type=int, default=0, help='the checkpoint; default: the newest')
+    parser.add_argument('--step', type=cli.count, default=0, help='the checkpoint; default: the newest')
     parser.add_argument(
       '--watch', action='store_true', help='score each new checkpoint until the run ends (needs devices of its own)'
     )
     for axis in sharding.AXES:
-      parser.add_argument(f'--{axis}', type=int, default=-1 if axis == 'fsdp' else 1, help=f'devices along {axis}')
+      parser.add_argument(f'--{axis}', type=cli.axis, default=-1 if axis == 'fsdp' else 1, help=f'devices along {axis}')
     distributed.add_arguments(parser)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if args.watch and args.step:

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
           title = ' '.join([name] * (len(named) > 1) + [f'{k + 1}'] * (args.samples > 1))
           if title:
             print(f'--- {title}')
-          for piece in texts(opened, args.prompt, args.max_tokens, sampling, args.seed + k, args.special):
+          for piece in texts(opened, args.prompt, args.max_tokens, sampling, (args.seed + k) % 2**32, args.special):
             print(piece, end='', flush=True)
           print('\n' if title else '')
 
@@ -89,20 +89,26 @@ def _note(opened: pretrained.Opened, max_tokens: int) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = cli.Parser(
     prog='python -m kdjax.generate', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('model', metavar='RUN', help="a run's folder, an experiment's, or a Hugging Face folder")
-  parser.add_argument('prompt', metavar='PROMPT', nargs='?', default='', help='default: the beginning of any document')
-  parser.add_argument('--max-tokens', type=cli.positive, default=128, help='at most so many; default: 128')
-  parser.add_argument('--temperature', type=float, default=1.0, help='0: the likeliest token each time; default: 1')
-  parser.add_argument('--top-k', type=int, default=0, help='draw from so many of the likeliest tokens; default: all')
   parser.add_argument(
-    '--top-p', type=float, default=1.0, help='draw from the likeliest that have this share of the probability'
+    'prompt', metavar='PROMPT', nargs='?', type=cli.text, default='', help='default: the beginning of any document'
   )
-  parser.add_argument('--seed', type=int, default=0, help='the same seed, the same text; default: 0')
+  parser.add_argument('--max-tokens', type=cli.positive, default=128, help='at most so many; default: 128')
+  parser.add_argument(
+    '--temperature', type=cli.temperature, default=1.0, help='0: the likeliest token each time; default: 1'
+  )
+  parser.add_argument(
+    '--top-k', type=cli.count, default=0, help='draw from so many of the likeliest tokens; default: all'
+  )
+  parser.add_argument(
+    '--top-p', type=cli.share, default=1.0, help='draw from the likeliest that have this share of the probability'
+  )
+  parser.add_argument('--seed', type=cli.seed, default=0, help='the same seed, the same text; default: 0')
   parser.add_argument('--samples', type=cli.positive, default=1, help='how many texts, of the seeds that follow')
-  parser.add_argument('--step', type=int, default=0, help='which checkpoint; default: the newest')
+  parser.add_argument('--step', type=cli.count, default=0, help='which checkpoint; default: the newest')
   parser.add_argument(
     '--separator',
     default='',

@@ -13,7 +13,6 @@ Then: python -m kdjax.report --grid=FOLDER
 
 import argparse
 import dataclasses
-import logging
 import re
 import shlex
 import sys
@@ -22,7 +21,7 @@ from collections.abc import Sequence
 
 import jax
 
-from kdjax import cli, distributed, paths, sharding
+from kdjax import backend, cli, distributed, paths, sharding, trackers
 from kdjax.analysis.table import align
 from kdjax.data import fidelity
 from kdjax.data.corpus import prepare
@@ -34,15 +33,13 @@ from kdjax.grids import config as grid_config
 from kdjax.grids.config import GridConfig
 from kdjax.grids.plan import Job
 from kdjax.paths import read_json
-from kdjax.preemption import Preempted
 from kdjax.run import RunFolder
-
-log = logging.getLogger('kdjax')
+from kdjax.runtime import environment
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  with distributed.leaving_at_once(), cli.user_errors():
-    parser = argparse.ArgumentParser(
+  with distributed.leaving_at_once(), cli.user_errors(resumable=True):
+    parser = cli.Parser(
       prog='python -m kdjax.grid', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('command', choices=('plan', 'run', 'status'))
@@ -52,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     group = parser.add_argument_group('run: on many machines, which see the same folder')
     group.add_argument('--executor', choices=executors.EXECUTORS, default='local')
     group.add_argument(
-      '--runners', type=int, default=0, help='how many; ray: as many as there is room for; slurm, print: 1'
+      '--runners', type=cli.runners, default=0, help='how many; ray: as many as there is room for; slurm, print: 1'
     )
     group.add_argument('--resources', default='', help='ray: what a runner takes of a node, as in CPU=2,GPU=1')
     group.add_argument('--address', default='', help="ray: the cluster's; default: RAY_ADDRESS, or one of this machine")
@@ -71,20 +68,18 @@ def main(argv: Sequence[str] | None = None) -> None:
       elsewhere(grid, folder, args, argv)
     else:
       if grid.base.deterministic:
-        cli.set_deterministic()
+        environment.set_deterministic()
       paths.check(args.workdir or grid.runs)
       distributed.initialize(args, grid.base.heartbeat_timeout)
-      try:
-        run(grid, folder, args.cell, args.shard)
-      except Preempted as e:
-        log.info('%s', e)
-        sys.exit(e.code)
+      run(grid, folder, args.cell, args.shard)
 
 
 def run(
   grid: GridConfig, folder: paths.Path, cell: str | None = None, shard: str | None = None, progress: bool = True
 ) -> None:
   """Does what is missing. Raises TrainingError at the end where jobs failed."""
+  backend.devices()
+  trackers.check(grid.base.trackers)
   runner.claim(folder, grid)
   # Hundreds of runs of a few shapes: each shape is compiled once.
   jax.config.update('jax_compilation_cache_dir', str(paths.absolute(grid.runs) / 'compiled'))

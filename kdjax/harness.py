@@ -275,7 +275,7 @@ def _items(samples: list[dict[str, Any]]) -> pd.DataFrame | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = cli.Parser(
     prog='python -m kdjax.harness', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('model', metavar='RUN', help="an experiment's folder, a run's, or a Hugging Face folder")
@@ -286,12 +286,14 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--no-defaults', action='store_true', help="know those alone: quicker than reading the harness's thousands"
   )
-  parser.add_argument('--num-fewshot', type=int, help="examples in the prompt; default: the task's")
+  parser.add_argument('--num-fewshot', type=cli.count, help="examples in the prompt; default: the task's")
   parser.add_argument('--limit', type=cli.positive, help='items of each task, from its front; default: all')
   parser.add_argument('--batch-size', type=cli.positive, default=16, help='rows of the longest window; default: 16')
-  parser.add_argument('--max-length', type=int, default=0, help='tokens seen at once; default: the window of training')
+  parser.add_argument(
+    '--max-length', type=cli.count, default=0, help='tokens seen at once; default: the window of training'
+  )
   parser.add_argument('--gen-kwargs', metavar='K=V,...', help='of generations, e.g. max_gen_toks=64')
-  parser.add_argument('--step', type=int, default=0, help='which checkpoint; default: the newest')
+  parser.add_argument('--step', type=cli.count, default=0, help='which checkpoint; default: the newest')
   parser.add_argument(
     '--separator',
     default='',
@@ -300,7 +302,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('--output', type=paths.expand, metavar='FILE', help='write the results there too, as JSON')
   for axis in sharding.AXES:
-    parser.add_argument(f'--{axis}', type=int, default=-1 if axis == 'fsdp' else 1, help=f'devices along {axis}')
+    parser.add_argument(f'--{axis}', type=cli.axis, default=-1 if axis == 'fsdp' else 1, help=f'devices along {axis}')
   return parser
 
 

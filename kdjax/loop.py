@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +29,7 @@ from kdjax.goodput import Session, goodput
 from kdjax.local import LocalCheckpoints
 from kdjax.losses import fused_loss
 from kdjax.metrics import MetricWriter, Progress, Speed, memory_gib, read_metrics
-from kdjax.preemption import Preempted, stop_signal
+from kdjax.preemption import Preempted, StopRequest, stop_signal
 from kdjax.profiling import Profiler
 from kdjax.run import Heartbeat, RunFolder, claim_all
 from kdjax.step import TrainState, init_state, make_step, state_shardings
@@ -72,12 +71,10 @@ def fit(cohort: Cohort, mesh: Mesh) -> None:
     if cohort.progress and folders[0].writes:
       log.info('%s: %s', cohort.title, goodput(folders[0].path))
     if stopped is not None:
-      preempted = Preempted(
-        f'{cohort.title}: stopped at step {stopped} of {cohort.total_steps}, saved; the same command goes on from there'
+      raise Preempted(
+        f'{cohort.title}: stopped at step {stopped} of {cohort.total_steps} and saved. The same command resumes it.',
+        asked_to_stop.code,
       )
-      interrupted = getattr(asked_to_stop, 'number', 0) == signal.SIGINT
-      preempted.code = 130 if interrupted else 0  # as a shell has it
-      raise preempted
 
 
 def _unfinished(cohort: Cohort) -> Cohort:
@@ -177,7 +174,7 @@ def _train(
   saves: list[Checkpoints],
   local: LocalCheckpoints | None,
   heart: Heartbeat,
-  asked_to_stop,
+  asked_to_stop: StopRequest,
   session: Session,
 ) -> int | None:
   """Trains to the last step, or until asked to stop: then returns the step that it stopped at. Everything is saved."""

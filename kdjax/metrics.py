@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import tqdm
 
 from kdjax import flops, logs, paths
 from kdjax.errors import TrainingError
 from kdjax.models import Model
+from kdjax.runtime import progress
 from kdjax.trackers import KINDS, Csv
 
 log = logging.getLogger('kdjax')
@@ -45,7 +45,7 @@ class MetricWriter:
       self._trackers = [KINDS[name](local, step, about or {}) for name in trackers]
       kept = [line for line, record in _lines(self.path) if record['step'] <= step]
       paths.write_text(local / self.path.name, ''.join(kept))
-      self._file = open(local / self.path.name, 'a')  # noqa: SIM115 - closed by close()
+      self._file = open(local / self.path.name, 'a', encoding='utf-8')  # noqa: SIM115 - closed by close()
 
   def write(self, step: int, values: dict[str, float]) -> None:
     with self._disk():
@@ -138,18 +138,10 @@ def memory_gib() -> float:
 
 
 class Progress:
-  """A bar with rate, ETA and losses; where output is no terminal, a line now and then."""
+  """A bar with rate, ETA and losses; where stderr is not a terminal, a line now and then."""
 
   def __init__(self, title: str, total: int, initial: int = 0, unit: str = 'step', enabled: bool = True):
-    self._bar = tqdm.tqdm(
-      desc=title,
-      total=total,
-      initial=initial,
-      unit=unit,
-      disable=not enabled or jax.process_index() > 0,
-      mininterval=0.5 if sys.stderr.isatty() else 10.0,
-      dynamic_ncols=True,
-    )
+    self._bar = progress.bar(title, total, initial=initial, unit=unit, enabled=enabled and jax.process_index() == 0)
     self._title, self._done, self._total, self._told = title, initial, total, time.monotonic()
 
   def update(self, n: int, **postfix: Any) -> None:

@@ -1,57 +1,122 @@
-"""A run that is asked to stop: by a signal, or by the notice that a preempted machine gives."""
+"""Stop a run on request: of a signal, or of the notice that a preempted machine gives."""
 
 import contextlib
 import itertools
+import logging
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 import jax
 from jax.experimental import multihost_utils
 
+from kdjax.errors import STOPPED, TEMPORARY
+from kdjax.runtime import interrupts
+
+log = logging.getLogger('kdjax')
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOPPING = 'Stopping after this step. The run is saved, and the same command resumes it.'
+AT_ONCE = ' Ctrl-C again: stop at once, unsaved.'
 _ASKED = itertools.count(1)  # how often this process has asked for a preemption notice
 
 
-class Preempted(Exception):
-  """The run was asked to stop; it has saved and goes on with the same command. `code` is for the command to exit with."""
+class Preempted(BaseException):
+  """A command was asked to stop, and has work left, which the same command resumes. Like KeyboardInterrupt it is no error: `except
+  Exception` must not swallow it.
 
-  code = 0
+  Attributes:
+    code: the exit code of the command.
+  """
+
+  def __init__(self, message: str, code: int = TEMPORARY):
+    super().__init__(message)
+    self.code = code
 
 
-class _Asked:
-  """Whether a signal has come, and which."""
+class StopRequest(Protocol):
+  """`request(first, n)` says, after the call of n steps from `first`, whether to stop; all processes get the same answer."""
 
-  number = 0
+  @property
+  def code(self) -> int:
+    """The code that the command is to exit with."""
 
-  def __call__(self, first: int, n: int) -> bool:
-    return self.number != 0
+  def __call__(self, first: int, n: int) -> bool: ...
+
+
+def terminated() -> Preempted:
+  """What SIGTERM raises where a command is not in the middle of training."""
+  return Preempted('Stopped by SIGTERM. The same command resumes what is left.')
+
+
+def check_notice() -> None:
+  """Raise Preempted where a process of several has been told to stop. Called by all of them, between two pieces of work."""
+  if jax.process_count() > 1 and _Notice()(0, 0):
+    raise terminated()
 
 
 @contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[int, int], bool]]:
-  """Says after a call (first step, number of steps) whether the run has been asked to stop, the same on all processes.
+def stop_signal() -> Iterator[StopRequest]:
+  """Yield what says whether the run has been asked to stop.
 
   One process: a handler for SIGTERM and SIGINT; a second SIGINT stops at once. Several: JAX's own preemption notice, which a handler of
   ours would switch off.
   """
   if jax.process_count() > 1:
-    # The processes agree on the number after the greatest that any of them has asked about, and a number that is never asked about is
-    # missed: so the count goes on through all the runs of a process, whatever their steps.
-    yield lambda first, n: multihost_utils.reached_preemption_sync_point(next(_ASKED))
+    yield _Notice()
     return
-  asked = _Asked()
-  if threading.current_thread() is not threading.main_thread():
-    yield lambda first, n: False
+  signals = _Signals()
+  if not interrupts.is_main_thread():
+    yield signals
     return
-
-  def ask(number, frame):
-    if asked.number and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    asked.number = number
-
-  old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+  before = {number: signal.signal(number, signals.take) for number in SIGNALS}
   try:
-    yield asked
+    with interrupts.hearing(signals.hear):
+      yield signals
   finally:
-    for number, handler in old.items():
+    for number, handler in before.items():
       signal.signal(number, handler)
+
+
+class _Notice:
+  """JAX's preemption notice.
+
+  The processes agree on the number after the greatest that any of them has asked about, and a number that is never asked about is missed. So
+  the count is of all questions of a process, whatever its runs and their steps.
+  """
+
+  code = TEMPORARY
+
+  def __call__(self, first: int, n: int) -> bool:
+    return multihost_utils.reached_preemption_sync_point(next(_ASKED))
+
+
+class _Signals:
+  """The signals that have come: as the main thread takes them, and as another one hears them, at once."""
+
+  def __init__(self) -> None:
+    self._taken: list[int] = []
+    self._heard: list[int] = []
+
+  def __call__(self, first: int, n: int) -> bool:
+    return bool(self._taken)
+
+  @property
+  def code(self) -> int:
+    return STOPPED if signal.SIGINT in self._taken else TEMPORARY
+
+  def take(self, number: int, frame) -> None:
+    """Handle a signal in the main thread."""
+    self._taken.append(number)
+    # Of two that came while the main thread was in the compiler, Python hands over one.
+    if number == signal.SIGINT and max(self._taken.count(number), self._heard.count(number)) > 1:
+      raise KeyboardInterrupt
+
+  def hear(self, number: int) -> None:
+    """Report a signal. In a thread of its own: a handler may not print."""
+    if number in SIGNALS:
+      self._heard.append(number)
+      if len(self._heard) == 1:
+        log.warning('%s', STOPPING + AT_ONCE * (number == signal.SIGINT))
+      elif number == signal.SIGINT and self._heard.count(number) > 1:
+        interrupts.leave_within(interrupts.GRACE, 'stopped', STOPPED)

@@ -1,16 +1,20 @@
 """What is told before the first model is trained, not after: models that cannot be made, that do not go together, that do not fit."""
 
+import logging
 import math
 
 import jax
 from jax.sharding import Mesh
 
-from kdjax import pretrained, sharding, teachers
+from kdjax import backend, pretrained, sharding, teachers
 from kdjax.config import Config, StudentConfig, TeacherConfig
 from kdjax.data.corpus import Corpus
 from kdjax.errors import UserError
 from kdjax.models import Model, build
 from kdjax.models.attention import check_backend
+from kdjax.runtime import environment
+
+log = logging.getLogger('kdjax')
 
 
 def check(config: Config, corpus: Corpus, mesh: Mesh) -> None:
@@ -25,6 +29,11 @@ def check(config: Config, corpus: Corpus, mesh: Mesh) -> None:
     teacher = build(teachers.beside(known, student.config))
   check_models(config, mesh, student, teacher)
   check_memory(config, mesh, student, teacher)
+  if config.deterministic and backend.name() == 'gpu' and not environment.is_deterministic():
+    log.warning(
+      'warning: XLA_FLAGS names a file, which is left alone; add --%s=true to it, or two runs of one config differ in their last bits',
+      environment.DETERMINISTIC,
+    )
 
 
 def check_models(

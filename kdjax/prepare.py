@@ -15,18 +15,17 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import tqdm
-
 from kdjax import cli, paths
 from kdjax.data import fidelity, overlap
 from kdjax.data.corpus import Corpus, prepare
+from kdjax.runtime.progress import bar
 
 log = logging.getLogger('kdjax')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  with cli.user_errors():
-    parser = argparse.ArgumentParser(
+  with cli.user_errors(resumable=True):
+    parser = cli.Parser(
       prog='python -m kdjax.prepare', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--no-report', action='store_true', help='build alone: the report reads all tokens again')
@@ -69,11 +68,10 @@ def describe(corpus: Corpus, seconds: float) -> str:
 def report(corpus: Corpus, progress: bool = True) -> dict[str, Any]:
   """Near-duplicates in the training split, and each test set's overlap with it."""
   sets = {'test': corpus.test, 'validation': corpus.validation} | {name: one.test for name, one in corpus.ood.items()}
-  with tqdm.tqdm(
-    total=2 * corpus.train.n_tokens, desc='report', unit='token', unit_scale=True, disable=not progress, leave=False
-  ) as bar:
-    near = overlap.duplicates(corpus.train, bar.update)
-    found = overlap.overlaps(corpus.train, sets, bar.update)
+  total = 2 * corpus.train.n_tokens
+  with bar('report', total, unit='token', unit_scale=True, enabled=progress, leave=False) as tokens:
+    near = overlap.duplicates(corpus.train, tokens.update)
+    found = overlap.overlaps(corpus.train, sets, tokens.update)
   return {'near_duplicates': near, 'overlap': {name: dataclasses.asdict(one) for name, one in found.items()}}
 
 

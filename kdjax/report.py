@@ -34,7 +34,7 @@ log = logging.getLogger('kdjax')
 
 def main(argv: Sequence[str] | None = None) -> None:
   with cli.user_errors():
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
       prog='python -m kdjax.report', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--grid', required=True, help="the grid's folder")

@@ -30,6 +30,7 @@ import jax
 from kdjax import paths
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import OwnedError, TrainingError, UserError
+from kdjax.preemption import Preempted
 
 STATES = ('running', 'done', 'failed', 'preempted')
 BEAT = 2.0  # seconds
@@ -130,9 +131,9 @@ class RunFolder:
   def claim(self, timeout: float) -> None:
     """Makes this process the folder's owner.
 
-    A live owner is one whose heartbeat moves, or whose process still runs on this host. Raises OwnedError for a live one; waits up to
-    `timeout` seconds for the heartbeat of one on another host to stop. Of several that claim at the same moment one creates the file
-    and the others fail: creating a file that must not exist is atomic where file locks are not to be had.
+    A live owner is one whose heartbeat moves, or whose process this one can see and still runs. Raises OwnedError for a live one; waits up
+    to `timeout` seconds for the heartbeat of one on another host, or in another container, to stop. Of several that claim at the same
+    moment one creates the file and the others fail: creating a file that must not exist is atomic where file locks are not to be had.
     """
     self._token = uuid.uuid4().hex
     if not self.writes:
@@ -183,7 +184,8 @@ class RunFolder:
     return number, {}
 
   def _is_gone(self, owner: dict[str, Any], timeout: float) -> bool:
-    if owner.get('host') == socket.gethostname() and owner.get('boot') == boot_id():
+    here = _this_process()
+    if all(owner.get(name) == here[name] for name in ('host', 'boot', 'pids')):
       return _start_time(owner['pid']) != owner.get('started')
     first = (self.status() or {}).get('heartbeat')
     if time.time() - max(first or 0, owner.get('time', 0)) > timeout:
@@ -233,15 +235,20 @@ class Heartbeat:
       self._stop.set()
       self._thread.join()
       if self._status['state'] == 'running':
-        self._status['state'] = 'failed'
-        error = sys.exc_info()[1]
-        self._status['error'] = str(error or '').splitlines()[0] if str(error or '') else type(error).__name__
+        self._fail(sys.exc_info()[1])
       self._write()
       for folder in self._folders:
         folder.release()
 
   def finish(self, state: str) -> None:
     self._status['state'] = state
+
+  def _fail(self, error: BaseException | None) -> None:
+    if isinstance(error, Preempted):
+      self._status['state'] = 'preempted'
+    else:
+      text = (str(error or '').splitlines() or [''])[0]
+      self._status |= {'state': 'failed', 'error': text or type(error).__name__}
 
   def _beat(self) -> None:
     while not self._stop.wait(BEAT):
@@ -282,7 +289,16 @@ def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
 
 
 def _this_process() -> dict[str, Any]:
-  return {'host': socket.gethostname(), 'boot': boot_id(), 'pid': os.getpid(), 'started': _start_time(os.getpid())}
+  """What tells this process from all others, and says who can see it."""
+  where = {'host': socket.gethostname(), 'boot': boot_id(), 'pids': _pid_namespace()}
+  return where | {'pid': os.getpid(), 'started': _start_time(os.getpid())}
+
+
+def _pid_namespace() -> str:
+  """Name the set of processes that this one can see: two containers of one host may have the same name, and each a process 1."""
+  with contextlib.suppress(OSError):
+    return os.readlink('/proc/self/ns/pid')
+  return ''
 
 
 def boot_id() -> str:

@@ -8,6 +8,7 @@ Shapes: B rows, P the prompts' common length, N tokens of a chunk, S tokens that
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ class Sampling:
   top_p: float = 1.0
 
   def __post_init__(self):
-    if not self.temperature >= 0:
+    if not 0 <= self.temperature < math.inf:
       raise UserError(f'temperature: must be 0 (greedy) or above, got {self.temperature:g}')
     if self.top_k < 0:
       raise UserError(f'top_k: must be 0 (all) or a number of tokens, got {self.top_k}')

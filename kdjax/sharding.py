@@ -16,6 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kdjax import backend
 from kdjax.config import MeshConfig
 from kdjax.errors import UserError
 
@@ -46,7 +47,7 @@ _ROWS: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar('rows', 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None, flags: str = '--config.mesh.*') -> Mesh:
   """A (replica, fsdp, tensor) mesh over all devices. Raises UserError where the shape does not fit their number; `flags` set it."""
-  devices = jax.devices() if devices is None else devices
+  devices = backend.devices() if devices is None else devices
   shape = [config.replica, config.fsdp, config.tensor]
   known = math.prod(n for n in shape if n > 0)
   if -1 in shape and len(devices) % known == 0:
@@ -61,6 +62,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None, flags
 
 def one_device() -> Mesh:
   """A mesh of this process's first device."""
+  backend.devices()  # says what is wrong where there is none
   return make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
 
 

@@ -5,13 +5,15 @@
 import contextlib
 import csv
 import importlib
+import inspect
 import io
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import jax
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
@@ -80,7 +82,7 @@ class Csv:
       self._file.close()
 
   def _read(self) -> list[dict[str, Any]]:
-    with self._path.open(newline='') as f:
+    with self._path.open(newline='', encoding='utf-8') as f:
       reader = csv.DictReader(f)
       self._columns = list(reader.fieldnames or self._columns)
       return [row for row in reader if _whole(row)]
@@ -88,8 +90,8 @@ class Csv:
   def _anew(self, rows: Sequence[dict[str, Any]]) -> None:
     """The whole file, old or new: a kill leaves one of them."""
     with paths.replacing(self._path) as temporary:
-      temporary.write_text(','.join(self._columns) + '\n' + self._text(rows))
-    self._file = self._path.open('a', newline='')
+      temporary.write_text(','.join(self._columns) + '\n' + self._text(rows), encoding='utf-8')
+    self._file = self._path.open('a', newline='', encoding='utf-8')
 
   def _text(self, rows: Sequence[dict[str, Any]]) -> str:
     out = io.StringIO()
@@ -103,16 +105,17 @@ class Wandb:
   def __init__(self, folder: pathlib.Path, step: int, about: dict[str, Any]):
     wandb = importlib.import_module('wandb')
     known = about.get('config', {})
-    self._run = wandb.init(
-      project=os.environ.get('WANDB_PROJECT', 'kdjax'),
-      id=about['id'],
-      name=about['name'],
-      group=about['group'],
-      config=known,
-      dir=str(folder),
-      resume='allow',
-      reinit='create_new',  # the students of a cohort are runs side by side
-    )
+    with _wandb_errors(wandb):
+      self._run = wandb.init(
+        project=os.environ.get('WANDB_PROJECT', 'kdjax'),
+        id=about['id'],
+        name=about['name'],
+        group=about['group'],
+        config=known,
+        dir=str(folder),
+        resume='allow',
+        reinit='create_new',  # the students of a cohort are runs side by side
+      )
     self._run.define_metric('*', step_metric='step')  # a step that is done again after a restart may be told again
 
   def write(self, step: int, values: dict[str, float]) -> None:
@@ -125,16 +128,39 @@ class Wandb:
     self._run.finish()
 
 
+WITHOUT_KEY = ('offline', 'dryrun', 'disabled')  # modes
+KEY = 'run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline, which keeps the records on this machine'
 KINDS: dict[str, type] = {'tensorboard': TensorBoard, 'csv': Csv, 'wandb': Wandb}
 
 
 def check(names: Sequence[str]) -> None:
-  """Raises UserError where a tracker's package is not there: before the training, not in it."""
+  """Raise UserError where a tracker cannot work: before anything is built or trained. Only process 0 has trackers, and so needs a key."""
   if 'wandb' in names:
     try:
-      importlib.import_module('wandb')
+      wandb = importlib.import_module('wandb')
     except ImportError:
       raise UserError("trackers: the package wandb is not installed; run: pip install 'kdjax[wandb]'") from None
+    if jax.process_index() == 0:
+      _check_login(wandb)
+
+
+def _check_login(wandb: Any) -> None:
+  """Ask wandb itself for its key (environment, netrc, settings) and its server whether the key is good. No prompt: a job has nobody to answer."""
+  with _wandb_errors(wandb):
+    if wandb.setup().settings.mode in WITHOUT_KEY:
+      return
+    silent = {'prompt': False} if 'prompt' in inspect.signature(wandb.login).parameters else {}
+    if wandb.login(verify=True, **silent):
+      return
+  raise UserError(f'trackers: wandb has no API key; {KEY}')
+
+
+@contextlib.contextmanager
+def _wandb_errors(wandb: Any) -> Iterator[None]:
+  try:
+    yield
+  except (wandb.Error, ValueError) as e:  # its settings are checked by pydantic, whose error is a ValueError
+    raise UserError(f'trackers: wandb cannot be used ({" ".join(str(e).split())[:200]}); {KEY}') from None
 
 
 def _whole(row: dict[str, Any]) -> bool:

@@ -7,13 +7,12 @@ Started again, it goes on from the newest good checkpoints; where all is done it
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 
 import jax
 
-from kdjax import cli, distributed, logs, paths, preflight, pretrained, profiling, sharding, trackers, training
+from kdjax import backend, cli, distributed, logs, paths, preflight, pretrained, profiling, sharding, trackers, training
 from kdjax import config as config_lib
 from kdjax.analysis import figures, table
 from kdjax.config import Config
@@ -23,15 +22,13 @@ from kdjax.errors import UserError
 from kdjax.evals import choices
 from kdjax.evals import job as jobs
 from kdjax.paths import read_json, write_json
-from kdjax.preemption import Preempted
 from kdjax.run import RunFolder
-
-log = logging.getLogger('kdjax')
+from kdjax.runtime import environment
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  with distributed.leaving_at_once(), cli.user_errors():
-    parser = argparse.ArgumentParser(
+  with distributed.leaving_at_once(), cli.user_errors(resumable=True):
+    parser = cli.Parser(
       prog='python -m kdjax.train', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--profile', metavar='STEPS', help='trace these steps of the students: FIRST-LAST, or how many')
@@ -40,14 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, args = cli.parse(parser, sys.argv[1:] if argv is None else argv, cli.load_config)
     window = profiling.parse(args.profile) if args.profile else None
     if config.deterministic:
-      cli.set_deterministic()
+      environment.set_deterministic()
     paths.check(args.workdir or config.runs)
     distributed.initialize(args, config.heartbeat_timeout)
-    try:
-      run(config, paths.of_runs(args.workdir) if args.workdir else None, profile=window)
-    except Preempted as e:
-      log.info('%s', e)
-      sys.exit(e.code)
+    run(config, paths.of_runs(args.workdir) if args.workdir else None, profile=window)
 
 
 def run(
@@ -57,8 +50,9 @@ def run(
   profile: profiling.Window | None = None,
 ) -> paths.Path:
   """Trains, evaluates and prints; returns the experiment's folder."""
-  config = pretrained.adopted(config)
+  backend.devices()
   trackers.check(config.trackers)
+  config = pretrained.adopted(config)
   name = f'{config.name}-{config_lib.fingerprint(training.experiment(config))}'
   folder = paths.of_runs(workdir) if workdir else paths.of_runs(config.runs) / name
   origin = _claim_experiment(folder, config)

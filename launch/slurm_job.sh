@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The batch script that launch/slurm.sh submits: starts a process for every GPU, and puts the job back into the queue where work is left.
 #
-# Each process runs under launch/supervise.sh, which turns "saved after a SIGTERM" into code 75: Slurm tells the processes, and not this script,
-# that the time is nearly over or that the job is preempted. So what is left to judge here is one code. 0, 1 and 2 end the job, as does what
-# stops it on purpose (launch/slurm.sh stop, scancel); anything else is started again, at most RESTARTS times (default 100).
+# Near the end of the time, or when the job is preempted, Slurm sends SIGTERM to the processes and not to this script. They save and exit with 75.
+# The codes 0, 1, 2 and 130 end the job, as does what stops it on purpose (launch/slurm.sh stop, scancel). After any other code the job goes back
+# into the queue, at most RESTARTS times (default 100).
 # Where Slurm itself puts the job back (a lost node, a preemption without grace), --requeue is enough.
 #
 #SBATCH --requeue
@@ -20,7 +20,7 @@ rm -f "$folder/reason"
 trap : TERM # where this script is told too, it waits for the processes all the same
 # One process for each GPU, all of a node's in sight of each: JAX takes from Slurm the number of tasks, and as its GPU the one of its number on the node.
 # A process that ended must not take the others with it: they may be saving. Those that are left alone notice, and end.
-RESTARTS=0 STOPPED=75 REASON=$folder/reason srun --label --kill-on-bad-exit=0 --wait=600 \
+RESTARTS=0 REASON=$folder/reason srun --label --kill-on-bad-exit=0 --wait=600 \
   ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} launch/supervise.sh python -m kdjax.train --distributed "$@"
 code=$?
 

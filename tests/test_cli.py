@@ -5,10 +5,15 @@ import pathlib
 import subprocess
 import sys
 
+import ml_collections
 import pytest
 
 from kdjax import cli, train
+from kdjax import config as config_lib
 from kdjax.errors import ConfigError, TrainingError, UserError
+from kdjax.grids import config as grid_config
+from kdjax.grids.config import GridConfig
+from kdjax.preemption import Preempted
 from tests import tiny
 
 REPO = pathlib.Path(__file__).parents[1]
@@ -165,11 +170,120 @@ def test_get_config_without_an_argument_is_refused(tmp_path):
   assert 'get_config' in found
 
 
-def test_a_config_file_may_exit(tmp_path):
-  """`sys.exit` in the user's code is no error that is swallowed, and no traceback either."""
-  path = write(tmp_path / 'mine.py', 'import sys\ndef get_config(arg=None):\n  sys.exit(3)\n')
-  with pytest.raises(SystemExit):
-    cli.load_config(str(path))
+def test_a_config_file_that_exits_is_refused(tmp_path):
+  """The code of the user's exit would be taken for ours: 0 is "done", 1 "cannot continue"."""
+  path = write(tmp_path / 'mine.py', 'import sys\ndef get_config(arg=None):\n  sys.exit(0)\n')
+  assert load_error(path) == [f'{path}: line 3: SystemExit: 0']
+
+
+@pytest.mark.parametrize('name', ['mine.yaml', 'mine', 'mine.json', 'mine.PY', 'mine.pyc', '.py'])
+def test_a_file_that_is_not_python_by_its_name_is_refused_in_one_line(tmp_path, name):
+  write(tmp_path / name, 'student:\n  alpha: 0.4\n')
+  write(tmp_path / 'mine.py', '')
+  (found,) = load_error(tmp_path / name)
+  assert found.startswith(f'config file {tmp_path / name} is not a Python file: its name must end in .py')
+  assert name == '.py' or f'did you mean {tmp_path / "mine.py"}?' in found
+
+
+@pytest.mark.parametrize(
+  ('body', 'words'),
+  [
+    ('', 'has no function get_config; write def get_config(arg=None)'),
+    ('get_config = 3', 'has no function get_config'),
+    ('def get_config(): ...', 'get_config must take one argument; write def get_config(arg=None)'),
+    ('def get_config(a, b): ...', 'get_config must take one argument'),
+    ('def get_config(*, arg=None): ...', 'get_config must take one argument'),
+    ('def get_config(arg=None): return arg.x', "line 1: AttributeError: 'NoneType' object has no attribute 'x'"),
+    ('def get_config(arg=None): return get_config(arg)', 'RecursionError: '),
+  ],
+)
+def test_a_get_config_that_cannot_be_called_is_refused_by_what_is_wrong_with_it(tmp_path, body, words):
+  path = write(tmp_path / 'mine.py', body)
+  (found,) = load_error(path)
+  assert found.startswith(f'{path}: ') and words in found and '\n' not in found
+
+
+def test_a_config_file_is_read_anew_though_its_size_and_its_second_are_the_same(tmp_path):
+  path = tmp_path / 'mine.py'
+  for alpha in (0.1, 0.2):
+    write(
+      path,
+      f'from kdjax import config\ndef get_config(a=None):\n  c = config.default()\n  c.student.alpha = {alpha}\n  return c',
+    )
+    os.utime(path, (1e9, 1e9))
+    assert cli.load_config(str(path)).student.alpha == alpha
+  assert [p.name for p in tmp_path.iterdir()] == ['mine.py']
+
+
+def test_a_config_file_may_have_a_colon_in_its_name_and_a_dataclass(tmp_path):
+  text = """
+from __future__ import annotations
+import dataclasses
+from kdjax import config
+
+@dataclasses.dataclass
+class Mine:
+  alpha: float = 0.3
+
+def get_config(arg=None):
+  c = config.default()
+  c.student.alpha = Mine().alpha
+  return c
+"""
+  assert cli.load_config(str(write(tmp_path / 'a:b.py', text))).student.alpha == 0.3
+
+
+LEAVES = ['../../x', '/abs', '', ' ', '.', '..', 'a/b', 'a\\b', 'a\0b', 'a\nb', 'x' * 300, 'é' * 100, 'a\udce9b']
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_a_name_that_would_lead_out_of_the_runs_folder_is_refused_with_all_other_mistakes(name):
+  problems = load_error(CONFIG, {'name': name, 'student.alpha': '2'})
+  assert len(problems) == 2 and problems[0].startswith('name: must ') and problems[1].startswith('student.alpha: ')
+  grid = REPO / 'configs' / 'grid.py'
+  with pytest.raises(ConfigError) as e:
+    cli.load_as(GridConfig, grid_config.problems, str(grid), {'name': name})
+  assert [p for p in e.value.problems if p.startswith('name: must ')]
+
+
+@pytest.mark.parametrize('name', ['weak2strong', 'it is [v1], two', '.hidden', '-x', 'ünï', '~x', 'x' * 150])
+def test_any_other_name_is_taken(name):
+  assert cli.load_config(CONFIG, {'name': name}).name == name
+
+
+@pytest.mark.parametrize('section', ['ood', 'tasks'])
+@pytest.mark.parametrize('name', ['a/b', '-x', 'a\nb', 'x' * 200, 'lm-eval-x', 'in-domain', 'OOD mean'])
+def test_names_of_sets_are_checked_with_all_other_mistakes(section, name):
+  config = config_lib.default()
+  config.student.alpha = 2.0
+  config.eval[section] = ml_collections.ConfigDict({name: 'a.jsonl'})
+  with pytest.raises(ConfigError) as e:
+    config_lib.resolve(config)
+  assert [p for p in e.value.problems if p.startswith(f'eval.{section}') and repr(name)[1:-1] in p]
+  assert [p for p in e.value.problems if p.startswith('student.alpha')]
+
+
+@pytest.mark.parametrize(
+  'value', ['99999999999999999999', '-99999999999999999999', '1e30', '9' * 500, 'nan', 'inf', '1e400', '-1e400']
+)
+@pytest.mark.parametrize(
+  'field',
+  ['student.tokens', 'teacher.model.n_layers', 'checkpoint.every', 'data.split_seed', 'teacher.trunk', 'student.slice'],
+)
+def test_numbers_that_no_machine_holds_are_one_line(field, value):
+  problems = load_error(CONFIG, {field: value})
+  assert [p for p in problems if field in p] and all(len(p) < 400 and '\n' not in p for p in problems)
+
+
+@pytest.mark.parametrize('value', [10**5000, -(10**5000), 10**400, float('nan')], ids=['5001', '-5001', '401', 'nan'])
+def test_such_numbers_in_a_config_file_are_one_line_too(value):
+  config = config_lib.default()
+  with config.student.unlocked(), config.student.ignore_type(), config.ignore_type():
+    config.student.tokens = value
+  with pytest.raises(ConfigError) as e:
+    config_lib.resolve(config)
+  (problem,) = e.value.problems
+  assert problem.startswith('student.tokens: expected ') and len(problem) < 400
 
 
 def test_a_config_file_that_drops_fields_gets_their_defaults(tmp_path):
@@ -190,7 +304,8 @@ def test_an_override_of_a_section_that_a_config_file_dropped_is_taken(tmp_path):
     (UserError('the file is gone'), 2, 'error: the file is gone'),
     (ConfigError(['a: wrong', 'b: wrong']), 2, 'config error: a: wrong\nconfig error: b: wrong'),
     (TrainingError('not finite'), 1, 'error: not finite'),
-    (KeyboardInterrupt(), 130, '\nstopped'),
+    (KeyboardInterrupt(), 130, 'stopped'),
+    (Preempted('work is left'), 75, 'work is left'),
   ],
 )
 def test_exit_codes(error, code, line, capsys):
@@ -203,19 +318,6 @@ def test_exit_codes(error, code, line, capsys):
 def test_a_programming_error_keeps_its_traceback():
   with pytest.raises(ZeroDivisionError), cli.user_errors():
     _ = 1 / 0
-
-
-def test_deterministic_flags_are_added_once(monkeypatch):
-  monkeypatch.setenv('XLA_FLAGS', '--xla_a=1')
-  cli.set_deterministic()
-  cli.set_deterministic()
-  assert os.environ['XLA_FLAGS'].split() == ['--xla_a=1', '--xla_gpu_deterministic_ops=true']
-
-
-def test_the_users_own_determinism_flag_is_kept(monkeypatch):
-  monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_deterministic_ops=false')
-  cli.set_deterministic()
-  assert os.environ['XLA_FLAGS'] == '--xla_gpu_deterministic_ops=false'
 
 
 def test_a_process_with_mistakes_exits_with_2_and_one_line_each(tmp_path):

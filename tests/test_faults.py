@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from kdjax import distributed
+from kdjax.errors import TEMPORARY
 from kdjax.run import RunFolder
 from tests import runs, several
 
@@ -58,7 +59,7 @@ def assert_all_ended_with_a_line(processes, victim):
   """Within a minute, none in the dark."""
   runs.finish(*processes, timeout=60)
   for process in (p for k, p in enumerate(processes) if k != victim):
-    assert process.returncode in (128 + signal.SIGABRT, distributed.TEMPORARY)
+    assert process.returncode in (128 + signal.SIGABRT, TEMPORARY)
     told = [line for line in runs.errors(process).splitlines() if line.startswith('error: ')]
     assert len(told) == 1 and 'gone' in told[0] and distributed.AGAIN in told[0]
     assert 'Traceback' not in runs.errors(process)
@@ -93,7 +94,7 @@ def test_told_to_stop_all_save_at_one_step_and_one_process_goes_on(home, undistu
     processes[-1].send_signal(signal.SIGTERM)  # one of them alone: the others are told
     time.sleep(5)
   several.done(*processes)
-  assert 'saved; the same command goes on from there' in runs.errors(processes[0])
+  assert 'saved. The same command resumes it.' in runs.errors(processes[0])
   folders = several.trained(workdir, ARMS)
   (step,) = {runs.leaves(folder)['step'] for folder in folders}
   assert 25 <= step < 60

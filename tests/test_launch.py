@@ -231,7 +231,7 @@ file.write_text('x' * (n + 1))
 """
 
 
-@pytest.mark.parametrize('code', [0, 1, 2])
+@pytest.mark.parametrize('code', [0, 1, 2, 130])
 def test_what_is_done_or_wrong_is_not_started_again(tmp_path, code):
   run = supervised(f'{COUNT}sys.exit({code})', str(tmp_path / 'count'))
   run.communicate(timeout=60)
@@ -239,7 +239,7 @@ def test_what_is_done_or_wrong_is_not_started_again(tmp_path, code):
   assert (tmp_path / 'count').read_text() == 'x'
 
 
-@pytest.mark.parametrize('how', ['os.kill(os.getpid(), signal.SIGKILL)', 'os.abort()', 'os._exit(77)'])
+@pytest.mark.parametrize('how', ['os.kill(os.getpid(), signal.SIGKILL)', 'os.abort()', 'os._exit(77)', 'os._exit(75)'])
 def test_what_was_killed_is_started_again(tmp_path, how):
   run = supervised(f'{COUNT}{how} if n < 3 else sys.exit(0)', str(tmp_path / 'count'))
   _, error = run.communicate(timeout=60)
@@ -254,24 +254,26 @@ def test_it_gives_up_in_the_end(tmp_path):
   assert (tmp_path / 'count').read_text() == 'xxx'
 
 
-def test_a_cluster_that_does_the_starting_again_is_told_that_work_is_left(tmp_path):
+@pytest.mark.parametrize(('last', 'restarts'), [(75, 0), (75, 100), (0, 100)])
+def test_a_command_that_was_told_to_stop_ends_with_its_own_code(tmp_path, last, restarts):
+  """75: work is left; 0: that was the last step."""
   code = f"""{COUNT}
 import time
-signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+signal.signal(signal.SIGTERM, lambda *_: os._exit({last}))
 file.write_text('ready')
 time.sleep(60)
 """
-  run = supervised(code, str(tmp_path / 'count'), restarts=0, STOPPED='75')
+  run = supervised(code, str(tmp_path / 'count'), restarts=restarts)
   wait_for(tmp_path / 'count', 'ready')
   run.send_signal(signal.SIGTERM)
   _, error = run.communicate(timeout=60)
-  assert run.returncode == 75 and not error
+  assert run.returncode == last and not error
 
 
 @pytest.mark.parametrize(('code', 'reason'), [(0, None), (1, '1'), (2, '2'), (75, None)])
 def test_a_reason_to_end_is_written_down_where_the_code_alone_would_be_lost(tmp_path, code, reason):
   file = tmp_path / 'reason'
-  run = supervised(f'import os; os._exit({code})', restarts=0, STOPPED='75', REASON=str(file))
+  run = supervised(f'import os; os._exit({code})', restarts=0, REASON=str(file))
   _, error = run.communicate(timeout=60)
   assert run.returncode == code and not error
   assert (file.read_text().strip() if file.exists() else None) == reason

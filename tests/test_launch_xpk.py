@@ -52,7 +52,7 @@ def test_a_sigterm_reaches_the_command_through_xpks_shell(tmp_path):
   (command,) = (word.removeprefix('--command=') for word in words('xpk_run') if word.startswith('--command='))
   python = tmp_path / 'python'
   python.write_text("""#!/usr/bin/env bash
-trap 'exit 0' TERM
+trap 'exit 75' TERM
 printf '%s\\n' "$@" >"$OUT"
 for ((i = 0; i < 300; i++)); do sleep 0.1; done
 """)

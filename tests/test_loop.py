@@ -237,8 +237,9 @@ def test_too_many_steps_that_are_not_finite_stop_the_run_and_its_last_checkpoint
 def test_a_signal_stops_the_run_saved_and_it_goes_on_bit_identically(home, undisturbed, tmp_path, monkeypatch, number):
   before = signal.getsignal(number)
   with at_step(monkeypatch, 7, lambda: os.kill(os.getpid(), number)):
-    with pytest.raises(Preempted, match='stopped at step 8 of 12, saved; the same command goes on'):
+    with pytest.raises(Preempted, match='stopped at step 8 of 12 and saved') as e:
       fit(home, tmp_path / 'r')
+  assert e.value.code == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
   assert signal.getsignal(number) is before
   for student in students(tmp_path / 'r'):
     assert RunFolder(student).status()['state'] == 'preempted'

@@ -8,10 +8,13 @@ from typing import Any
 from kdjax.config.schema import Config, DataConfig, EvalConfig, StudentConfig, TeacherConfig
 
 MAX_STEPS = 10_000_000
+LONGEST_NAME = 150  # bytes: a file's whole name has at most 255
+SET_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]*')  # of sets, which name files
 MIXINGS = ('normalised', 'ce_plus_alpha_kd', 'one_minus_alpha_ce_plus_kd')
 TRACKERS = ('tensorboard', 'csv', 'wandb')
 ARMS = ('baseline', 'distilled', 'unigram')
 OWN_SETS = ('in-domain', 'validation')  # of every corpus
+HARNESS_SETS = 'lm-eval-'  # how the names of sets begin that the harness has scored
 CHOICES = {
   'scale': ('laptop', 'colab', 'paper'),
   'model.dtype': ('auto', 'float32', 'bfloat16'),
@@ -106,6 +109,7 @@ def problems(config: Config) -> Iterator[str]:
     if (leaf in POSITIVE or key in POSITIVE) and value <= 0:
       yield f'{key}: must be above 0, got {value:g}'
   student, teacher, data, loss = config.student, config.teacher, config.data, config.loss
+  yield from folder_problems('name', config.name)
   if not config.runs.strip():
     yield 'runs: must name a folder'
   if data.separator and data.tokenizer in ('bpe', 'bytes'):
@@ -170,17 +174,33 @@ def problems(config: Config) -> Iterator[str]:
     yield 'mesh: only one axis can be -1 (what is left)'
 
 
+def folder_problems(key: str, name: str) -> Iterator[str]:
+  """Names of folders in `runs`: a name that is a path would lead out of it."""
+  if not name.strip() or name in ('.', '..'):
+    yield f'{key}: must name a folder, got {name!r}'
+  elif re.search(r'[/\\\x00-\x1f\x7f\ud800-\udfff]', name):
+    yield f'{key}: must be the name of one folder, without "/", "\\" and control characters, got {name!r}; `runs` says where it is'
+  elif len(name.encode()) > LONGEST_NAME:
+    yield f'{key}: must have at most {LONGEST_NAME} bytes, got {len(name.encode())}'
+
+
 def set_problems(evals: EvalConfig) -> Iterator[str]:
-  """Names of sets: results are told apart by them."""
+  """Names of sets: results are told apart by them, and they name files."""
   for section, names in (('ood', evals.ood), ('tasks', evals.tasks)):
     for name in names:
       if name in OWN_SETS:
         yield f'eval.{section}.{name}: that is the name of a set of data.source; take another'
+      if not SET_NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        kind = {'ood': 'set', 'tasks': 'task'}[section]
+        yield (
+          f'eval.{section}: a {kind} is named {name!r}; use at most {LONGEST_NAME} letters, digits, "_", "-" and "." '
+          '(it names files), a letter or digit first'
+        )
+      if name.startswith(HARNESS_SETS):
+        yield f'eval.{section}.{name}: names that begin with {HARNESS_SETS} are for the results of kdjax.harness; take another'
   for name, path in evals.tasks.items():
     if name in evals.ood:
       yield f'eval.tasks.{name}: eval.ood has a set of that name; take another'
-    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]*', name):
-      yield f'eval.tasks: a task is named {name!r}; use letters, digits, "_", "-" and "." (it names files)'
     if not path.strip():
       yield f'eval.tasks.{name}: must name a file of JSON lines, got {path!r}'
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-import math
+import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -14,6 +14,7 @@ from kdjax.config.schema import Config, ModelConfig, as_dict
 from kdjax.errors import ConfigError
 
 T = typing.TypeVar('T')
+LARGEST = sys.float_info.max
 
 
 def default(config: Any = Config()) -> ml_collections.ConfigDict:
@@ -53,8 +54,8 @@ def override(config: ml_collections.ConfigDict, overrides: Mapping[str, str], ki
       continue
     try:
       value = _parse(text, annotation)
-    except ValueError:
-      problems.append(f'--config.{key}: expected {_type_name(annotation)}, got {text!r}')
+    except ValueError as e:
+      problems.append(f'--config.{key}: expected {_expected(annotation, e)}, got {_shown(text)}')
       continue
     node = config
     for name in parent.split('.') if parent else ():
@@ -110,12 +111,12 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str
       if isinstance(value, Mapping):
         built[name] = _build(typing.cast(type, annotation), value, f'{prefix}{name}.', problems)
       else:
-        problems.append(f'{prefix}{name}: expected a section with fields, got {value!r}')
+        problems.append(f'{prefix}{name}: expected a section with fields, got {_shown(value)}')
       continue
     try:
       built[name] = _convert(value, annotation)
-    except ValueError:
-      problems.append(f'{prefix}{name}: expected {_type_name(annotation)}, got {value!r}')
+    except ValueError as e:
+      problems.append(f'{prefix}{name}: expected {_expected(annotation, e)}, got {_shown(value)}')
   return cls(**built)
 
 
@@ -131,15 +132,17 @@ def _convert(value: Any, annotation: Any) -> Any:
       raise ValueError
     return tuple(_convert(v, kind) for v, kind in zip(value, kinds, strict=True))
   if origin is dict:
-    if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
+    if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in (*value, *value.values())):
       raise ValueError
     return dict(value)
   if annotation is float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
       raise ValueError
     return float(value)
   if annotation is int and isinstance(value, float) and value.is_integer():
-    return int(value)  # 1e9 tokens
+    value = int(value)  # 1e9 tokens
+  if annotation is int and isinstance(value, int) and abs(value) >= 2**63:
+    raise _TooLarge
   if isinstance(value, annotation) and not (annotation is int and isinstance(value, bool)):
     return value
   raise ValueError
@@ -164,8 +167,25 @@ def _parse(text: str, annotation: Any) -> Any:
   return _convert(tuple(_parse(item, kinds[0]) for item in items), annotation)
 
 
+def _shown(value: Any) -> str:
+  """The value in a message: its beginning, where it is long."""
+  try:
+    text = repr(value)
+  except ValueError:  # more digits than Python prints
+    return f'a number of {value.bit_length()} bits'
+  return text if len(text) <= 200 else f'{text[:197]}...'
+
+
 def _bad() -> typing.NoReturn:
   raise ValueError
+
+
+class _TooLarge(ValueError):
+  """A whole number that no 64 bits hold."""
+
+
+def _expected(annotation: Any, error: ValueError) -> str:
+  return 'whole numbers below 2^63' if isinstance(error, _TooLarge) else _type_name(annotation)
 
 
 def _type_name(annotation: Any) -> str:

@@ -18,6 +18,7 @@ from kdjax.data.records import NullText
 from kdjax.data.sources import documents, mixture
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
+from kdjax.runtime import progress as progress_lib
 
 log = logging.getLogger('kdjax')
 
@@ -157,4 +158,4 @@ def _report_mixture(names: tuple[str, ...], parts: list[dict[str, int]], mixed: 
 
 def bar(title: str, progress: bool, total: int | None = None) -> tqdm.tqdm:
   """A progress bar of bytes."""
-  return tqdm.tqdm(desc=title, total=total, unit='B', unit_scale=True, disable=not progress, leave=False)
+  return progress_lib.bar(title, total, unit='B', unit_scale=True, enabled=progress, leave=False)

@@ -14,9 +14,9 @@ import pandas as pd
 from jax.sharding import Mesh
 
 from kdjax import config as config_lib
-from kdjax import distributed, paths, teachers
+from kdjax import distributed, paths, preemption, teachers
 from kdjax.checkpoint import Checkpoints, steps_in
-from kdjax.config import Config
+from kdjax.config import Config, checks
 from kdjax.data.corpus import Corpus, EvalSet
 from kdjax.data.wanted import Origin
 from kdjax.errors import UserError
@@ -33,7 +33,7 @@ log = logging.getLogger('kdjax')
 
 VERSION = 3  # of what a result means; part of its fingerprint
 IN_DOMAIN = 'in-domain'
-HARNESS = 'lm-eval-'  # how the names of sets begin that kdjax.harness has scored
+HARNESS = checks.HARNESS_SETS
 VALIDATION = 'validation'  # the in-domain validation split as a set of its own: scored only where it is named
 
 
@@ -183,6 +183,7 @@ def score_missing(
   with contextlib.closing(bar):
     for task, wanted in zip(tasks, missing, strict=True):
       if wanted:
+        preemption.check_notice()
         if isinstance(task.eval_set, ChoiceSet):
           table, meta = _score_choices(task, models, job, mesh, bar)
         else:

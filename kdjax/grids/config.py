@@ -131,6 +131,7 @@ class GridConfig:
 def problems(grid: GridConfig) -> Iterator[str]:
   """What is wrong with a grid whose fields and types are right."""
   yield from (f'base.{problem}' for problem in checks.problems(grid.base))
+  yield from checks.folder_problems('name', grid.name)
   for field, path in (('teacher.run', grid.base.teacher.run), ('student.init', grid.base.student.init)):
     if path:
       yield f'base.{field}: a grid trains its teachers and students from the start; leave it empty'

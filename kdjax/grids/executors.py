@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from typing import Any
 
 from kdjax import paths
 from kdjax.distributed import WATCHED
-from kdjax.errors import TrainingError, UserError
+from kdjax.errors import TEMPORARY, TrainingError, UserError
 
 log = logging.getLogger('kdjax')
 
@@ -49,8 +50,10 @@ def resources(text: str) -> dict[str, float]:
   found: dict[str, float] = {}
   for part in filter(None, text.split(',')):
     name, equals, value = part.partition('=')
-    if not equals or not re.fullmatch(r'\d+(\.\d+)?', value) or not name.strip():
-      raise UserError(f'--resources={text}: write NAME=NUMBER, separated by commas, as in --resources=CPU=2,GPU=1')
+    if not equals or not re.fullmatch(r'\d{1,9}(\.\d{1,9})?', value) or not float(value) or not name.strip():
+      raise UserError(
+        f'--resources={text}: write NAME=NUMBER, with numbers above 0, separated by commas, as in --resources=CPU=2,GPU=1'
+      )
     found[name.strip()] = float(value)
   return found
 
@@ -64,8 +67,7 @@ def printed(work: Work, runners: int) -> str:
 def slurm_script(work: Work, runners: int, options: Sequence[str]) -> str:
   """The batch script of an array of runners.
 
-  Slurm tells a runner before its time is over (or it is preempted); it saves and ends with 0, as one does that finds all done. Which of the two
-  it was, the grid's status says; a runner with work left goes back into the queue.
+  Slurm tells a runner before its time is over (or it is preempted). It saves and exits with TEMPORARY, and then goes back into the queue.
   """
   ask = [
     f'--job-name={work.name}',
@@ -76,7 +78,6 @@ def slurm_script(work: Work, runners: int, options: Sequence[str]) -> str:
     '--signal=TERM@120',
     *options,
   ]
-  status = shlex.join([sys.executable, '-m', 'kdjax.grid', 'status', *work.arguments])
   return '\n'.join(
     [
       '#!/usr/bin/env bash',
@@ -85,7 +86,7 @@ def slurm_script(work: Work, runners: int, options: Sequence[str]) -> str:
       f'srun --ntasks=1 {shlex.join(work.words)}',
       'code=$?',
       'state=$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")',
-      f'if ((code == 0)) && [[ $state == RUNNING ]] && ! {status} | grep -q "^all done"; then',
+      f'if ((code == {TEMPORARY})) && [[ $state == RUNNING ]]; then',
       '  scontrol requeue "$SLURM_JOB_ID"',
       'fi',
       'exit "$code"',
@@ -124,7 +125,10 @@ def run_on_ray(work: Work, runners: int, per_runner: Mapping[str, float], addres
   import ray
 
   try:
+    handler = signal.getsignal(signal.SIGTERM)
     ray.init(address or None, log_to_driver=True, logging_level=logging.ERROR)
+    if callable(handler):
+      signal.signal(signal.SIGTERM, handler)  # Ray has put its own in the place of ours
   except (ConnectionError, ValueError, RuntimeError) as e:
     raise UserError(
       f'--executor=ray: no cluster ({(str(e).splitlines() or [""])[0]}); ray start --head, or give --address'
@@ -152,7 +156,15 @@ def _task(ray, per_runner: Mapping[str, float]):
 
 
 def _runner(number: int, folder: str, words: Sequence[str]) -> tuple[int, str]:
-  """(exit code, last line of what it said), on a node of the cluster."""
+  """Run a runner on a node of the cluster, and again while it stops with work left; return (exit code, last line of its stderr)."""
+  for _ in range(RETRIES):
+    code, last = _run_once(number, folder, words)
+    if code != TEMPORARY:
+      break
+  return code, last
+
+
+def _run_once(number: int, folder: str, words: Sequence[str]) -> tuple[int, str]:
   # A child, which dies with this process (distributed.watch): kdjax and JAX begin with an environment of their own.
   child = subprocess.Popen(
     list(words),

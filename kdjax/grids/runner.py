@@ -37,7 +37,6 @@ from kdjax.grids.cells import Cell, Group
 from kdjax.grids.config import GridConfig
 from kdjax.grids.plan import Job
 from kdjax.paths import read_json, write_json
-from kdjax.preemption import Preempted
 from kdjax.run import Heartbeat, RunFolder, git_commit, versions
 
 log = logging.getLogger('kdjax')
@@ -192,7 +191,7 @@ class Runner:
       with heart.beating():
         try:
           scores = self._do(job)
-        except (Preempted, OwnedError):
+        except OwnedError:
           heart.finish('preempted')
           raise
         flop = plan.cost(self.grid, job).flops
@@ -200,8 +199,6 @@ class Runner:
         if here.writes:
           write_json(here.path / 'job.json', record | {'scores': scores})
         heart.finish('done')
-    except Preempted:
-      raise
     except OwnedError:
       if jax.process_count() > 1:
         raise
@@ -212,7 +209,7 @@ class Runner:
       failed[job.id] = job
       log.error('%s failed: %s', job.id, (str(e).splitlines() or [type(e).__name__])[0])
       if here.writes:
-        (here.path / 'error.txt').write_text(traceback.format_exc())
+        (here.path / 'error.txt').write_text(traceback.format_exc(), encoding='utf-8')
       if jax.process_count() > 1:
         raise
     return True

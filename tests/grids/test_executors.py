@@ -27,7 +27,10 @@ def test_the_printed_command_is_one_a_runner_and_may_be_pasted(work):
   assert shlex.split(command_) == [sys.executable, '-m', 'kdjax.grid', 'run', '--config=a file.py', '--config.x=1']
 
 
-@pytest.mark.parametrize('text', ['CPU', 'CPU=', '=1', 'CPU=two', 'CPU=1;GPU=1'])
+@pytest.mark.parametrize(
+  'text',
+  ['CPU', 'CPU=', '=1', 'CPU=two', 'CPU=1;GPU=1', 'CPU=0', 'CPU=0.0,GPU=1', 'CPU=-1', 'CPU=nan', 'CPU=' + '9' * 400],
+)
 def test_resources_are_names_and_numbers(text):
   with pytest.raises(UserError, match='write NAME=NUMBER'):
     executors.resources(text)
@@ -52,30 +55,27 @@ FAKES = {
   'srun': 'shift; echo "$@" > "$0.said"; exit "$CODE"',
   'squeue': 'echo "$STATE"',
   'scontrol': 'echo "$@" > "$0.said"',
-  'status': 'printf "tiny: folder\\n%s\\n" "$STATUS"',
 }
 
 
 @pytest.mark.parametrize(
-  ('code', 'status', 'state', 'requeued'),
+  ('code', 'state', 'requeued'),
   [
-    (0, 'all done; python -m kdjax.report', 'RUNNING', False),
-    (0, 'left: about 3 h', 'RUNNING', True),  # told that its time is over, it has saved
-    (0, 'left: about 3 h', 'COMPLETING', False),  # cancelled
-    (1, 'left: about 3 h', 'RUNNING', False),  # a job failed: the others are done
-    (2, '', 'RUNNING', False),  # the config is wrong
+    (0, 'RUNNING', False),  # all is done
+    (75, 'RUNNING', True),  # told that its time is over, it has saved
+    (75, 'COMPLETING', False),  # cancelled
+    (1, 'RUNNING', False),  # a job failed: the others are done
+    (2, 'RUNNING', False),  # the config is wrong
+    (130, 'RUNNING', False),  # stopped by the user
   ],
 )
-def test_a_slurm_runner_with_work_left_goes_back_into_the_queue(
-  work, tmp_path, monkeypatch, code, status, state, requeued
-):
+def test_a_slurm_runner_with_work_left_goes_back_into_the_queue(work, tmp_path, code, state, requeued):
   for name, text in FAKES.items():
     (tmp_path / name).write_text(f'#!/bin/bash\n{text}\n')
     (tmp_path / name).chmod(0o755)
-  monkeypatch.setattr(executors.sys, 'executable', str(tmp_path / 'status'))
   script = executors.slurm_script(work, 4, ['--partition=gpu'])
   assert '#SBATCH --array=1-4\n' in script and '#SBATCH --partition=gpu\n' in script
-  told = {'CODE': str(code), 'STATUS': status, 'STATE': state, 'SLURM_JOB_ID': '7'}
+  told = {'CODE': str(code), 'STATE': state, 'SLURM_JOB_ID': '7'}
   path = f'{tmp_path}:{os.environ["PATH"]}'
   done = subprocess.run(['bash', '-c', script], env=os.environ | told | {'PATH': path}, timeout=60, check=False)
   assert done.returncode == code
@@ -110,3 +110,12 @@ def test_print_names_the_folder_and_every_change(tiny_grid, tmp_path, capsys):
   first, second = capsys.readouterr().out.splitlines()
   assert first == second and first.endswith(shlex.join(arguments))
   assert not (tmp_path / 'grid').exists()
+
+
+def test_a_runner_on_ray_that_stops_with_work_left_is_started_again(tmp_path, capfd):
+  script = tmp_path / 'runner.sh'
+  script.write_text(
+    '#!/bin/bash\necho x >> count; echo "saved $(wc -l < count)" >&2; (($(wc -l < count) < 3)) && exit 75; exit 1\n'
+  )
+  script.chmod(0o755)
+  assert executors._runner(0, str(tmp_path), [str(script)]) == (1, 'saved 3')

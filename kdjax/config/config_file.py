@@ -1,0 +1,75 @@
+"""Config files: Python that a user wrote, read and run."""
+
+import difflib
+import inspect
+import os
+import pathlib
+import sys
+import types
+from typing import Any
+
+import ml_collections
+
+from kdjax.errors import ConfigError, UserError
+
+SUFFIX = '.py'
+EXAMPLE = 'write def get_config(arg=None), as configs/weak2strong.py does'
+
+
+def split(spec: str) -> tuple[pathlib.Path, str]:
+  """(file, argument) of `configs/weak2strong.py:scale=paper`. A file that is there is taken by its whole name, colons and all."""
+  name, _, arg = (spec, '', '') if os.path.isfile(spec) else spec.partition(':')
+  return pathlib.Path(name), arg
+
+
+def read(path: pathlib.Path, arg: str) -> ml_collections.ConfigDict:
+  """Run a config file and return what its get_config(arg) returns. Raises ConfigError, in one line, where it cannot."""
+  _check_name(path)
+  module = types.ModuleType(f'kdjax_config_{path.stem}')
+  module.__file__ = str(path)
+  sys.modules[module.__name__] = module  # dataclasses look for their module there
+  try:
+    # Not by importlib: its cache takes a file for the one before it where both have the same size and second.
+    exec(compile(path.read_bytes(), str(path), 'exec'), module.__dict__)
+    config = _function(module, path)(arg or None)
+  except UserError:
+    raise
+  except (Exception, SystemExit) as e:  # a config file is the user's code: whatever it raises is the user's to correct
+    raise ConfigError([f'{path}: {_line(e, path)}{type(e).__name__}: {" ".join(str(e).split())}']) from None
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ConfigError(
+      [f'{path}: get_config returned {type(config).__name__}, not a ConfigDict; start from kdjax.config.default()']
+    )
+  return config
+
+
+def _check_name(path: pathlib.Path) -> None:
+  if path.is_file() and path.suffix == SUFFIX:
+    return
+  what = 'is a folder' if path.is_dir() else 'is not a file' if path.exists() else 'does not exist'
+  if path.is_file():
+    what = f'is not a Python file: its name must end in {SUFFIX}'
+  folder = path.parent if path.parent.is_dir() else pathlib.Path('.')
+  near = difflib.get_close_matches(path.name, [p.name for p in folder.glob(f'*{SUFFIX}')], n=1)
+  raise ConfigError([f'config file {path} {what}' + (f'; did you mean {folder / near[0]}?' if near else '')])
+
+
+def _function(module: types.ModuleType, path: pathlib.Path) -> Any:
+  found = getattr(module, 'get_config', None)
+  if not callable(found):
+    raise ConfigError([f'{path}: has no function get_config; {EXAMPLE}'])
+  try:
+    inspect.signature(found).bind(None)
+  except TypeError:
+    raise ConfigError([f'{path}: get_config must take one argument; {EXAMPLE}']) from None
+  return found
+
+
+def _line(error: BaseException, path: pathlib.Path) -> str:
+  """'line 12: ', the innermost line of the config file on the way to the error."""
+  line, trace = getattr(error, 'lineno', None), error.__traceback__
+  while trace is not None:
+    if trace.tb_frame.f_code.co_filename == str(path):
+      line = trace.tb_lineno
+    trace = trace.tb_next
+  return f'line {line}: ' if line else ''

@@ -1,0 +1,132 @@
+"""Notice Ctrl-C and SIGTERM at the moment that they arrive.
+
+Python runs a signal's handler in the main thread, between two of its instructions: not while that thread waits for a compiler or a device.
+The interpreter's own C handler does run at once, and can write the signal's number into a pipe (`signal.set_wakeup_fd`). A thread reads it
+there, and can print a line or end the process while the main thread is still inside the compiler.
+
+Only a command's process is ever ended here. A notebook or another program that calls kdjax gets exceptions and nothing else.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NoReturn
+
+from kdjax.errors import STOPPED, TEMPORARY
+
+GRACE = 2.0  # seconds that a command has to end after Ctrl-C
+GRACE_TERMINATED = 10.0  # after SIGTERM; Kubernetes sends SIGKILL after 30
+
+_is_command = False
+_ended = threading.Lock()  # taken by the first that reports the end of the process, and never released
+
+
+def begin() -> None:
+  """Make Ctrl-C end this process with one line: a command that is still importing libraries has nothing to save."""
+  global _is_command
+  _is_command = True
+  signal.signal(signal.SIGINT, _leave_at_once)
+
+
+def is_command() -> bool:
+  """Say whether this is the process of a command, which may be ended, and not of a notebook or another program."""
+  return _is_command
+
+
+def report_end(text: str) -> None:
+  """Print the line that says why the process ends. Of a command only the first call prints."""
+  if not _is_command:
+    print(text, file=sys.stderr)
+  elif _ended.acquire(blocking=False):
+    report(text)
+
+
+def report(text: str) -> None:
+  """Print a line to stderr in one system call, which a signal handler may do."""
+  below = '\n' if os.isatty(2) else ''  # ^C, or a progress bar
+  with contextlib.suppress(OSError):  # no one may be left to read it
+    os.write(2, f'{below}{text}\n'.encode())
+
+
+def leave_within(seconds: float, text: str, code: int) -> None:
+  """End a command's process after so many seconds, if it has not ended by then."""
+  if _is_command:
+    timer = threading.Timer(seconds, _leave, (text, code))
+    timer.daemon = True
+    timer.start()
+
+
+@contextlib.contextmanager
+def hearing(hear: Callable[[int], None]) -> Iterator[None]:
+  """Call `hear` with the number of each signal that has a Python handler, at once and from another thread. For the main thread only."""
+  read, write = os.pipe()
+  os.set_blocking(write, False)
+  thread = threading.Thread(target=_listen, args=(read, hear), name='signals', daemon=True)
+  thread.start()
+  before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+  try:
+    yield
+  finally:
+    signal.set_wakeup_fd(before)
+    os.close(write)
+    thread.join(1)
+
+
+@contextlib.contextmanager
+def raising(terminated: BaseException | None = None) -> Iterator[None]:
+  """Make Ctrl-C raise KeyboardInterrupt in a command, and SIGTERM raise `terminated`, if given.
+
+  Where the main thread cannot raise it in time, or hangs while it leaves, the process ends all the same. A second Ctrl-C ends it at once.
+  """
+  if not _is_command or not is_main_thread():
+    yield
+    return
+  taken: list[int] = []
+
+  def take(number: int, frame: FrameType | None) -> None:
+    taken.append(number)
+    if len(taken) == 1:
+      raise KeyboardInterrupt if number == signal.SIGINT or terminated is None else terminated
+    if number == signal.SIGINT:
+      _leave('stopped', STOPPED)
+
+  def hear(number: int) -> None:
+    if number == signal.SIGINT:
+      leave_within(GRACE, 'stopped', STOPPED)
+    elif number == signal.SIGTERM:
+      leave_within(GRACE_TERMINATED, str(terminated), TEMPORARY)
+
+  signal.signal(signal.SIGINT, take)
+  if terminated is not None:
+    signal.signal(signal.SIGTERM, take)
+  try:
+    with hearing(hear):
+      yield
+  finally:
+    signal.signal(signal.SIGINT, _leave_at_once)
+    if terminated is not None:
+      signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def is_main_thread() -> bool:
+  return threading.current_thread() is threading.main_thread()
+
+
+def _listen(read: int, hear: Callable[[int], None]) -> None:
+  while numbers := os.read(read, 64):
+    for number in numbers:
+      hear(number)
+  os.close(read)
+
+
+def _leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
+  _leave('stopped', STOPPED)
+
+
+def _leave(text: str, code: int) -> NoReturn:
+  report_end(text)
+  os._exit(code)

@@ -1,0 +1,71 @@
+"""Command line options: a parser that reports a mistake in one line, and the types of values."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import NoReturn
+
+from kdjax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+  """Raises what is wrong with the command line as a UserError, in one line and without the usage."""
+
+  def error(self, message: str) -> NoReturn:
+    raise UserError(f'{message}; {self.prog} --help shows the options')
+
+
+def whole_number(least: int = 0, below: int = 2**63) -> Callable[[str], int]:
+  """Make the type of an option that is a whole number in [least, below)."""
+
+  def read(text: str) -> int:
+    try:
+      value = int(text)
+    except ValueError:
+      raise argparse.ArgumentTypeError(f'must be a whole number, got {_shown(text)}') from None
+    if value < least:
+      raise argparse.ArgumentTypeError(f'must be at least {least}, got {_shown(text)}')
+    if value >= below:
+      raise argparse.ArgumentTypeError(f'must be below {below:,}, got {_shown(text)}')
+    return value
+
+  return read
+
+
+def number(holds: Callable[[float], bool], words: str) -> Callable[[str], float]:
+  """Make the type of an option that is a finite number for which `holds`; `words` say what it must be."""
+
+  def read(text: str) -> float:
+    try:
+      value = float(text)
+    except ValueError:
+      raise argparse.ArgumentTypeError(f'must be {words}, got {_shown(text)}') from None
+    if not (math.isfinite(value) and holds(value)):
+      raise argparse.ArgumentTypeError(f'must be {words}, got {_shown(text)}')
+    return value
+
+  return read
+
+
+positive = whole_number(1)
+count = whole_number(0)
+machines = whole_number(1, 100_001)  # or processes, slices
+runners = whole_number(0, 100_001)
+seed = whole_number(0, 2**32)
+axis = whole_number(-1)  # devices along an axis of the mesh, which sharding.make_mesh checks
+temperature = number(lambda value: value >= 0, '0 (greedy) or above')
+share = number(lambda value: 0 < value <= 1, 'in (0, 1]')
+
+
+def text(value: str) -> str:
+  """Read an option that is text for a model. The shell may hand over bytes that are not UTF-8, which Python keeps as surrogates."""
+  try:
+    value.encode()
+  except UnicodeEncodeError:
+    raise argparse.ArgumentTypeError(f'must be UTF-8 text, got {_shown(value)}') from None
+  return value
+
+
+def _shown(text: str) -> str:
+  """What a user typed, short and printable."""
+  return ascii(text if len(text) <= 60 else f'{text[:57]}...') if not text.isprintable() or len(text) > 60 else text

@@ -1,0 +1,136 @@
+"""Whole commands as notebooks, pipelines and schedulers run them."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kdjax.evals import job as jobs
+from kdjax.paths import write_json
+from kdjax.run import RunFolder
+from tests import runs, several, tiny
+
+
+def command(module: str, *arguments, **options) -> subprocess.Popen:
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'stdin': subprocess.DEVNULL}
+  return subprocess.Popen([sys.executable, '-m', f'kdjax.{module}', *map(str, arguments)], **pipes | options)
+
+
+def shell_of_colab() -> dict[str, str]:
+  """The environment of `!python -m ...` in a cell: the notebook's backend, no terminal; here with a stdout that knows ASCII alone."""
+  env = {name: value for name, value in runs.environment().items() if name not in ('COLUMNS', 'LINES', 'LC_ALL')}
+  return env | {'MPLBACKEND': 'module://matplotlib_inline.backend_inline', 'TERM': 'dumb', 'PYTHONIOENCODING': 'ascii'}
+
+
+def test_the_main_job_runs_in_a_shell_like_colabs(home, tmp_path):
+  config = tiny.write_config(
+    tmp_path,
+    **tiny.write_text(home) | {'data.cache': str(home / 'runs' / 'stores'), 'student.arms': ('baseline', 'unigram')},
+  )
+  process = command('train', f'--config={config}', f'--workdir={tmp_path / "run"}', env=shell_of_colab(), cwd=tmp_path)
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err.decode()
+  assert b'\r' not in out + err and b'\x1b' not in out + err and b'Traceback' not in err
+  assert 'bits/byte' in out.decode('ascii') and 'figure: ' in out.decode('ascii')
+  assert (tmp_path / 'run' / 'run.png').stat().st_size > 10_000
+  lines = err.decode('ascii').splitlines()
+  assert len(lines) < 20 and all(len(line) < 300 for line in lines)
+  assert [line for line in lines if line.startswith('2 students: 100%| 12/12 [')]
+
+
+def long_run(home, folder, **fields):
+  """(config file, folder) of a run that lasts until it is told to stop."""
+  endless = {'student.tokens': 10_000 * 8 * 16, 'checkpoint.every': 5000, 'eval.every': 5000}
+  return several.experiment(home, folder, **{'student.arms': ('baseline',), **endless, **fields})
+
+
+@pytest.mark.parametrize(
+  ('number', 'code'), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_a_training_that_is_told_to_stop_says_so_saves_and_exits_with_work_left(home, tmp_path, number, code):
+  config, workdir = long_run(home, tmp_path / 'e')
+  process = runs.start(config, workdir)
+  runs.wait_for(lambda: several.lines(workdir) > 0 or (workdir / 'students/baseline/run.json').exists(), process)
+  process.send_signal(number)
+  assert runs.finish(process, timeout=120) == [code]
+  told = [line for line in runs.errors(process).splitlines() if 'sees' not in line and 'goodput' not in line]
+  assert told[0].startswith('Stopping after this step. The run is saved, and the same command resumes it.')
+  assert told[-1].startswith('student: stopped at step ') and told[-1].endswith('saved. The same command resumes it.')
+  assert sum('topping' in line for line in told) == 1 and 'Traceback' not in runs.errors(process)
+  student = RunFolder(workdir / 'students' / 'baseline')
+  assert student.status()['state'] == 'preempted'
+  assert runs.leaves(student.path)['step'] > 0
+
+
+def test_an_evaluation_that_is_told_to_stop_exits_with_work_left(main_job, tmp_path):
+  (experiment,) = (path.parent for path in (main_job / 'runs').glob('tiny-*/experiment.json'))
+  shutil.copytree(main_job, tmp_path / 'home')
+  workdir = tmp_path / 'home' / 'runs' / experiment.name
+  for run in jobs.find(workdir).students:  # still training, to all appearances
+    write_json(run.path / 'status.json', run.status() | {'state': 'running', 'heartbeat': time.time() + 1e6})
+  process = runs.start(tmp_path, workdir, '--watch', module='kdjax.evaluate')
+  runs.wait_for(lambda: 'scored' in runs.errors(process), process)
+  process.send_signal(signal.SIGTERM)
+  assert runs.finish(process, timeout=60) == [75]
+  told = runs.errors(process).splitlines()
+  assert told[-1] == 'Stopped by SIGTERM. The same command resumes what is left.' and 'Traceback' not in runs.errors(
+    process
+  )
+
+
+def test_a_reader_that_leaves_a_generation_ends_it_without_a_word(main_job):
+  (run,) = (main_job / 'runs').glob('tiny-*/students/distilled')
+  process = command('generate', run, 'α', '--samples', 50, '--max-tokens', 12, env=runs.environment())
+  assert process.stdout.readline() == b'--- 1\n'
+  process.stdout.close()
+  assert process.wait(120) == 141
+  assert process.stderr.read() == b''
+
+
+def test_a_prompt_that_is_not_utf_8_is_one_line(tmp_path):
+  process = command('generate', tmp_path, os.fsdecode(b'caf\xe9'), env=runs.environment())
+  out, err = process.communicate(timeout=60)
+  assert (process.returncode, out) == (2, b'')
+  (line,) = err.decode().splitlines()
+  assert line.startswith("error: argument PROMPT: must be UTF-8 text, got 'caf\\udce9'")
+
+
+OWNER = """
+import os, sys, time
+from kdjax.run import Heartbeat, RunFolder
+folder = RunFolder(sys.argv[1])
+folder.claim(5)
+with Heartbeat([folder], 9).beating():
+  print('owned', flush=True)
+  time.sleep(600)
+"""
+IN_A_CONTAINER = ['unshare', '--pid', '--fork', '--mount-proc', '--kill-child']
+
+
+def in_containers() -> bool:
+  return subprocess.run([*IN_A_CONTAINER, 'true'], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not shutil.which('unshare') or not in_containers(), reason='no PID namespace can be made here')
+def test_a_live_trainer_of_another_container_of_the_same_name_keeps_its_folder(tmp_path):
+  """Each sees its own processes: the owner's number is that of another process there, or of none."""
+  words = [*IN_A_CONTAINER, sys.executable, '-c', OWNER, str(tmp_path / 'r')]
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'env': runs.environment(), 'text': True}
+  first = subprocess.Popen(words, **pipes)
+  try:
+    assert first.stdout.readline() == 'owned\n'
+    second = subprocess.Popen(words, **pipes)
+    _, error = second.communicate(timeout=60)
+    assert second.returncode and 'another trainer owns it' in error
+    first.kill()
+    first.wait(60)
+    third = subprocess.Popen(words, **pipes)  # its heart has stopped: taken over after the timeout
+    lines = [third.stdout.readline(), third.stdout.readline()]
+    assert 'waiting up to 5 s for its heartbeat to stop' in lines[0] and lines[1] == 'owned\n'
+    third.kill()
+  finally:
+    first.kill()
