@@ -270,8 +270,8 @@ def test_filters_have_columns_of_their_own_and_replace_what_was_averaged(experim
     files['lm-eval-numbers'] = str(target.relative_to(experiment))
   write_json(experiment / 'evaluation.json', known)
   text = table.write(experiment)
-  columns = next(line for line in text.splitlines() if line.startswith('accuracy (normalised)')).split()
-  assert columns[2:] == names
+  (columns,) = (line.split() for line in text.splitlines() if line.startswith('accuracy'))
+  assert columns == ['accuracy', *names]
   run(tasks, experiment, '--tasks', 'numbers')
   assert 'lm-eval-numbers' not in read_json(experiment / 'evaluation.json')['baseline']
 
@@ -279,13 +279,17 @@ def test_filters_have_columns_of_their_own_and_replace_what_was_averaged(experim
 def test_tables_name_what_each_accuracy_is_normalised_by(experiment, tasks, capsys):
   run(tasks, experiment, '--tasks', 'mymc_a,numbers')
   text = (experiment / 'table.txt').read_text()
-  lines = text[text.index('accuracy (normalised)') :].splitlines()
-  (normalised,) = (line for line in lines if line.startswith('normalised'))
-  assert [cell.strip() for cell in normalised.split('  ') if cell.strip()] == ['normalised', 'per character', '-', '-']
+  plain, normalised = (part.splitlines() for part in text.split('\n\n') if part.startswith('accuracy'))
+  assert plain[0].split() == ['accuracy', 'lm-eval-numbers:flexible-extract', 'lm-eval-numbers:strict-match']
+  assert [cell.strip() for cell in normalised[0].split('  ') if cell.strip()] == [
+    'accuracy (per character normalised)',
+    'lm-eval-mymc_a',
+  ]
+  assert any(line.startswith('distilled less the baseline, per character') for line in normalised)
   frame = pd.read_csv(experiment / 'results.csv').set_index(['arm', 'set'])
   row = frame.loc[('baseline', 'lm-eval-mymc_a')]
   assert row['normalised'] == 'per character' and row['chance'] == pytest.approx(1 / 3)
-  (baseline,) = (line for line in lines if line.startswith('baseline  '))
+  (baseline,) = (line for line in normalised if line.startswith('baseline  '))
   assert f'{row["accuracy"]:.3f} ({row["accuracy_norm"]:.3f})' in baseline
   assert np.isnan(frame.loc[('baseline', 'lm-eval-numbers:strict-match'), 'accuracy_norm'])
 

@@ -221,7 +221,7 @@ def format_all(folder: paths.Path, job: jobs.Job, cells: Cells, step: int = 0) -
   if sets and differences(cells):
     parts += ['', _differences_table(cells, sets)]
   if any(tasks.values()):
-    parts += ['', _tasks_table(tasks)]
+    parts += [line for part in _tasks_tables(tasks) for line in ('', part)]
   parts += ['', _facts(job, {arm: scored | tasks[arm] for arm, scored in cells.items()})]
   return '\n'.join(parts)
 
@@ -283,37 +283,40 @@ def _differences_table(cells: Cells, sets: list[str]) -> str:
   return '\n'.join(out)
 
 
-def _tasks_table(tasks: Cells) -> str:
-  """Accuracies of every arm, then the paired differences against the baseline."""
-  names = sorted(set.intersection(*(set(scored) for scored in tasks.values())))
+def _tasks_tables(tasks: Cells) -> list[str]:
+  """One table for each way in which accuracies are normalised: a label holds for its whole column."""
   first = next(iter(tasks.values()))
-  rows = [['accuracy (normalised)', *names]]
-  rows.append(['normalised', *(normalisation(first[name]) or '-' for name in names)])
+  names = sorted(set.intersection(*(set(scored) for scored in tasks.values())))
+  by_norm = {
+    norm: [n for n in names if normalisation(first[n]) == norm] for norm in sorted(map(normalisation, first.values()))
+  }
+  return [_tasks_table(tasks, of_norm, norm) for norm, of_norm in by_norm.items() if of_norm]
+
+
+def _tasks_table(tasks: Cells, names: list[str], norm: str) -> str:
+  """Accuracies of every arm, then the paired differences against the baseline."""
+  first = next(iter(tasks.values()))
+  rows = [[f'accuracy ({norm} normalised)' if norm else 'accuracy', *names]]
   for arm, scored in tasks.items():
-    rows.append([arm, *(_accuracies(scored[name]) for name in names)])
+    rows.append([arm, *(_accuracies(scored[name].meta, norm) for name in names)])
   rows.append(['chance', *(_share(first[name].meta['chance']) for name in names)])
   base = tasks.get(BASELINE, {})
   for arm, scored in tasks.items():
     if base and arm not in (BASELINE, 'teacher'):
-      rows.append([f'{arm} less the baseline', *(_accuracy_interval(scored[n], base[n], 'correct') for n in names)])
-      found = [_accuracy_interval(scored[n], base[n], 'correct_norm') if normalisation(base[n]) else '-' for n in names]
-      rows.append([f'{arm} less the baseline, normalised', *found])
+      for label, column in (('', 'correct'), (f', {norm}', 'correct_norm')) if norm else (('', 'correct'),):
+        found = [_interval(accuracy_difference(scored[name], base[name], column)) for name in names]
+        rows.append([f'{arm} less the baseline{label}', *found])
   counts = ', '.join(f'{name} {len(first[name].documents)}' for name in names)
   paired = 'Paired by item; positive is better; 95% intervals over items. ' if base else ''
   return f'{align(rows)}\n{paired}Items: {counts}.'
 
 
-def _accuracies(cell: Cell) -> str:
-  plain = _share(cell.meta['accuracy'])
-  return f'{plain} ({_share(cell.meta["accuracy_norm"])})' if normalisation(cell) else plain
+def _accuracies(meta: dict[str, Any], norm: str) -> str:
+  return _share(meta['accuracy']) + (f' ({_share(meta["accuracy_norm"])})' if norm else '')
 
 
 def _share(value: float) -> str:
   return f'{value:.3f}' if math.isfinite(value) else '-'
-
-
-def _accuracy_interval(cell: Cell, baseline: Cell, column: str) -> str:
-  return _interval(accuracy_difference(cell, baseline, column))
 
 
 def _parameters(facts: dict[str, Any]) -> str:
