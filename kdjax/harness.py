@@ -4,7 +4,9 @@
     python -m kdjax.harness runs/weak2strong-.../students/distilled --tasks my_task --include-path my_tasks/
     python -m kdjax.harness ~/models/SmolLM2-135M --tasks gsm8k                                  a Hugging Face folder
 
-Results of an experiment's models land in its table, beside those of the eval job, each item paired with the same one of the baseline.
+Results of an experiment's models go into its table, beside those of the eval job: one column for each task and filter, each item paired with
+the same one of the baseline. The teacher is scored at the step that the students learned from, the students at --step, else at the newest that
+all of them have.
 """
 
 import argparse
@@ -60,11 +62,11 @@ UNSUPPORTED = {
 
 
 class Model(TemplateLM):
-  """A model of kdjax as the harness sees it: its three kinds of request, in batches, with one program for each of a few lengths.
+  """Answer the harness's three kinds of request with a model of kdjax: in batches, with one program for each of a few lengths.
 
   Args:
     opened: the model.
-    mesh: rows lie over its data axes.
+    mesh: its data axes hold the rows.
     batch_size: rows of the longest window; of shorter ones there are more.
     max_length: the most tokens that it sees at once; 0: the window that it was trained with, else the model's own limit.
     seed: of answers that are drawn: the same seed, prompt and settings give the same answers, in batches of any size and any order.
@@ -80,7 +82,7 @@ class Model(TemplateLM):
     if not 0 <= max_length <= longest:
       raise UserError(f'--max-length {max_length}: the model sees at most {longest} tokens at once')
     self.max_length = max_length or opened.trained_window or opened.model.config.max_seq_len
-    # As transformers reads an exported model's tokenizer: special tokens in text count, and what a text begins with is put before it.
+    # As transformers reads an exported model's tokenizer: it parses special tokens in text, and puts the first token before the text.
     self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_file(opened.tokenizer, not opened.imported))
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
@@ -117,10 +119,12 @@ class Model(TemplateLM):
     return found
 
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-    """Of whole texts: windows that do not overlap, but that each begins with the last token of the one before."""
+    """Score whole texts in windows that do not overlap; each is given the last token of the one before."""
     windows, owner = [], []
     for number, request in enumerate(requests):
-      ids = self.tok_encode(request.args[0])  # what it puts before a text is scored too, as the harness's own models do
+      ids = self.tok_encode(
+        request.args[0]
+      )  # the token that it puts before a text is scored too, as by the harness's own models
       pairs = lm_eval_utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
       for context, continuation in map(lm_eval_utils.make_disjoint_window, pairs):
         windows.append((None, context, continuation))
