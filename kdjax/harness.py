@@ -4,30 +4,32 @@
     python -m kdjax.harness runs/weak2strong-.../students/distilled --tasks my_task --include-path my_tasks/
     python -m kdjax.harness ~/models/SmolLM2-135M --tasks gsm8k                                  a Hugging Face folder
 
-Results of an experiment's models land in its table, beside those of the eval job, each item paired with the same one of the baseline.
+Results of an experiment's models go into its table, beside those of the eval job: one column for each task and filter, each item paired with
+the same one of the baseline. The teacher is scored at the step that the students learned from, the students at --step, else at the newest that
+all of them have.
 """
 
 import argparse
+import collections
+import itertools
 import json
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import pandas as pd
 import tokenizers
 from jax.sharding import Mesh
 
 from kdjax import cli, paths, pretrained, sharding
-from kdjax import config as config_lib
 from kdjax.analysis import table
 from kdjax.config import MeshConfig
 from kdjax.data.files import canonical, digest
 from kdjax.errors import UserError
+from kdjax.evals import harness_results, harness_tasks, likelihood
 from kdjax.evals import job as jobs
-from kdjax.evals import likelihood, results
 from kdjax.evals.score import Scored
 from kdjax.huggingface.exporting import tokenizer_file
 from kdjax.run import RunFolder
@@ -37,33 +39,55 @@ try:
   import lm_eval
   from lm_eval import utils as lm_eval_utils
   from lm_eval.api.model import TemplateLM
-  from lm_eval.tasks import TaskManager
-except ImportError:  # said when it is needed
+  from lm_eval.models.utils import normalize_gen_kwargs
+except ImportError:  # reported by main
   lm_eval, TemplateLM = None, object
 
 log = logging.getLogger('kdjax')
 MAX_TOKENS = 256  # of a generation, where a task does not say
-ACCURACY = ('acc', 'exact_match')  # a task's first of these is its accuracy, and acc_norm the normalised one
+# Settings of other models' generation, and the value of each that changes nothing.
+UNSUPPORTED = {
+  'num_beams': 1,
+  'num_return_sequences': 1,
+  'repetition_penalty': 1,
+  'no_repeat_ngram_size': 0,
+  'min_p': 0,
+  'typical_p': 1,
+  'epsilon_cutoff': 0,
+  'eta_cutoff': 0,
+  'penalty_alpha': 0,
+  'presence_penalty': 0,
+  'frequency_penalty': 0,
+}
 
 
 class Model(TemplateLM):
-  """A model of kdjax as the harness sees it: its three kinds of request, in batches, with one program for each of a few lengths.
+  """Answer the harness's three kinds of request with a model of kdjax: in batches, with one program for each of a few lengths.
 
   Args:
     opened: the model.
-    mesh: rows lie over its data axes.
+    mesh: its data axes hold the rows.
     batch_size: rows of the longest window; of shorter ones there are more.
     max_length: the most tokens that it sees at once; 0: the window that it was trained with, else the model's own limit.
+    seed: of answers that are drawn: the same seed, prompt and settings give the same answers, in batches of any size and any order.
+
+  Raises:
+    UserError: the model cannot see max_length tokens at once.
   """
 
-  def __init__(self, opened: pretrained.Opened, mesh: Mesh, batch_size: int = 16, max_length: int = 0):
+  def __init__(self, opened: pretrained.Opened, mesh: Mesh, batch_size: int = 16, max_length: int = 0, seed: int = 0):
     super().__init__()
-    self._opened, self._mesh, self._batch_size = opened, mesh, batch_size
+    self._opened, self._mesh, self._batch_size, self._seed = opened, mesh, batch_size, seed
+    longest = opened.model.config.max_seq_len
+    if not 0 <= max_length <= longest:
+      raise UserError(f'--max-length {max_length}: the model sees at most {longest} tokens at once')
     self.max_length = max_length or opened.trained_window or opened.model.config.max_seq_len
-    # As transformers reads an exported model's tokenizer: special tokens in text count, and what a text begins with is put before it.
+    # As transformers reads an exported model's tokenizer: it parses special tokens in text, and puts the first token before the text.
     self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_file(opened.tokenizer, not opened.imported))
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
+    added = self._tokenizer.get_added_tokens_decoder()
+    self._special = {i: token.content for i, token in added.items() if token.special}
 
   @property
   def eot_token_id(self) -> int:
@@ -85,7 +109,10 @@ class Model(TemplateLM):
     return ids
 
   def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
-    """Of (texts, context's tokens, continuation's tokens); a text that is too long loses its beginning."""
+    """Score (texts, context's tokens, continuation's tokens); a text that is too long loses its beginning."""
+    for texts, _, continuation in requests:
+      if not continuation:
+        raise UserError(f'the tokenizer makes no token of the continuation {texts and texts[1]!r}; correct that item')
     asked = [(np.asarray(context + continuation, np.int32), len(context) - 1) for _, context, continuation in requests]
     if not asked:
       return []
@@ -98,10 +125,12 @@ class Model(TemplateLM):
     return found
 
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-    """Of whole texts: windows that do not overlap, but that each begins with the last token of the one before."""
+    """Score whole texts in windows that do not overlap; each is given the last token of the one before."""
     windows, owner = [], []
     for number, request in enumerate(requests):
-      ids = self.tok_encode(request.args[0])  # what it puts before a text is scored too, as the harness's own models do
+      ids = self.tok_encode(
+        request.args[0]
+      )  # the token that it puts before a text is scored too, as by the harness's own models
       pairs = lm_eval_utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
       for context, continuation in map(lm_eval_utils.make_disjoint_window, pairs):
         windows.append((None, context, continuation))
@@ -113,61 +142,98 @@ class Model(TemplateLM):
     return totals.tolist()
 
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-    """Requests of the same settings in batches of like length."""
-    groups: dict[str, list[int]] = {}
-    for number, request in enumerate(requests):
-      groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
+    """Answer requests of the same settings in batches of like length."""
+    repeats: collections.Counter[bytes] = collections.Counter()
+    groups: dict[str, list[_Draw]] = {}
+    for place, request in enumerate(requests):
+      settings = json.dumps(request.args[1], sort_keys=True, default=str)
+      asked = canonical([settings, request.args[0]])
+      number = int(digest(asked + b'%d' % repeats[asked], 4), 16)
+      groups.setdefault(settings, []).append(_Draw(place, number))
+      repeats[asked] += 1
     out = [''] * len(requests)
-    for numbers in groups.values():
-      self._generate(requests, numbers, out)
+    for group in groups.values():
+      self._generate(requests, group, out)
     for request, text in zip(requests, out, strict=True):
       self.cache_hook.add_partial('generate_until', request.args, text)
     return out
 
-  def _generate(self, requests, numbers: list[int], out: list[str]) -> None:
-    settings = dict(requests[numbers[0]].args[1])
-    stops = settings.get('until') or []
-    stops = [stops] if isinstance(stops, str) else list(stops)
-    stops.append(self._opened.tokenizer.roles.end)  # as the harness's own models do
-    n = int(settings.get('max_gen_toks', MAX_TOKENS))
-    if n >= self.max_length:
+  def _generate(self, requests, group: Sequence['_Draw'], out: list[str]) -> None:
+    asked = _read_settings(requests[group[0].place].args[1], self._opened.tokenizer.roles.end)
+    if asked.max_tokens >= self.max_length:
       raise UserError(
-        f'the task asks for {n} tokens, and the model sees {self.max_length} at once; give --gen-kwargs max_gen_toks=N'
+        f'the task asks for {asked.max_tokens} tokens, and the model sees {self.max_length} at once; give --gen-kwargs max_gen_toks=N'
       )
-    temperature = float(settings.get('temperature', 0.0) or 0.0) if settings.get('do_sample') else 0.0
-    sampling = Sampling(temperature, int(settings.get('top_k', 0) or 0), float(settings.get('top_p', 1.0) or 1.0))
+    room = self.max_length - asked.max_tokens
     prompts = {
-      k: self.tok_encode(requests[k].args[0])[-(self.max_length - n) :] or [self.prefix_token_id] for k in numbers
+      draw.place: self.tok_encode(requests[draw.place].args[0])[-room:] or [self.prefix_token_id] for draw in group
     }
-    order = sorted(numbers, key=lambda k: -len(prompts[k]))
+    order = sorted(group, key=lambda draw: -len(prompts[draw.place]))
     for at in range(0, len(order), self._batch_size):
       picked = order[at : at + self._batch_size]
-      batch = [prompts[k] for k in picked]
-      batch += [batch[-1]] * (-len(batch) % self._rows())
+      batch = picked + picked[-1:] * (-len(picked) % self._rows())
       model, params = self._opened.model, self._opened.params
       texts = generate(
-        model,
-        params,
-        batch,
-        n,
-        sampling,
-        stop_id=self._opened.tokenizer.stop_ids,
-        stopped=lambda ids: self._has_stopped(ids, stops),
-      )
-      for k, ids in zip(picked, texts, strict=False):
-        out[k] = _cut(self._tokenizer.decode(ids, skip_special_tokens=True), stops)
+        model, params, [prompts[draw.place] for draw in batch], asked.max_tokens, asked.sampling, seed=self._seed,
+        numbers=[draw.number for draw in batch], stop_id=self._opened.tokenizer.stop_ids, stopped=lambda ids: self._has_stopped(ids, asked.stops),
+      )  # fmt: skip
+      for draw, ids in zip(picked, texts, strict=False):
+        out[draw.place] = _cut(self._decode(ids, asked.stops), asked.stops)
 
-  def _has_stopped(self, ids: Sequence[int], stops: list[str]) -> bool:
-    text = self._tokenizer.decode(ids, skip_special_tokens=True)
-    return any(stop and stop in text for stop in stops)
+  def _has_stopped(self, ids: Sequence[int], stops: Sequence[str]) -> bool:
+    text = self._decode(ids, stops)
+    return len(ids) > len(self._before_special(ids, stops)) or any(stop in text for stop in stops)
+
+  def _decode(self, ids: Sequence[int], stops: Sequence[str]) -> str:
+    return self._tokenizer.decode(self._before_special(ids, stops), skip_special_tokens=True)
+
+  def _before_special(self, ids: Sequence[int], stops: Sequence[str]) -> list[int]:
+    """The tokens before the first special one that is among the stops: text shows no special token."""
+    return list(itertools.takewhile(lambda i: self._special.get(i) not in stops, ids))
 
   def _rows(self) -> int:
     return self._mesh.shape['replica'] * self._mesh.shape['fsdp']
 
 
-def _cut(text: str, stops: list[str]) -> str:
+class _Draw(NamedTuple):
+  """A request's place in the list, and the number that its random numbers are made of."""
+
+  place: int
+  number: int
+
+
+class _Settings(NamedTuple):
+  """How a task wants its answers: at most so many tokens, up to the first of the stops."""
+
+  sampling: Sampling
+  max_tokens: int
+  stops: list[str]
+
+
+def _read_settings(asked: dict[str, Any], end: str) -> _Settings:
+  """Read a request's settings as the harness's own models do: the `end` token of the tokenizer stops too. Raises UserError where one cannot be read, or is not supported."""
+  given = {name: value for name, value in asked.items() if value is not None}
+  try:
+    settings = normalize_gen_kwargs(given, MAX_TOKENS)
+    temperature = float(settings.get('temperature', 0.0)) if settings['do_sample'] else 0.0
+    sampling = Sampling(temperature, int(settings.get('top_k', 0)), float(settings.get('top_p', 1.0) or 1.0))
+    stops = [stop for stop in map(str, [*settings['until'], end]) if stop]
+    refused = [name for name in UNSUPPORTED if float(settings.get(name, UNSUPPORTED[name])) != UNSUPPORTED[name]]
+  except (TypeError, ValueError) as e:
+    raise UserError(
+      f'the settings of generation {asked} cannot be read ({e}); correct the task, or --gen-kwargs'
+    ) from e
+  if refused or settings['max_gen_toks'] < 1:
+    name = next(iter(refused), 'max_gen_toks')
+    raise UserError(
+      f'the task asks for {name}={settings[name]}, which is not supported; give --gen-kwargs {name}={UNSUPPORTED.get(name, "N")}'
+    )
+  return _Settings(sampling, settings['max_gen_toks'], stops)
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
   """The text up to the first of the stops."""
-  for stop in filter(None, stops):
+  for stop in stops:
     text = text.split(stop)[0]
   return text
 
@@ -183,103 +249,73 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, mesh: Mesh) -> None:
-  folder = paths.of_runs(args.model)
+  names, model = _split_model(args)
+  selection = harness_tasks.find_tasks(names, args.include_path, not args.no_defaults, args.confirm_run_unsafe_code)
+  folder = paths.of_runs(model)
   job = jobs.find(folder) if (folder / 'experiment.json').exists() else None
-  chosen = [(job.arm(run), str(run.path)) for run in job.runs] if job else [(folder.name, args.model)]
-  tasks = [name.strip() for name in args.tasks.split(',') if name.strip()]
-  manager = _manager(tasks, args)
-  found = {}
-  for arm, path in chosen:
-    opened = pretrained.opened(path, mesh, 0 if job and arm == 'teacher' else args.step, args.separator)
-    log.info('%s: %s, step %d', arm, path, opened.step)
-    answer = lm_eval.simple_evaluate(
-      Model(opened, mesh, args.batch_size, args.max_length), tasks=tasks, num_fewshot=args.num_fewshot, limit=args.limit,
-      gen_kwargs=args.gen_kwargs, task_manager=manager, bootstrap_iters=0, log_samples=True,
-    )  # fmt: skip
-    print(lm_eval_utils.make_table(answer))
-    found[arm] = answer['results']
-    if job:
-      keep(job, arm, RunFolder(path), opened, answer)
-  if args.output:
-    paths.write_json(args.output, found)
+  chosen = [(folder.name, model, args.step)]
   if job:
-    print(table.write(job.folder))
+    chosen = [(job.arm(run), str(run.path), step) for run, step in jobs.checkpoints(job, args.step)]
+  answers: dict[str, Any] = {}
+  files: dict[str, dict[str, paths.Path]] = {}
+  for arm, path, step in chosen:
+    opened = pretrained.opened(path, mesh, step, args.separator)
+    log.info('%s: %s, step %d', arm, path, opened.step)
+    answer = _evaluate(opened, selection, args, mesh)
+    answers[arm] = answer['results']
+    if job:
+      settings = {'max_length': args.max_length, 'gen_kwargs': args.gen_kwargs, 'seed': args.seed}
+      settings |= {'harness': lm_eval.__version__}
+      files[arm] = {
+        items.name: harness_results.write_items(RunFolder(path), opened.step, items, settings)
+        for items in harness_results.read_items(answer)
+      }
+  if args.output:
+    paths.write_json(args.output, answers)
+  if job:
+    harness_results.add_to_experiment(job, args.step, {arm: step for arm, _, step in chosen}, files)
+    print(table.write(job.folder, args.step))
 
 
-def _manager(tasks: Sequence[str], args: argparse.Namespace) -> 'TaskManager':
-  """The harness's tasks. Raises UserError where one is not known or cannot be loaded: before any model is."""
-  own = args.include_path
-  if own and not paths.Path(own).is_dir():
-    raise UserError(f'--include-path {own}: no such folder')
-  manager = TaskManager(include_path=own, include_defaults=not args.no_defaults)
-  if unknown := [name for name in tasks if name not in manager.all_tasks]:
-    there = 'lm-eval ls tasks lists them, --include-path adds a folder of your own'
-    if own and args.no_defaults:
-      there = f'the YAML files that can be read in {own} hold {", ".join(manager.all_tasks) or "none"}'
-    raise UserError(f'unknown tasks: {", ".join(unknown)}; {there}')
-  if not tasks:
-    raise UserError('--tasks names none')
-  for name in tasks:
-    try:
-      manager.load_task_or_group(name)
-    except Exception as e:  # whatever a task's own code, its file or the library that fetches its data raises
-      what = (str(e).splitlines() or [''])[0][:300]
-      raise UserError(
-        f'the task {name} cannot be loaded ({type(e).__name__}: {what}); mend its file or its data'
-      ) from e
-  return manager
+def _evaluate(
+  opened: pretrained.Opened, selection: harness_tasks.Selection, args: argparse.Namespace, mesh: Mesh
+) -> dict[str, Any]:
+  """Evaluate one model and print the harness's own tables."""
+  answer = lm_eval.simple_evaluate(
+    Model(opened, mesh, args.batch_size, args.max_length, args.seed), tasks=list(selection.specs), num_fewshot=args.num_fewshot,
+    limit=args.limit, gen_kwargs=args.gen_kwargs, task_manager=selection.manager, bootstrap_iters=0, log_samples=True,
+    confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+  )  # fmt: skip
+  print(lm_eval_utils.make_table(answer))
+  if 'groups' in answer:
+    print(lm_eval_utils.make_table(answer, 'groups'))
+  return answer
 
 
-def keep(job: jobs.Job, arm: str, run: RunFolder, opened: pretrained.Opened, answer: dict[str, Any]) -> None:
-  """Puts the tasks that have an accuracy into the experiment's results, item by item."""
-  file = job.folder / jobs.file_name()
-  files = paths.read_json(file) or {}
-  for name, samples in answer['samples'].items():
-    found = _items(samples)
-    if found is None:
-      log.info('%s: no accuracy for each item; it is in the table above and not in the experiment', name)
-      continue
-    set_name = f'{jobs.HARNESS}{name}'
-    key = {
-      'task': name,
-      'version': answer['versions'].get(name),
-      'few_shot': answer['n-shot'].get(name),
-      'items': len(found),
-    }
-    meta = key | {
-      'kind': 'task', 'run': run.name, 'step': opened.step, 'set': set_name, 'accuracy': float(found['correct'].mean()),
-      'accuracy_norm': float(found['correct_norm'].mean()), 'chance': float(found['chance'].mean()), 'harness': lm_eval.__version__,
-    }  # fmt: skip
-    target = results.path(run.results, opened.step, set_name, config_lib.fingerprint(key))
-    results.write(target, found, meta)
-    files.setdefault(arm, {})[set_name] = paths.relative(target, job.folder)
-  paths.write_json(file, files)
-
-
-def _items(samples: list[dict[str, Any]]) -> pd.DataFrame | None:
-  """One row an item; None where items have no accuracy. Items with the same text are told apart by their number."""
-  name = next((name for name in ACCURACY if all(np.isscalar(sample.get(name)) for sample in samples)), None)
-  if name is None or not samples:
-    return None
-  norm = 'acc_norm' if all(np.isscalar(sample.get('acc_norm')) for sample in samples) else name
-  choices = [len(sample['resps']) if name == 'acc' else 0 for sample in samples]
-  return pd.DataFrame({
-    'doc': [digest(canonical([sample['doc_id'], str(sample['doc'])])).encode() for sample in samples],
-    'group': '',
-    'correct': [float(sample[name]) for sample in samples],
-    'correct_norm': [float(sample[norm]) for sample in samples],
-    'bytes': [[len(str(sample['target']).encode())] for sample in samples],
-    'tokens': [[0] for _ in samples],
-    'chance': [1 / n if n > 1 else 0.0 for n in choices],
-  })  # fmt: skip
+def _split_model(args: argparse.Namespace) -> tuple[list[str], str]:
+  """(names of tasks, the model). Where RUN follows --tasks, argparse takes it for the last of them."""
+  tasks, model = list(args.tasks), args.model
+  if model is None and len(tasks) > 1:
+    model = tasks.pop()
+  if model is None:
+    raise UserError("RUN is missing: name an experiment's folder, a run's, or a Hugging Face folder")
+  return harness_tasks.parse_names(tasks), model
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser(
     prog='python -m kdjax.harness', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('model', metavar='RUN', help="an experiment's folder, a run's, or a Hugging Face folder")
-  parser.add_argument('--tasks', required=True, metavar='A,B', help='names of tasks or groups')
+  parser.add_argument(
+    'model', metavar='RUN', nargs='?', help="an experiment's folder, a run's, or a Hugging Face folder"
+  )
+  parser.add_argument(
+    '--tasks',
+    required=True,
+    nargs='+',
+    metavar='A,B',
+    help='names of tasks, groups and tags, or patterns such as "arc_*"; YAML files',
+  )
   parser.add_argument(
     '--include-path', type=paths.expand, metavar='FOLDER', help='a folder of tasks of your own (YAML)'
   )
@@ -287,13 +323,20 @@ def _parser() -> argparse.ArgumentParser:
     '--no-defaults', action='store_true', help="know those alone: quicker than reading the harness's thousands"
   )
   parser.add_argument('--num-fewshot', type=cli.count, help="examples in the prompt; default: the task's")
-  parser.add_argument('--limit', type=cli.positive, help='items of each task, from its front; default: all')
+  parser.add_argument(
+    '--limit',
+    type=harness_tasks.parse_limit,
+    help='items of each task, from its front; below 1: that share of them; default: all',
+  )
   parser.add_argument('--batch-size', type=cli.positive, default=16, help='rows of the longest window; default: 16')
+  parser.add_argument('--gen-kwargs', metavar='K=V,...', help='of generations, e.g. max_gen_toks=64')
+  parser.add_argument('--seed', type=cli.seed, default=0, help='of answers that are drawn (do_sample); default: 0')
+  parser.add_argument(
+    '--step', type=cli.count, default=0, help="the students' checkpoint, or the run's; default: the newest"
+  )
   parser.add_argument(
     '--max-length', type=cli.count, default=0, help='tokens seen at once; default: the window of training'
   )
-  parser.add_argument('--gen-kwargs', metavar='K=V,...', help='of generations, e.g. max_gen_toks=64')
-  parser.add_argument('--step', type=cli.count, default=0, help='which checkpoint; default: the newest')
   parser.add_argument(
     '--separator',
     default='',
@@ -301,6 +344,9 @@ def _parser() -> argparse.ArgumentParser:
     help='of a Hugging Face folder: one token that starts and ends documents',
   )
   parser.add_argument('--output', type=paths.expand, metavar='FILE', help='write the results there too, as JSON')
+  parser.add_argument(
+    '--confirm-run-unsafe-code', action='store_true', help='run what the model writes, for tasks that test code'
+  )
   for axis in sharding.AXES:
     parser.add_argument(f'--{axis}', type=cli.axis, default=-1 if axis == 'fsdp' else 1, help=f'devices along {axis}')
   return parser

@@ -1,6 +1,6 @@
 """Text from a model: a prompt is read once into a cache of keys and values, then one token after the other is drawn on the device.
 
-Rows of different length are padded on the left. What a row says depends on its prompt, the seed and its number, and on nothing else in the
+Rows of different length are padded on the left. A row's text depends on its prompt, the seed and its number, and on nothing else in the
 batch. The host looks at the tokens a chunk at a time.
 
 Shapes: B rows, P the prompts' common length, N tokens of a chunk, S tokens that end a row, V the padded vocabulary.
@@ -66,15 +66,16 @@ def generate(
   sampling: Sampling = Sampling(),
   *,
   seed: int = 0,
+  numbers: Sequence[int] | None = None,
   stop_id: int | Sequence[int],
   stopped: Callable[[list[int]], bool] = lambda ids: False,
 ) -> list[list[int]]:
-  """Draw the tokens that follow each prompt, up to the first `stop_id`, which is left out, and at most `max_tokens`.
+  """Return the tokens that follow each prompt, up to the first `stop_id`, which is left out, and at most `max_tokens`.
 
-  No more are drawn once each row has ended, or `stopped` says of what it has so far that it is enough.
+  Drawing ends once each row has ended, or `stopped` returns True for the row's tokens so far. For `numbers` see `stream`.
   """
   rows: list[list[int]] = [[] for _ in prompts]
-  for tokens_BxN in stream(model, params, prompts, max_tokens, sampling, seed=seed, stop_id=stop_id):
+  for tokens_BxN in stream(model, params, prompts, max_tokens, sampling, seed=seed, numbers=numbers, stop_id=stop_id):
     for row, new in zip(rows, tokens_BxN, strict=True):
       row += new.tolist()
     if all(len(cut_at(row, stop_id)) < len(row) or stopped(row) for row in rows):
@@ -100,19 +101,24 @@ def stream(
   sampling: Sampling = Sampling(),
   *,
   seed: int = 0,
+  numbers: Sequence[int] | None = None,
   stop_id: int | Sequence[int],
 ) -> Iterator[np.ndarray]:
   """Yield int32 arrays [B, N] of the next tokens, until all rows have ended; a row that has ended is filled with (the first) `stop_id`.
 
   Args:
     prompts: token ids, at least one each; a model expects a document's separator first.
+    numbers: each row's own number, below 2**32, from which its random numbers are made; None: 0, 1, 2 ... A caller that draws a set of
+      texts in several calls gives each text its own number: rows of equal numbers are not independent draws.
     stop_id: the token that ends a row, or several that do.
 
   Raises:
-    UserError: a prompt is empty, or is too long for the model with what is to follow.
+    UserError: a prompt is empty, or is too long for the model with what is to follow; prompts and numbers differ in length.
   """
   if not prompts or not all(len(prompt) for prompt in prompts):
     raise UserError('a prompt is empty; begin it with the separator that starts each document')
+  if numbers is not None and len(numbers) != len(prompts):
+    raise UserError(f'numbers: there are {len(numbers)} for {len(prompts)} prompts; give each prompt one')
   longest = max(map(len, prompts))
   width = SHORTEST
   while width < longest:
@@ -130,7 +136,8 @@ def stream(
   # Of rotary positions attention sees the differences alone, so those that are padding on the left take none of the model's length.
   roomy = Model(dataclasses.replace(model.config, max_seq_len=width + n_chunks * CHUNK))
   stop_S = np.asarray(_as_tuple(stop_id), np.int32)
-  state = _read(roomy, sampling, params, tokens_BxP, first_B, jax.random.key(seed), stop_S)
+  number_B = np.asarray(range(len(prompts)) if numbers is None else numbers, np.uint32)
+  state = _read(roomy, sampling, params, tokens_BxP, first_B, jax.random.key(seed), number_B, stop_S)
   for k in range(n_chunks):
     state, tokens_BxN = _draw(roomy, sampling, params, state, stop_S)
     yield np.asarray(tokens_BxN)[:, : max_tokens - k * CHUNK]
@@ -139,9 +146,9 @@ def stream(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _read(model: Model, sampling: Sampling, params, tokens_BxP, first_B, key, stop_S) -> State:
-  """The cache with the prompts in it, and the first token after each."""
-  keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(first_B)))
+def _read(model: Model, sampling: Sampling, params, tokens_BxP, first_B, key, number_B, stop_S) -> State:
+  """Fill the cache with the prompts and draw the first token after each."""
+  keys_B = jax.vmap(lambda number: jax.random.fold_in(key, number))(number_B)
   cache = model.empty_cache(first_B, model.config.max_seq_len)
   hidden_BxPxD, cache = model.extend(params, tokens_BxP, cache)
   token_B = _next(model, sampling, params, hidden_BxPxD[:, -1], keys_B, 0)

@@ -61,6 +61,17 @@ def test_a_row_does_not_depend_on_its_neighbours_but_on_its_seed_and_number(llam
   assert twice[0] != twice[1]
 
 
+def test_a_rows_number_is_its_own_wherever_the_row_is_drawn(llama):
+  model, params = llama
+  draw = lambda *numbers: generate(model, params, [[256, 5, 9]] * len(numbers), 20, stop_id=NEVER, numbers=numbers)
+  together = draw(7, 2**32 - 1, 0, 3)
+  assert len({tuple(row) for row in together}) == 4
+  assert draw(3) + draw(0, 7) == [together[3], together[2], together[0]]
+  assert draw(0, 1) == generate(model, params, [[256, 5, 9]] * 2, 20, stop_id=NEVER)
+  with pytest.raises(UserError, match='numbers: there are 1 for 2 prompts'):
+    generate(model, params, [[256], [256]], 2, stop_id=NEVER, numbers=[0])
+
+
 @pytest.mark.parametrize('sampling', [Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(temperature=1e-4)])
 def test_what_leaves_one_token_is_greedy(sampling, llama):
   model, params = llama

@@ -1,6 +1,7 @@
 """The table at the end of a run: every model on every set, then the paired differences, from the result files alone."""
 
 import dataclasses
+import logging
 import math
 from typing import Any
 
@@ -17,6 +18,8 @@ from kdjax.evals.score import TEMPERATURES
 from kdjax.grids.config import OOD_MEAN
 from kdjax.paths import read_json, write_text
 from kdjax.run import RunFolder
+
+log = logging.getLogger('kdjax')
 
 LN2 = math.log(2)
 BASELINE = 'baseline'
@@ -55,7 +58,7 @@ def write(folder: paths.Path, step: int = 0) -> str:
   """The table as text; also kept as table.txt and, for machines, results.csv in the folder; a named step's beside them."""
   job = jobs.find(folder)
   cells = _load(job, step)
-  text, name = format_all(folder, job, cells), f'-step{step}' if step else ''
+  text, name = format_all(folder, job, cells, step), f'-step{step}' if step else ''
   write_text(folder / f'table{name}.txt', text + '\n')
   write_text(folder / f'results{name}.csv', as_frame(cells).to_csv(index=False))
   return text
@@ -72,10 +75,24 @@ def _load(job: jobs.Job, step: int = 0) -> Cells:
     raise UserError(f'{job.folder} has no results yet; run python -m kdjax.evaluate --workdir={job.folder}')
   check_comparable(job.students)
   per = 'tokens' if text_lost(job) else 'bytes'
-  return {
+  cells = {
     arm: {name: Cell(*results.read(paths.under(job.folder, file)), per) for name, file in sets.items()}
     for arm, sets in files.items()
   }
+  return _without_averages(cells)
+
+
+def _without_averages(cells: Cells) -> Cells:
+  """Leave out, with a warning, the harness's results of earlier versions that hold each item once a filter."""
+  mixed = {
+    name
+    for sets in cells.values()
+    for name, cell in sets.items()
+    if cell.is_task and cell.documents['doc'].duplicated().any()
+  }
+  for name in sorted(mixed):
+    log.warning('warning: %s is an average over several filters and is left out; run kdjax.harness again', name)
+  return {arm: {name: cell for name, cell in sets.items() if name not in mixed} for arm, sets in cells.items()}
 
 
 def text_lost(job: jobs.Job) -> dict[str, float]:
@@ -115,7 +132,7 @@ def difference(cell: Cell, baseline: Cell, column: str = 'nll') -> Effect:
 
 
 def accuracy_difference(cell: Cell, baseline: Cell, column: str = 'correct') -> Effect:
-  """A task's accuracy of `cell` less that of `baseline`, paired by item; positive is better. `column`: correct or correct_norm."""
+  """Subtract `baseline`'s accuracy from `cell`'s, paired by item; positive is better. `column`: correct or correct_norm."""
   pair = _merged(cell, baseline, column)
   return crossed_effect([Paired(_less(pair, column), np.ones(len(pair)))])
 
@@ -180,35 +197,46 @@ def _text_values(cell: Cell) -> dict[str, Any]:
     'kind': 'text',
     'accuracy': np.nan,
     'accuracy_norm': np.nan,
+    'normalised': '-',
+    'chance': np.nan,
   }
 
 
 def _task_values(cell: Cell) -> dict[str, Any]:
-  """The bytes and tokens are those of all continuations."""
+  """The bytes and tokens are those of what was scored or written; the harness counts no tokens."""
+  sums = {
+    name: int(np.stack(cell.documents[name].to_list()).sum()) for name in ('bytes', 'tokens') if name in cell.documents
+  }
   return {
-    'bytes': int(np.stack(cell.documents['bytes'].to_list()).sum()),
-    'tokens': int(np.stack(cell.documents['tokens'].to_list()).sum()),
+    'bytes': sums['bytes'],
+    'tokens': sums.get('tokens', np.nan),
     'kind': 'task',
     'accuracy': cell.meta['accuracy'],
     'accuracy_norm': cell.meta['accuracy_norm'],
+    'normalised': normalisation(cell) or '-',
+    'chance': cell.meta['chance'],
   }
 
 
-def format_all(folder: paths.Path, job: jobs.Job, cells: Cells) -> str:
+def normalisation(cell: Cell) -> str:
+  """By what the log-likelihoods of a task's normalised accuracy are divided; '': it has none."""
+  return cell.meta.get('normalised', 'per character' if cell.meta['set'].startswith(jobs.HARNESS) else 'per byte')
+
+
+def format_all(folder: paths.Path, job: jobs.Job, cells: Cells, step: int = 0) -> str:
   cells, tasks = _apart(cells)
   sets = _ordered_sets(cells)
-  parts = [
-    f'{job.config.name} (scale={job.config.scale}): {folder}',
-    '',
-    _quality(cells, sets),
-    '',
-    _legend(job, cells, sets),
-  ]
-  if differences(cells):
+  parts = [f'{job.config.name} (scale={job.config.scale}): {folder}' + (f', step {step}' if step else ''), '']
+  if sets:
+    parts += [_quality(cells, sets), '', _legend(job, cells, sets)]
+  else:
+    named = f' --step={step}' if step else ''
+    parts.append(f'No text set has been scored yet: python -m kdjax.evaluate --workdir={folder}{named}')
+  if sets and differences(cells):
     parts += ['', _differences_table(cells, sets)]
   if any(tasks.values()):
-    parts += ['', _tasks_table(tasks)]
-  parts += ['', _facts(job, cells)]
+    parts += [line for part in _tasks_tables(tasks) for line in ('', part)]
+  parts += ['', _facts(job, {arm: scored | tasks[arm] for arm, scored in cells.items()})]
   return '\n'.join(parts)
 
 
@@ -269,23 +297,40 @@ def _differences_table(cells: Cells, sets: list[str]) -> str:
   return '\n'.join(out)
 
 
-def _tasks_table(tasks: Cells) -> str:
-  """Accuracies of every arm, then the paired differences against the baseline."""
-  names = sorted(set.intersection(*(set(scored) for scored in tasks.values())))
-  rows = [['accuracy (per byte normalised)', *names]]
-  for arm, scored in tasks.items():
-    rows.append([arm, *(f'{scored[n].meta["accuracy"]:.3f} ({scored[n].meta["accuracy_norm"]:.3f})' for n in names)])
+def _tasks_tables(tasks: Cells) -> list[str]:
+  """One table for each way in which accuracies are normalised: a label holds for its whole column."""
   first = next(iter(tasks.values()))
-  rows.append(['chance', *(f'{first[name].meta["chance"]:.3f}' for name in names)])
+  names = sorted(set.intersection(*(set(scored) for scored in tasks.values())))
+  by_norm = {
+    norm: [n for n in names if normalisation(first[n]) == norm] for norm in sorted(map(normalisation, first.values()))
+  }
+  return [_tasks_table(tasks, of_norm, norm) for norm, of_norm in by_norm.items() if of_norm]
+
+
+def _tasks_table(tasks: Cells, names: list[str], norm: str) -> str:
+  """Accuracies of every arm, then the paired differences against the baseline."""
+  first = next(iter(tasks.values()))
+  rows = [[f'accuracy ({norm} normalised)' if norm else 'accuracy', *names]]
+  for arm, scored in tasks.items():
+    rows.append([arm, *(_accuracies(scored[name].meta, norm) for name in names)])
+  rows.append(['chance', *(_share(first[name].meta['chance']) for name in names)])
   base = tasks.get(BASELINE, {})
   for arm, scored in tasks.items():
     if base and arm not in (BASELINE, 'teacher'):
-      for label, column in (('', 'correct'), (', per byte', 'correct_norm')):
+      for label, column in (('', 'correct'), (f', {norm}', 'correct_norm')) if norm else (('', 'correct'),):
         found = [_interval(accuracy_difference(scored[name], base[name], column)) for name in names]
         rows.append([f'{arm} less the baseline{label}', *found])
   counts = ', '.join(f'{name} {len(first[name].documents)}' for name in names)
   paired = 'Paired by item; positive is better; 95% intervals over items. ' if base else ''
   return f'{align(rows)}\n{paired}Items: {counts}.'
+
+
+def _accuracies(meta: dict[str, Any], norm: str) -> str:
+  return _share(meta['accuracy']) + (f' ({_share(meta["accuracy_norm"])})' if norm else '')
+
+
+def _share(value: float) -> str:
+  return f'{value:.3f}' if math.isfinite(value) else '-'
 
 
 def _parameters(facts: dict[str, Any]) -> str:
@@ -313,7 +358,7 @@ def _facts(job: jobs.Job, cells: Cells) -> str:
   if lost := text_lost(job):
     return '\n'.join([*lines, f'warning: {fidelity.describe(lost)}'])
   corpus = next((facts for facts in every if 'xz9_bits_per_byte' in facts), None)
-  if corpus:
+  if corpus and all(jobs.IN_DOMAIN in sets for sets in cells.values()):
     best = min(sets[jobs.IN_DOMAIN].bits() for arm, sets in cells.items() if arm != 'teacher')
     verdict = (
       'the best student beats it'

@@ -155,12 +155,13 @@ def score(
   return _table(items, *likelihood.score(model, requests, window, batch_size, mesh, progress))
 
 
-def summary(table: pd.DataFrame) -> dict[str, float]:
-  """Means over a task's items."""
+def summary(table: pd.DataFrame) -> dict[str, Any]:
+  """Return means over a task's items, and by what the log-likelihoods of `accuracy_norm` are divided."""
   return {
     'accuracy': float(table['correct'].mean()),
     'accuracy_norm': float(table['correct_norm'].mean()),
     'chance': float(table['chance'].mean()),
+    'normalised': 'per byte',
   }
 
 

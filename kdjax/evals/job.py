@@ -96,14 +96,14 @@ def origin_of(folder: paths.Path, known: dict[str, Any]) -> Origin:
 
 
 def evaluate(job: Job, corpus: Corpus, mesh: Mesh, step: int = 0, progress: bool = True) -> None:
-  """Scores what has not been scored yet: the teacher, and the students at `step`, else at the newest that all of them have.
+  """Score what has not been scored yet, at the steps that `checkpoints` names.
 
-  The folder's evaluation.json (evaluation-step<N>.json where a step is named) then says which result files belong together:
+  The folder's evaluation.json (evaluation-step<N>.json where a step is named) then lists the result files that belong together:
   arm -> set -> path.
   """
   while True:
     chosen = step or _common_step(job)
-    at = [(run, _step(run, job.teacher_step if job.is_teacher(run) else chosen)) for run in job.runs]
+    at = checkpoints(job, chosen)
     try:
       tasks = score_missing(job, at, corpus, mesh, progress)
       break
@@ -120,13 +120,26 @@ def evaluate(job: Job, corpus: Corpus, mesh: Mesh, step: int = 0, progress: bool
     write_json(job.folder / file_name(step), files)
 
 
+def checkpoints(job: Job, step: int = 0) -> list[tuple[RunFolder, int]]:
+  """Return (run, step) of each model: the teacher at the step that the students learn from, the students at `step`, else at the newest
+  that all of them have. Raises UserError where one has no such checkpoint.
+  """
+  chosen = step or _common_step(job)
+  return [(run, _step(run, job.teacher_step if job.is_teacher(run) else chosen)) for run in job.runs]
+
+
+def is_of_step(file: str, step: int) -> bool:
+  """Whether a result file is of that step: its name says so (results.path)."""
+  return f'-step{step}-' in file.rpartition('/')[2]
+
+
 def _of_harness(job: Job, step: int, at: dict[RunFolder, int]) -> dict[str, dict[str, str]]:
   """The harness's results that are known of the same checkpoints: arm -> set -> path."""
   known = read_json(job.folder / file_name(step)) or {}
   steps = {job.arm(run): of_run for run, of_run in at.items()}
   return {
     arm: {
-      name: file for name, file in known.get(arm, {}).items() if name.startswith(HARNESS) and f'-step{of_run}-' in file
+      name: file for name, file in known.get(arm, {}).items() if name.startswith(HARNESS) and is_of_step(file, of_run)
     }
     for arm, of_run in steps.items()
   }

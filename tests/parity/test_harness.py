@@ -10,6 +10,7 @@ import pytest
 
 from kdjax import harness, huggingface, pretrained, sharding, train
 from kdjax.config import MeshConfig
+from kdjax.evals import harness_results
 from kdjax.huggingface import Source
 from kdjax.models.decoder import Model as Decoder
 from tests import tiny
@@ -66,7 +67,7 @@ doc_to_text: "{{{{context}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: answer
 target_delimiter: ""
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}, {{metric: acc_bytes}}, {{metric: acc_mutual_info}}]
 """
 ROLLING = """
 task: {name}
@@ -88,7 +89,13 @@ doc_to_text: "{{{{context}}}}"
 doc_to_target: "{{{{target}}}}"
 generation_kwargs: {{until: ["."], do_sample: false, max_gen_toks: 40}}
 metric_list: [{{metric: exact_match}}]
+filter_list:
+  - name: first-letter
+    filter: [{{function: regex, regex_pattern: "([a-z])"}}, {{function: take_first}}]
+  - name: last-letter
+    filter: [{{function: regex, regex_pattern: "([a-z])", group_select: -1}}, {{function: take_first}}]
 """
+TASKS = ['small_choices', 'small_rolling', 'small_texts']
 
 
 @pytest.fixture(scope='module')
@@ -99,12 +106,14 @@ def tasks(tmp_path_factory) -> pathlib.Path:
   items = [
     {
       'context': text(int(rng.integers(1, 60))),
-      'choices': [' ' + text(int(n)) for n in rng.integers(1, 9, 4)],
-      'answer': int(rng.integers(4)),
-      'target': ' ball',
+      'choices': [' ' + text(int(n)) for n in rng.integers(1, 9, size)],
+      'answer': int(rng.integers(size)),
+      'target': str(rng.choice(list('tsye'))),
     }
-    for _ in range(60)
+    for size in rng.integers(2, 5, 60)
   ]
+  for item in items[::3]:
+    item['choices'] = [choice.replace('a', 'é') for choice in item['choices'][:1]] + item['choices'][1:]
   items[0]['context'] = text(700)  # longer than the window: its beginning is left out
   (folder / 'items.jsonl').write_text(''.join(json.dumps(item) + '\n' for item in items))
   for name, template in (('small_choices', MULTIPLE), ('small_rolling', ROLLING), ('small_texts', GENERATE)):
@@ -136,7 +145,7 @@ def opened(folder, mesh) -> pretrained.Opened:
 def theirs(folder, tasks):
   model = HFLM(pretrained=str(folder), device='cpu', dtype='float32', batch_size=8)
   assert model.max_length == 512
-  return evaluated(model, tasks, ['small_choices', 'small_rolling', 'small_texts'])
+  return evaluated(model, tasks, TASKS)
 
 
 @pytest.fixture(scope='module', params=[1, 4], ids=['one device', 'four devices'])
@@ -145,7 +154,7 @@ def ours(request, folder, tasks):
   with jax.set_mesh(mesh):
     model = harness.Model(opened(folder, mesh), mesh, batch_size=8)
     assert model.max_length == 512
-    return evaluated(model, tasks, ['small_choices', 'small_rolling', 'small_texts'])
+    return evaluated(model, tasks, TASKS)
 
 
 def samples(answer, task):
@@ -158,7 +167,7 @@ def test_log_likelihoods_and_accuracies_are_the_harness_own(ours, theirs):
     assert np.abs(a - b).max() < 1e-3
     assert [resp[0][1] for resp in one['resps']] == [resp[0][1] for resp in other['resps']]
     assert one['acc'] == other['acc'] and one['acc_norm'] == other['acc_norm']
-  for name in ('acc,none', 'acc_norm,none'):
+  for name in ('acc,none', 'acc_norm,none', 'acc_bytes,none', 'acc_mutual_info,none'):
     assert ours['results']['small_choices'][name] == theirs['results']['small_choices'][name]
   assert 0.1 < ours['results']['small_choices']['acc,none'] < 0.9
 
@@ -175,6 +184,33 @@ def test_generations_are_the_same_text(ours, theirs):
   one, other = ([s['resps'][0][0] for s in samples(answer, 'small_texts')] for answer in (ours, theirs))
   assert one == other
   assert len(set(one)) > 20 and all('.' not in text for text in one)
+
+
+def test_each_filter_scores_the_same(ours, theirs):
+  names = ('first-letter', 'last-letter')
+  for name in names:
+    known = theirs['results']['small_texts'][f'exact_match,{name}']
+    assert ours['results']['small_texts'][f'exact_match,{name}'] == known > 0
+  matches = lambda name: [s['exact_match'] for s in samples(theirs, 'small_texts') if s['filter'] == name]
+  assert matches(names[0]) != matches(names[1])
+
+
+def test_the_experiments_items_are_what_the_harness_reports_of_its_own_model(ours, theirs):
+  """Of each task and filter: accuracy, normalised accuracy and chance."""
+  mine, other = ({one.name: one for one in harness_results.read_items(answer)} for answer in (ours, theirs))
+  assert (
+    mine.keys()
+    == other.keys()
+    == {'lm-eval-small_choices', *(f'lm-eval-small_texts:{n}-letter' for n in ('first', 'last'))}
+  )
+  for name, one in mine.items():
+    assert one.facts == other[name].facts
+    assert one.table.equals(other[name].table)
+    known = theirs['results'][one.facts['task']]
+    assert one.table['correct'].mean() == pytest.approx(known[f'{one.facts["metric"]},{one.facts["filter"]}'])
+  choices = mine['lm-eval-small_choices']
+  assert choices.table['correct_norm'].mean() == pytest.approx(theirs['results']['small_choices']['acc_norm,none'])
+  assert choices.facts['normalised'] == 'per character' and set(choices.table['chance'].round(3)) == {0.5, 0.333, 0.25}
 
 
 def test_few_programs_serve_all_requests(folder, tasks):
@@ -208,7 +244,9 @@ def test_a_tasks_results_stand_in_the_experiments_table(tasks, tmp_path, capsys)
   assert 'lm-eval-small_choices' in out
   assert set(json.loads((tmp_path / 'out.json').read_text())) == {'teacher', 'baseline', 'distilled'}
   text = (experiment / 'table.txt').read_text()
-  assert 'lm-eval-small_choices' in text and 'chance' in text and '0.250' in text
+  assert 'lm-eval-small_choices' in text and 'accuracy (per character normalised)' in text
+  (chance,) = (line.split()[1] for line in text.splitlines() if line.startswith('chance'))
+  assert 0.25 < float(chance) < 0.5
   rows = (experiment / 'results.csv').read_text()
   assert rows.count('lm-eval-small_choices') == 3 and 'small_rolling' not in rows
   # The eval job keeps them.

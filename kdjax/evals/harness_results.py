@@ -1,0 +1,149 @@
+"""Turn the harness's answers into result files: for each task and each of its filters one table of items."""
+
+import logging
+import math
+import numbers
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from kdjax import config as config_lib
+from kdjax import paths
+from kdjax.data.files import canonical, digest
+from kdjax.evals import job as jobs
+from kdjax.evals import results
+from kdjax.run import RunFolder
+
+log = logging.getLogger('kdjax')
+
+VERSION = 2  # of what a result means; 1 averaged over the filters
+ACCURACY = ('acc', 'exact_match', 'acc_mutual_info', 'pass@1')  # a task's first of these is its accuracy
+CHOSEN = ('acc', 'acc_mutual_info')  # of them, those where one of several choices is picked
+NORMALISED = {'acc_norm': 'per character', 'acc_bytes': 'per byte'}  # by what lm_eval divides log-likelihoods
+MEANS = {'accuracy': 'correct', 'accuracy_norm': 'correct_norm', 'chance': 'chance'}
+NO_FILTER = 'none'  # the harness's name for a task's filter where the task names none
+
+Sample = Mapping[str, Any]
+
+
+class Items(NamedTuple):
+  """One task under one filter: a row an item, and the facts that its result file keeps."""
+
+  name: str
+  table: pd.DataFrame
+  facts: dict[str, Any]
+
+
+def read_items(answer: Mapping[str, Any]) -> Iterator[Items]:
+  """Yield the items of each task and filter that has an accuracy for each item; log which tasks have none.
+
+  Args:
+    answer: what lm_eval.simple_evaluate returns, samples included.
+  """
+  for task, samples in answer['samples'].items():
+    filters = dict.fromkeys(sample['filter'] for sample in samples)
+    found = [_items(answer, task, name, [s for s in samples if s['filter'] == name]) for name in filters]
+    yield from (items for items in found if items)
+    if not any(found):
+      log.info('%s: no accuracy for each item; it is in the table above and not in the experiment', task)
+
+
+def write_items(run: RunFolder, step: int, items: Items, facts: dict[str, Any]) -> paths.Path:
+  """Write a result file of a run's folder. `facts`: what else the result depends on, and the file's metadata keep."""
+  key = items.facts | facts | {'version': VERSION}
+  target = results.path(run.results, step, re.sub(r'[^\w.@-]+', '_', items.name), config_lib.fingerprint(key))
+  means = {name: float(items.table[column].mean()) for name, column in MEANS.items()}
+  results.write(target, items.table, key | means | {'kind': 'task', 'run': run.name, 'step': step, 'set': items.name})
+  return target
+
+
+def add_to_experiment(
+  job: jobs.Job, step: int, at: Mapping[str, int], found: Mapping[str, Mapping[str, paths.Path]]
+) -> None:
+  """Add result files to those that make the experiment's table, in place of older ones of the same tasks.
+
+  Args:
+    step: the step whose table it is; 0: the newest.
+    at: arm -> the step that was scored. Files of another step leave the table: its columns are of one checkpoint.
+    found: arm -> set -> result file.
+  """
+  file = job.folder / jobs.file_name(step)
+  known = paths.read_json(file) or {}
+  for arm, new in found.items():
+    tasks = {name.partition(':')[0] for name in new}
+    old = {name: kept for name, kept in known.get(arm, {}).items() if name.partition(':')[0] not in tasks}
+    same = {name: kept for name, kept in old.items() if jobs.is_of_step(kept, at[arm])}
+    if left_out := sorted(old.keys() - same.keys()):
+      log.info(
+        '%s: %s leave the table: they are of another step than %d; kdjax.evaluate scores them again',
+        arm, ', '.join(left_out), at[arm],
+      )  # fmt: skip
+    known[arm] = same | {name: paths.relative(path, job.folder) for name, path in new.items()}
+  paths.write_json(file, known)
+
+
+def _items(answer: Mapping[str, Any], task: str, filter_name: str, samples: Sequence[Sample]) -> Items | None:
+  """The items of one filter; None where they have no accuracy. Items with the same text are told apart by their number."""
+  metric = next((name for name in ACCURACY if _is_mean(answer, task, name, samples)), '')
+  if not metric:
+    return None
+  own = answer['configs'][task].get('process_results') is not None  # how it scores is for the task's own code to say
+  norm = next((name for name in NORMALISED if metric == 'acc' and _all_numbers(samples, name)), '')
+  table = pd.DataFrame({
+    'doc': [digest(canonical([sample['doc_id'], str(sample['doc'])])).encode() for sample in samples],
+    'group': '',
+    'correct': [float(sample[metric]) for sample in samples],
+    'correct_norm': [float(sample[norm]) if norm else math.nan for sample in samples],
+    'bytes': [[len(_scored_text(sample).encode())] for sample in samples],
+    'chance': [math.nan if own and metric in CHOSEN else _chance(sample, metric) for sample in samples],
+  })  # fmt: skip
+  facts = {
+    'task': task,
+    'filter': filter_name,
+    'metric': metric,
+    'normalised': "by the task's own rule" if own and norm else NORMALISED.get(norm, ''),
+    'task_version': answer['versions'].get(task),
+    'few_shot': answer['n-shot'].get(task),
+    'items': len(samples),
+  }
+  return Items(f'{jobs.HARNESS}{task}' + (f':{filter_name}' if filter_name != NO_FILTER else ''), table, facts)
+
+
+def _is_mean(answer: Mapping[str, Any], task: str, metric: str, samples: Sequence[Sample]) -> bool:
+  """Whether the harness's own result is the mean of the items' values: only then is a mean over items that accuracy."""
+  if not _all_numbers(samples, metric):
+    return False
+  mean = sum(float(sample[metric]) for sample in samples) / len(samples)
+  known = answer['results'][task].get(f'{metric},{samples[0]["filter"]}')
+  return isinstance(known, numbers.Real) and math.isclose(mean, known, abs_tol=1e-9)
+
+
+def _all_numbers(samples: Sequence[Sample], name: str) -> bool:
+  values = [sample.get(name) for sample in samples]
+  return all(isinstance(value, numbers.Real) and math.isfinite(value) for value in values)
+
+
+def _chance(sample: Sample, metric: str) -> float:
+  """The share of right answers among an item's choices; 0 where none are given."""
+  n = _n_choices(sample)
+  if metric not in CHOSEN or n < 2:
+    return 0.0
+  target = sample['target']
+  if isinstance(target, str):
+    return 1 / n
+  right = {int(i) for i in (target if isinstance(target, list) else [target]) if isinstance(i, numbers.Integral)}
+  return len(right & set(range(n))) / n
+
+
+def _n_choices(sample: Sample) -> int:
+  """Requests of an item, less those that acc_mutual_info adds: each choice without the question."""
+  n = len(sample['resps'])
+  return n // 2 if 'acc_mutual_info' in sample['metrics'] else n
+
+
+def _scored_text(sample: Sample) -> str:
+  """The continuations whose likelihood was asked for, or the texts that were written."""
+  asked = list(zip(sample['arguments'], sample['resps'], strict=True))[: _n_choices(sample)]
+  return ''.join(''.join(resps) if isinstance(resps[0], str) else args[:2][-1] for args, resps in asked)
