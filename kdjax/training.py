@@ -72,6 +72,8 @@ def experiment(config: Config) -> dict[str, Any]:
   values = config_lib.as_dict(config)
   kept = {key: values[key] for key in ('teacher', 'student', 'loss')} | {'data': _data_identity(config)}
   kept['student']['arms'] = sorted(config.student.arms)
+  if any(TARGETS[arm] != 'none' for arm in config.student.arms):
+    kept['loss'] |= nucleus_identity(config.loss)
   if 'distilled' not in config.student.arms:
     del kept['teacher']
   return _essence(kept)
@@ -86,6 +88,7 @@ def run_config(
   """
   target = TARGETS.get(arm, 'none')
   learns = isinstance(section, StudentConfig) and target != 'none'
+  loss = _arm_loss(config, learns)
   identity = {
     'arm': arm,
     'model': dataclasses.asdict(model),
@@ -96,10 +99,15 @@ def run_config(
     'target': {'teacher': teacher, 'unigram': 'unigram'}.get(target, 'none'),
     'alpha': section.alpha if learns else 0.0,  # type: ignore[union-attr]
     'alpha_schedule': dataclasses.asdict(section.alpha_schedule if learns else AlphaSchedule()),  # type: ignore[union-attr]
-    'loss': dataclasses.asdict(_arm_loss(config, learns)),
+    'loss': dataclasses.asdict(loss) | nucleus_identity(loss),
     'init': init,
   }
   return _essence(identity)
+
+
+def nucleus_identity(loss: LossConfig) -> dict[str, str]:
+  """What tells a run apart from an older one whose nucleus was cut at temperature 1; empty where that is the same."""
+  return {'nucleus': 'tempered'} if loss.teacher_top_p < 1 and loss.temperature != 1 else {}
 
 
 def teacher_key(config: Config) -> str:

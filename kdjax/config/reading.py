@@ -116,7 +116,11 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str
       built[name] = _convert(value, annotation)
     except ValueError:
       problems.append(f'{prefix}{name}: expected {_type_name(annotation)}, got {value!r}')
-  return cls(**built)
+  try:
+    return cls(**built)
+  except ConfigError as e:  # a section that checks itself
+    problems += [f'{prefix}{problem.removeprefix(f"{cls.__name__}.")}' for problem in e.problems]
+    return cls()
 
 
 def _convert(value: Any, annotation: Any) -> Any:
