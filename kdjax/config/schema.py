@@ -203,7 +203,7 @@ class EvalConfig:
 class CheckpointConfig:
   every: int = 0  # steps; 0: ten in a run
   keep: int = 2  # the newest
-  keep_period: int = 0  # and each multiple of this for good; 0: none but the last
+  keep_period: int = 0  # steps; each multiple of it is saved too, and kept for good; 0: none but the last
   keep_minutes: float = 0.0  # and, for good, one each time that so many minutes have gone by; 0: none
   local: str = ''  # a folder of each host's own, on its disk or in memory (/dev/shm/kdjax), for checkpoints between these; '': none
   local_every: int = 0  # steps between them (kdjax/local.py)
