@@ -1,8 +1,8 @@
 """What a run costs, by arithmetic: parameters, FLOPs a token, the distillation ledger, and the devices' peaks.
 
 These are model FLOPs: two for each multiply-add of a matrix product, the backward pass twice the forward, nothing for
-recomputation. The causal attention term counts the half of the scores that the mask keeps. A vocabulary counts as it is
-stored: padded.
+recomputation. The causal attention term counts the scores that the mask keeps: half of them, and in a local layer those
+inside its window. A vocabulary counts as it is stored: padded.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def forward_flops(config: ModelConfig, seq_len: int, attention: bool = True) -> 
   """FLOPs of one token's forward pass, on average in a window of `seq_len`; `attention`: with its causal term."""
   c = config
   matmul = 2.0 * (_block_matmul_params(c) + c.d_model * c.padded_vocab_size)
-  return matmul + (2.0 * c.n_layers * seq_len * c.n_heads * c.head_dim if attention else 0.0)
+  return matmul + (4.0 * _attended(c, seq_len) * c.n_heads * c.head_dim if attention else 0.0)
 
 
 def training_flops(config: ModelConfig, seq_len: int, attention: bool = True) -> float:
@@ -147,6 +147,16 @@ def pair_tokens(
 def peak_flops(device_kind: str) -> float | None:
   """Dense bf16 FLOP/s of one device, by its `device_kind`; None where it is not known (a CPU, say)."""
   return next((peak for part, peak in PEAKS if part.lower() in device_kind.lower()), None)
+
+
+def _attended(c: ModelConfig, seq_len: int) -> float:
+  """Keys that a token attends to, summed over the layers, on average in a window: half of it, or less in a local layer.
+
+  A local layer's mask is a band of width w below the diagonal: its area is w n - w^2 / 2 of the n^2 scores.
+  """
+  window = min(c.local_window, seq_len) if c.local_window else seq_len
+  n_local = c.n_layers - c.n_layers // c.global_every if c.local_window else 0
+  return (c.n_layers - n_local) * seq_len / 2 + n_local * (window - window**2 / (2 * seq_len))
 
 
 def _block_matmul_params(c: ModelConfig) -> int:

@@ -186,7 +186,8 @@ def _train(
   rows = local_rows(NamedSharding(mesh, P(sharding.BATCH_AXES)), stream.batch_size)
   profiler = Profiler(cohort.members[0].folder.path, cohort.profile, start, recipe.size)
   at = (*cohort.keep_steps, *profiler.edges)
-  plan = calls(start, total, recipe.size, cohort.checkpoint_every, cohort.local_every, cohort.eval_every, at=at)
+  every = (cohort.checkpoint_every, cohort.keep_period, cohort.local_every, cohort.eval_every)
+  plan = calls(start, total, recipe.size, *every, at=at)
   stopped = None
   with contextlib.closing(report), contextlib.closing(profiler):
     session.turn_to('data')
@@ -207,8 +208,7 @@ def _train(
           report.validated([validate(s.params) for s in states])
       heart.step(step)
       stop = asked_to_stop(first, n)
-      at_save = (cohort.checkpoint_every and step % cohort.checkpoint_every == 0) or step in cohort.keep_steps
-      if stop or step == total or at_save:
+      if stop or step == total or cohort.saves_at(step):
         report.flush()
         with session.doing('checkpoints'):
           _save(cohort, saves, step, states)

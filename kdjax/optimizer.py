@@ -13,21 +13,33 @@ from kdjax.sharding import path_name
 def learning_rate(config: OptimizerConfig, total_steps: int) -> Callable[[jax.Array], jax.Array]:
   """step -> learning rate: linear warm-up from 0, then cosine, or WSD (constant, then a linear decay), to `final_fraction` of the peak.
 
-  Step s of n uses the rate at (s + 1) / n, so that the first step moves and the last reaches the final rate.
+  Step s of n uses the rate at (s + 1) / n, so that the first step moves and the last reaches the final rate. The last step is never part
+  of the warm-up, and where warm-up and decay together, in whole steps, are longer than the run, the decay starts when the warm-up ends.
+  A run of one step has the final rate.
   """
   peak, final = config.learning_rate, config.learning_rate * config.final_fraction
-  warmup = round(config.warmup_fraction * total_steps)
+  warmup, decay = _phases(config, total_steps)
+  warmup = min(warmup, total_steps - 1)
   up = optax.linear_schedule(0.0, peak, max(1, warmup))
   if config.schedule == 'cosine':
-    rest = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup), config.final_fraction)
+    rest = optax.cosine_decay_schedule(peak, total_steps - warmup, config.final_fraction)
     schedule = optax.join_schedules([up, rest], [warmup])
   else:
-    decay = max(1, round(config.decay_fraction * total_steps))
-    stable = total_steps - decay
-    schedule = optax.join_schedules(
-      [up, optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)], [warmup, stable]
-    )
+    decay = min(decay, total_steps - warmup)
+    down = optax.linear_schedule(peak, final, decay)
+    schedule = optax.join_schedules([up, optax.constant_schedule(peak), down], [warmup, total_steps - decay])
   return lambda step: jnp.asarray(schedule(step + 1), jnp.float32)
+
+
+def phases_overrun(config: OptimizerConfig, total_steps: int) -> bool:
+  """Whether warm-up and decay, in whole steps, leave the run no last step or no room for each other."""
+  warmup, decay = _phases(config, total_steps)
+  return warmup >= total_steps or (config.schedule == 'wsd' and warmup + decay > total_steps)
+
+
+def _phases(config: OptimizerConfig, total_steps: int) -> tuple[int, int]:
+  """Steps of the warm-up and of the decay, as the fractions ask."""
+  return round(config.warmup_fraction * total_steps), max(1, round(config.decay_fraction * total_steps))
 
 
 def adamw(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from kdjax import config as config_lib
 from kdjax import flops, loop, paths, pretrained, teachers
 from kdjax.cohort import Cohort, Member
-from kdjax.config import AlphaSchedule, Config, LossConfig, ModelConfig, StudentConfig, TeacherConfig
+from kdjax.config import AlphaSchedule, Config, DataConfig, LossConfig, ModelConfig, StudentConfig, TeacherConfig
 from kdjax.data.batches import BatchStream, Windows
 from kdjax.data.corpus import Corpus
 from kdjax.data.roles import Roles
@@ -26,7 +26,7 @@ from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
 from kdjax.losses import alpha_state
 from kdjax.models import Model, build
-from kdjax.optimizer import adamw, learning_rate
+from kdjax.optimizer import adamw, learning_rate, phases_overrun
 from kdjax.profiling import Window
 from kdjax.run import RunFolder, git_commit, versions
 from kdjax.step import Recipe, Teacher
@@ -77,6 +77,10 @@ def experiment(config: Config) -> dict[str, Any]:
   values = config_lib.as_dict(config)
   kept = {key: values[key] for key in ('teacher', 'student', 'loss')} | {'data': _data_identity(config)}
   kept['student']['arms'] = sorted(config.student.arms)
+  if any(TARGETS[arm] != 'none' for arm in config.student.arms):
+    kept['loss'] |= nucleus_identity(config.loss)
+  for name, section in (('teacher', trained_section(config.teacher)), ('student', config.student)):
+    kept[name]['optimizer'] |= schedule_identity(section, config.data)
   if 'distilled' not in config.student.arms:
     del kept['teacher']
   return _essence(kept)
@@ -91,20 +95,31 @@ def run_config(
   """
   target = TARGETS.get(arm, 'none')
   learns = isinstance(section, StudentConfig) and target != 'none'
+  loss = _arm_loss(config, learns)
   identity = {
     'arm': arm,
     'model': dataclasses.asdict(model),
     'data': _data_identity(config),
     **{key: getattr(section, key) for key in ('seed', 'tokens', 'batch_size')},
     'slice': list(section.slice),
-    'optimizer': dataclasses.asdict(section.optimizer),
+    'optimizer': dataclasses.asdict(section.optimizer) | schedule_identity(section, config.data),
     'target': {'teacher': teacher, 'unigram': 'unigram'}.get(target, 'none'),
     'alpha': section.alpha if learns else 0.0,  # type: ignore[union-attr]
     'alpha_schedule': dataclasses.asdict(section.alpha_schedule if learns else AlphaSchedule()),  # type: ignore[union-attr]
-    'loss': dataclasses.asdict(_arm_loss(config, learns)),
+    'loss': dataclasses.asdict(loss) | nucleus_identity(loss),
     'init': init,
   }
   return _essence(identity)
+
+
+def nucleus_identity(loss: LossConfig) -> dict[str, str]:
+  """What tells a run apart from an older one whose nucleus was cut at temperature 1; empty where that is the same."""
+  return {'nucleus': 'tempered'} if loss.teacher_top_p < 1 and loss.temperature != 1 else {}
+
+
+def schedule_identity(section: TeacherConfig | StudentConfig, data: DataConfig) -> dict[str, str]:
+  """What tells a run apart from an older one whose warm-up and decay did not fit into it; empty where the rates are the same."""
+  return {'phases': 'fitted'} if phases_overrun(section.optimizer, config_lib.n_steps(section, data)) else {}
 
 
 def teacher_key(config: Config) -> str:

@@ -1,7 +1,9 @@
 """The paper's model sizes, and a cost table worked out by hand (50B = 25,000 steps of 64 x 4 x 8192 tokens)."""
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from kdjax.config import ModelConfig
@@ -47,6 +49,27 @@ def test_parameters_by_hand():
   assert params.non_embedding == 2 * (attention + mlp + norms) + 4
   assert (params.embedding, params.head) == (16 * 4, 0)  # tied; the vocabulary as it is stored
   assert forward_flops(config, 5) == 2 * (2 * (attention + mlp) + 16 * 4) + 2 * 2 * 5 * 16
+
+
+@pytest.mark.parametrize('n_layers', [1, 5, 6, 13])
+@pytest.mark.parametrize('window', [1, 7, 128, 512, 4096])
+def test_local_layers_attend_to_their_window_alone(n_layers, window):
+  """Against the model's own mask, counted entry by entry; the formula takes the diagonal by half, as for layers that see all."""
+  seq_len = 512
+  config = dataclasses.replace(NAMED['tiny-1m'], vocab_size=257, n_layers=n_layers, local_window=window, global_every=6)
+  behind = np.arange(seq_len)[:, None] - np.arange(seq_len)
+  kept = [(behind >= 0) & ((behind < window) | ((layer + 1) % 6 == 0)) for layer in range(n_layers)]
+  pairs = sum(mask.sum() for mask in kept) / seq_len
+  attention = forward_flops(config, seq_len) - forward_flops(config, seq_len, attention=False)
+  assert attention == pytest.approx(4 * pairs * config.n_heads * config.head_dim, rel=1 / seq_len)
+  assert training_flops(config, seq_len) == 3 * forward_flops(config, seq_len)
+
+
+def test_a_window_as_long_as_the_text_is_no_window():
+  config = dataclasses.replace(NAMED['tiny-3m'], vocab_size=257)
+  for window in (512, 10_000):
+    assert forward_flops(dataclasses.replace(config, local_window=window), 512) == forward_flops(config, 512)
+  assert forward_flops(dataclasses.replace(config, local_window=64), 512) < forward_flops(config, 512)
 
 
 @pytest.mark.parametrize(('name', 'percent'), list(zip(LLAMAS, (72, 38, 28, 14), strict=True)))

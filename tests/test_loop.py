@@ -47,6 +47,14 @@ def test_a_run_writes_one_line_a_step_checkpoints_and_what_it_is(undisturbed):
   assert runs.leaves(students(undisturbed)[0])['step'] == tiny.STEPS
 
 
+def test_each_multiple_of_the_period_is_saved_and_stays_whatever_the_other_saves_are(home, undisturbed, tmp_path):
+  fit(home, tmp_path, **{'checkpoint.every': 4, 'checkpoint.keep': 1, 'checkpoint.keep_period': 5})
+  for student, same in zip(students(tmp_path), students(undisturbed), strict=True):
+    steps = sorted(int(path.name) for path in (student / 'checkpoints').iterdir() if path.name.isdigit())
+    assert steps == [5, 10, 12]  # and not 8, which was the newest but for a time
+    assert runs.metrics(student) == runs.metrics(same)  # a save changes nothing
+
+
 def test_what_a_validation_takes_is_in_no_rate(home, tmp_path, monkeypatch):
   now = 0.0
   step = loop.make_step

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from kdjax.config import ModelConfig, OptimizerConfig
+from kdjax import training
+from kdjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, StudentConfig
 from kdjax.models import build
 from kdjax.optimizer import adamw, learning_rate
 
@@ -51,15 +52,73 @@ def test_wsd_is_constant_between_warm_up_and_decay():
   assert float(rate(160)) < PEAK
 
 
+# Rates over the peak, by hand, where warm-up and decay are as long as the run or longer; the final fraction is .1.
+EDGES = [
+  ('cosine', 1, 0.0, [0.1]),
+  ('cosine', 1, 1.0, [0.1]),
+  ('cosine', 2, 0.0, [0.55, 0.1]),
+  ('cosine', 2, 1.0, [1.0, 0.1]),
+  ('cosine', 4, 1.0, [1 / 3, 2 / 3, 1.0, 0.1]),
+  ('cosine', 4, 0.5, [0.5, 1.0, 0.55, 0.1]),
+  ('wsd', 1, 0.0, [0.1]),
+  ('wsd', 1, 1.0, [0.1]),
+  ('wsd', 2, 0.0, [0.55, 0.1]),
+  ('wsd', 3, 0.5, [0.5, 1.0, 0.1]),  # two steps of warm-up and two of decay
+  ('wsd', 4, 0.5, [0.5, 1.0, 0.55, 0.1]),
+  ('wsd', 7, 0.5, [0.25, 0.5, 0.75, 1.0, 0.7, 0.4, 0.1]),  # four and four
+]
+
+
+@pytest.mark.parametrize(('schedule', 'total', 'warmup', 'rates'), EDGES)
+def test_the_rates_at_the_edges_are_those_worked_out_by_hand(schedule, total, warmup, rates):
+  decay = 0.5 if warmup == 0.5 else 1.0 - warmup
+  config = OptimizerConfig(
+    learning_rate=PEAK, schedule=schedule, warmup_fraction=warmup, decay_fraction=decay, final_fraction=0.1
+  )
+  rate = learning_rate(config, total)
+  np.testing.assert_allclose([rate(s) / PEAK for s in range(total)], rates, rtol=1e-5)
+
+
+@pytest.mark.parametrize('total', [1, 2, 3, 5, 19, 200])
+@pytest.mark.parametrize('warmup', [0.0, 0.05, 0.3, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize('final', [0.0, 0.1, 1.0])
+def test_the_cosine_is_optaxs_own_a_step_ahead(total, warmup, final):
+  config = OptimizerConfig(learning_rate=PEAK, warmup_fraction=warmup, final_fraction=final)
+  steps = min(round(warmup * total), total - 1)
+  exact = optax.warmup_cosine_decay_schedule(0.0, PEAK, steps, total, final * PEAK)
+  rate = learning_rate(config, total)
+  np.testing.assert_allclose(
+    [rate(s) for s in range(total)], [exact(s + 1) for s in range(total)], rtol=1e-5, atol=1e-10
+  )
+
+
 @pytest.mark.parametrize('schedule', ['cosine', 'wsd'])
 @pytest.mark.parametrize('total', [1, 2, 3, 5, 19])
-@pytest.mark.parametrize('warmup', [0.0, 0.05, 0.5, 0.8])
-def test_short_runs_have_a_positive_rate_at_every_step(schedule, total, warmup):
-  config = OptimizerConfig(learning_rate=PEAK, schedule=schedule, warmup_fraction=warmup, decay_fraction=0.2)
+@pytest.mark.parametrize('warmup', [0.0, 0.05, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize('decay', [0.0, 0.2, 1.0])
+def test_every_run_rises_to_the_peak_at_most_once_and_ends_at_the_final_rate(schedule, total, warmup, decay):
+  config = OptimizerConfig(learning_rate=PEAK, schedule=schedule, warmup_fraction=warmup, decay_fraction=decay)
   rates = np.asarray([learning_rate(config, total)(s) for s in range(total)])
   assert (rates > 0).all() and (rates <= PEAK * 1.000001).all()
-  if round(warmup * total) < total > 1:
-    assert rates[-1] == pytest.approx(0.1 * PEAK)
+  assert rates[-1] == pytest.approx(0.1 * PEAK)
+  top = rates.argmax()
+  assert (np.diff(rates[: top + 1]) >= 0).all() and (np.diff(rates[top:]) <= 0).all()
+
+
+def test_only_runs_whose_rates_have_changed_are_told_apart_from_older_ones():
+  data = DataConfig(seq_len=128)
+  told = lambda **fields: bool(
+    training.schedule_identity(StudentConfig(tokens=7 * 8 * 128, optimizer=OptimizerConfig(**fields)), data)
+  )
+  assert (
+    not told() and not told(warmup_fraction=0.9) and not told(schedule='wsd', warmup_fraction=0.5, decay_fraction=0.2)
+  )
+  assert told(warmup_fraction=1.0) and told(schedule='wsd', warmup_fraction=0.5, decay_fraction=0.5)
+  config = Config(student=StudentConfig(optimizer=OptimizerConfig(warmup_fraction=1.0)))
+  assert 'phases' in training.experiment(config)['student']['optimizer']
+  assert 'phases' not in training.experiment(config)['teacher']['optimizer']
+  run = training.run_config(config, config.student, config.student.model, 'baseline', '')
+  assert run['optimizer']['phases'] == 'fitted'
 
 
 def test_the_rate_can_be_traced():

@@ -414,3 +414,26 @@ def test_what_an_experiment_was_called_before_later_fields_came_it_is_called_sti
   """By kdjax before the fields of training.LATER: else nobody would find the runs that are done."""
   config = cli.load_config(f'{pathlib.Path(__file__).parents[1]}/configs/{name}.py')
   assert config_lib.fingerprint(training.experiment(config)) == known
+
+
+@pytest.mark.parametrize(
+  ('fields', 'differs'),
+  [
+    ({'loss.teacher_top_p': '.9', 'loss.temperature': '2'}, True),
+    ({'loss.teacher_top_p': '.9', 'loss.temperature': '2', 'student.arms': 'unigram'}, True),
+    ({'loss.teacher_top_p': '.9', 'loss.temperature': '2', 'student.arms': 'baseline'}, False),
+    ({'loss.teacher_top_p': '.9'}, False),
+    ({'loss.temperature': '2'}, False),
+    ({'loss.teacher_top_k': '5', 'loss.temperature': '2'}, False),
+  ],
+  ids=str,
+)
+def test_a_run_whose_nucleus_was_cut_at_temperature_1_is_another_run(fields, differs):
+  """Of the older runs only those whose results have changed are told apart."""
+  config = cli.load_config(f'{pathlib.Path(__file__).parents[1]}/configs/weak2strong.py', fields)
+  older = dataclasses.asdict(config.loss)
+  kept = training.experiment(config)['loss']
+  assert (kept != {name: older[name] for name in kept if name in older}) == differs
+  for arm in config.student.arms:
+    run = training.run_config(config, config.student, config.student.model, arm, 'teacher')
+    assert ('nucleus' in run['loss']) == (differs and arm != 'baseline')

@@ -5,7 +5,8 @@ the command line (`--config.student.alpha=0.4`). `kdjax.cli` reads the command l
 `schema`. Inside the library no ConfigDict travels.
 """
 
-from kdjax.config.checks import ARMS, MIXINGS, problems
+from kdjax.config.bounds import MIXINGS
+from kdjax.config.checks import ARMS, problems
 from kdjax.config.reading import default, leaves, override, parse_arg, resolve, resolve_as, set_model
 from kdjax.config.schema import (
   AlphaSchedule,

@@ -10,7 +10,6 @@ from kdjax.config.schema import Config, DataConfig, EvalConfig, StudentConfig, T
 MAX_STEPS = 10_000_000
 LONGEST_NAME = 150  # bytes: a file's whole name has at most 255
 SET_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]*')  # of sets, which name files
-MIXINGS = ('normalised', 'ce_plus_alpha_kd', 'one_minus_alpha_ce_plus_kd')
 TRACKERS = ('tensorboard', 'csv', 'wandb')
 ARMS = ('baseline', 'distilled', 'unigram')
 OWN_SETS = ('in-domain', 'validation')  # of every corpus
@@ -27,9 +26,6 @@ CHOICES = {
   'data.nulls': ('refuse', 'skip'),
   'optimizer.schedule': ('cosine', 'wsd'),
   'alpha_schedule.kind': ('constant', 'linear', 'cosine', 'lr'),
-  'loss.kd': ('forward_kl', 'hard_label'),
-  'loss.mixing': MIXINGS,
-  'loss.rest': ('renormalise', 'other'),
   'teacher.dtype': ('auto', 'float32', 'bfloat16', 'int8'),
   'teacher.layout': ('student', 'fsdp', 'replicated'),
 }
@@ -58,7 +54,6 @@ POSITIVE = (
   'clip_norm',
   'batch_size',
   'microbatches',
-  'loss.temperature',
   'data.seq_len',
   'data.vocab_size',
   'data.threads',
@@ -74,9 +69,6 @@ NOT_NEGATIVE = (
   'vocab_size',
   'attn_scale',
   'local_window',
-  'loss.z_loss',
-  'loss.chunk_tokens',
-  'loss.chunk_megabytes',
   'teacher.step',
   'data.distinct_tokens',
   'data.prefetch',
@@ -95,7 +87,7 @@ NOT_NEGATIVE = (
 
 
 def problems(config: Config) -> Iterator[str]:
-  """What is wrong with a config whose fields and types are right."""
+  """What is wrong with a config whose fields and types are right. The loss is right already: a `LossConfig` checks itself."""
   flat = dict(values(config, ''))
   for key, value in flat.items():
     choices = next((c for name, c in CHOICES.items() if key == name or key.endswith('.' + name)), None)
@@ -108,7 +100,7 @@ def problems(config: Config) -> Iterator[str]:
       yield f'{key}: must not be below 0, got {value:g}'
     if (leaf in POSITIVE or key in POSITIVE) and value <= 0:
       yield f'{key}: must be above 0, got {value:g}'
-  student, teacher, data, loss = config.student, config.teacher, config.data, config.loss
+  student, teacher, data = config.student, config.teacher, config.data
   yield from folder_problems('name', config.name)
   if not config.runs.strip():
     yield 'runs: must name a folder'
@@ -119,12 +111,6 @@ def problems(config: Config) -> Iterator[str]:
       yield f'{key}: must be in [0, 1], got {alpha:g}'
   if not 0 <= student.alpha_schedule.begin <= student.alpha_schedule.end <= 1:
     yield 'student.alpha_schedule: begin and end must satisfy 0 <= begin <= end <= 1'
-  if loss.teacher_top_k < 0 or (loss.teacher_top_k > 1 and not loss.teacher_top_k.is_integer()):
-    yield f'loss.teacher_top_k: must be 0 (all), a share in (0, 1) or a whole number, got {loss.teacher_top_k:g}'
-  if not 0 < loss.teacher_top_p <= 1:
-    yield f'loss.teacher_top_p: must be in (0, 1], got {loss.teacher_top_p:g}'
-  if loss.kd == 'hard_label' and (loss.teacher_top_k or loss.teacher_top_p < 1 or loss.temperature != 1):
-    yield 'loss.kd: hard_label has no temperature, top-k or top-p; leave them at their defaults'
   if not student.arms or len(set(student.arms)) != len(student.arms) or set(student.arms) - set(ARMS):
     yield f'student.arms: must be different ones of {", ".join(ARMS)}, got {", ".join(student.arms) or "none"}'
   if set(config.trackers) - set(TRACKERS) or len(set(config.trackers)) != len(config.trackers):

@@ -117,7 +117,11 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str
       built[name] = _convert(value, annotation)
     except ValueError as e:
       problems.append(f'{prefix}{name}: expected {_expected(annotation, e)}, got {_shown(value)}')
-  return cls(**built)
+  try:
+    return cls(**built)
+  except ConfigError as e:  # a section that checks itself
+    problems += [f'{prefix}{problem.removeprefix(f"{cls.__name__}.")}' for problem in e.problems]
+    return cls()
 
 
 def _convert(value: Any, annotation: Any) -> Any:

@@ -5,6 +5,9 @@ import hashlib
 import json
 from typing import Any
 
+from kdjax.config import bounds
+from kdjax.errors import ConfigError
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -84,17 +87,33 @@ class AlphaSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-  """`L = (1 - alpha) * CE + alpha * T^2 * KL(teacher_T || student_T)` and the paper's variants of it."""
+  """`L = (1 - alpha) * CE + alpha * T^2 * KL(teacher_T || student_T)` and the paper's variants of it.
+
+  Top-k and top-p truncate the teacher's distribution at the temperature T. Together they intersect: a token is kept if it is in both
+  sets, each cut from the whole distribution. Ties are never cut: all tokens with the k-th largest probability stay, and likewise all
+  with the probability of the last token of the nucleus. (The code of the paper's authors refuses top-k with top-p, and cuts ties by
+  their index in the vocabulary.)
+
+  Raises ConfigError for a field out of range.
+  """
 
   kd: str = 'forward_kl'  # forward_kl | hard_label
-  temperature: float = 1.0
+  temperature: float = 1.0  # T, of the teacher and the student in the KD term
   mixing: str = 'normalised'  # normalised | ce_plus_alpha_kd | one_minus_alpha_ce_plus_kd
-  teacher_top_k: float = 0.0  # 0: all; >= 1: that many tokens; in (0, 1): that share of the vocabulary
-  teacher_top_p: float = 1.0
+  teacher_top_k: float = (
+    0.0  # 0: all; >= 1: that many tokens; in (0, 1): that share of the vocabulary; ties at the k-th all stay
+  )
+  teacher_top_p: float = (
+    1.0  # the smallest set of the likeliest tokens with at least this mass of softmax(teacher / T); 1: all
+  )
   rest: str = 'renormalise'  # of the teacher's mass outside top-k / top-p: renormalise | other (one bucket)
   z_loss: float = 0.0
   chunk_tokens: int = 0  # 0: from chunk_megabytes
   chunk_megabytes: int = 0  # 0: 256 on CPU, 4096 on accelerators
+
+  def __post_init__(self):
+    if problems := list(bounds.loss_problems(self)):
+      raise ConfigError([f'LossConfig.{problem}' for problem in problems])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +206,7 @@ class EvalConfig:
 class CheckpointConfig:
   every: int = 0  # steps; 0: ten in a run
   keep: int = 2  # the newest
-  keep_period: int = 0  # and each multiple of this for good; 0: none but the last
+  keep_period: int = 0  # steps; each multiple of it is saved too, and kept for good; 0: none but the last
   keep_minutes: float = 0.0  # and, for good, one each time that so many minutes have gone by; 0: none
   local: str = ''  # a folder of each host's own, on its disk or in memory (/dev/shm/kdjax), for checkpoints between these; '': none
   local_every: int = 0  # steps between them (kdjax/local.py)

@@ -6,7 +6,7 @@ Everything that an axis does not vary stands in `base`, an ordinary config: `--c
 import dataclasses
 from collections.abc import Iterator
 
-from kdjax.config import checks
+from kdjax.config import bounds, checks
 from kdjax.config.schema import Config
 from kdjax.models.named import NAMED, nearest
 
@@ -169,7 +169,7 @@ def problems(grid: GridConfig) -> Iterator[str]:
   for name, known, chosen in (
     ('budget', BUDGETS, (grid.budget,)),
     ('teacher_data', TEACHER_DATA, grid.teacher_data),
-    ('mixing', checks.MIXINGS, grid.mixing),
+    ('mixing', bounds.MIXINGS, grid.mixing),
     ('controls.flop_matched', SCENARIOS, grid.controls.flop_matched),
     ('contrasts', CONTRASTS, grid.contrasts),
     ('teacher_seed', TEACHER_SEEDS, (grid.teacher_seed,)),

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from kdjax import config as config_lib
 from kdjax import flops, training
-from kdjax.config import Config
+from kdjax.config import Config, StudentConfig, TeacherConfig
 from kdjax.grids import cells as cells_lib
 from kdjax.grids.cells import Cell, Group
 from kdjax.grids.config import GridConfig, HardwareConfig
@@ -94,13 +94,12 @@ def cost(grid: GridConfig, job: Job) -> Cost:
   """A job's model FLOPs (kdjax/flops.py; evaluation not counted), tokens and bytes."""
   data = job.config.data
   spent = lambda section: config_lib.n_steps(section, data) * section.batch_size * data.seq_len
-  kept = job.config.checkpoint.keep
   if not job.cells:
     model = cells_lib.sized(grid, job.model)
     section = training.trained_section(job.config.teacher)
     size = flops.count_params(model).total
     tokens = spent(section)
-    kept += len(section.trunk)
+    kept = _n_checkpoints(job.config, section) + len(section.trunk)
     return Cost(0.0, flops.training_flops(model, data.seq_len) * tokens, 0.0, tokens, kept * CHECKPOINT_BYTES * size)
   total = NOTHING
   for k, cell in enumerate(job.cells):
@@ -112,9 +111,15 @@ def cost(grid: GridConfig, job: Job) -> Cost:
       forward if k == 0 else 0.0,
       0.0 if k == 0 else forward,
       tokens,
-      kept * CHECKPOINT_BYTES * flops.count_params(model).total,
+      _n_checkpoints(cell.config, cell.config.student) * CHECKPOINT_BYTES * flops.count_params(model).total,
     )
   return total
+
+
+def _n_checkpoints(config: Config, section: TeacherConfig | StudentConfig) -> int:
+  """Checkpoints that a run keeps, at most: the newest, and one a period."""
+  period = config.checkpoint.keep_period
+  return config.checkpoint.keep + (config_lib.n_steps(section, config.data) // period if period else 0)
 
 
 def seconds(hardware: HardwareConfig, flop: float) -> float:

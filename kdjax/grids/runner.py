@@ -55,7 +55,10 @@ def folder_of(grid: GridConfig, workdir: paths.Path | None = None) -> paths.Path
 def identity(grid: GridConfig) -> dict[str, Any]:
   """What a grid's results depend on; the contrasts too, which are declared before the runs and not after."""
   values = {name: value for name, value in config_lib.as_dict(grid).items() if name not in NOT_IDENTITY}
-  return json.loads(json.dumps(values | {'base': training.experiment(grid.base) | {'eval': values['base']['eval']}}))
+  base = training.experiment(grid.base) | {'eval': values['base']['eval']}
+  for temperature in grid.temperature:  # each cell's takes the place of the base's
+    base['loss'] |= training.nucleus_identity(dataclasses.replace(grid.base.loss, temperature=temperature))
+  return json.loads(json.dumps(values | {'base': base}))
 
 
 def claim(folder: paths.Path, grid: GridConfig) -> None:

@@ -5,14 +5,26 @@
 Source: Hinton et al. 2015 (T^2); Lu & Liu 2026 (the mixing and its variants).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from kdjax.config import LossConfig
+from kdjax.losses import inputs
+
+LEAST = -1e30  # a teacher's logit of -inf becomes this one: finite, so that 0 times a difference of logits is 0
 
 
 def dense_loss(
-  student_BxTxV, labels_BxT, weights_BxT, alpha=0.0, teacher_BxTxV=None, *, loss: LossConfig = LossConfig()
+  student_BxTxV,
+  labels_BxT,
+  weights_BxT,
+  alpha=0.0,
+  teacher_BxTxV=None,
+  *,
+  loss: LossConfig = LossConfig(),
+  diagnostics: bool = True,
 ):
   """Weighted sum of the mixed loss over tokens.
 
@@ -23,28 +35,17 @@ def dense_loss(
     alpha: the share of the KD term, a scalar.
     teacher_BxTxV: the teacher's logits, or None for the LM loss alone.
     loss: the kind of KD, its temperature and how the two are mixed.
+    diagnostics: also give entropies and top-1 agreement.
 
   Returns:
     (loss, sums): a scalar and a dict of weighted sums in nats (`ce`, `kd`, `student_entropy`, ...), as the fused loss gives.
+
+  Raises:
+    UserError: arguments that do not fit together, or a label that is no token where the weight is not 0. Under `jax.jit` labels are
+      not known: such a token makes the loss and its gradient NaN.
   """
-  ce_weight, kd_weight = mixing_weights(alpha, loss, teacher_BxTxV is not None)
-  log_p = jax.nn.log_softmax(student_BxTxV)
-  lse = jax.nn.logsumexp(student_BxTxV, axis=-1)
-  real = weights_BxT != 0
-  labels = jnp.where(real, labels_BxT, 0)
-  terms = {
-    'ce': -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0],
-    'student_entropy': -jnp.sum(jnp.exp(log_p) * log_p, axis=-1),
-  }
-  total = ce_weight * terms['ce'] + loss.z_loss * lse**2
-  if teacher_BxTxV is not None:
-    log_q = jax.nn.log_softmax(teacher_BxTxV)
-    terms['kd'] = _kd(student_BxTxV, teacher_BxTxV, loss)
-    terms['teacher_entropy'] = -jnp.sum(jnp.exp(log_q) * log_q, axis=-1)
-    terms['agreement'] = (student_BxTxV.argmax(-1) == teacher_BxTxV.argmax(-1)).astype(lse.dtype)
-    total = total + kd_weight * terms['kd']
-  weighted = lambda x: jnp.sum(jnp.where(real, x, 0) * weights_BxT)
-  return weighted(total), {k: jax.lax.stop_gradient(weighted(v)) for k, v in terms.items()}
+  labels_BxT, weights_BxT = _check(student_BxTxV, labels_BxT, weights_BxT, alpha, teacher_BxTxV, loss)
+  return _loss_and_sums(student_BxTxV, labels_BxT, weights_BxT, alpha, teacher_BxTxV, loss, diagnostics)
 
 
 def mixing_weights(alpha, loss: LossConfig, distilled: bool = True):
@@ -64,34 +65,88 @@ def top_k_count(loss: LossConfig, vocab_size: int) -> int:
   return vocab_size if k == 0 else min(vocab_size, max(1, round(k * vocab_size) if k < 1 else int(k)))
 
 
-def _kd(student_BxTxV, teacher_BxTxV, loss: LossConfig):
-  """The KD term of each token, [B, T]."""
+def _check(student_BxTxV, labels_BxT, weights_BxT, alpha, teacher_BxTxV, loss) -> tuple[jax.Array, jax.Array]:
+  """Refuse arguments that cannot be right; return labels and weights (losses/inputs.py)."""
+  inputs.check_settings(loss)
+  sizes: inputs.Sizes = {}
+  inputs.check_array('student_BxTxV', student_BxTxV, 'floating', sizes)
+  if teacher_BxTxV is not None:
+    inputs.check_array('teacher_BxTxV', teacher_BxTxV, 'floating', sizes)
+  inputs.check_alpha('alpha', alpha, loss)
+  return inputs.check_tokens(labels_BxT, weights_BxT, student_BxTxV.shape[-1], sizes)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6), inline=True)  # one program also for who calls it outside of a jit
+def _loss_and_sums(student_BxTxV, labels_BxT, weights_BxT, alpha, teacher_BxTxV, loss: LossConfig, diagnostics: bool):
+  real_BxT = weights_BxT != 0
+  student_BxTxV = jnp.where(real_BxT[..., None], student_BxTxV, 0)
+  ce_weight, kd_weight = mixing_weights(alpha, loss, teacher_BxTxV is not None)
+  lse_BxT = jax.nn.logsumexp(student_BxTxV, axis=-1)
+  picked = jnp.clip(labels_BxT, 0, student_BxTxV.shape[-1] - 1)[..., None]
+  terms = {'ce': lse_BxT - jnp.take_along_axis(student_BxTxV, picked, axis=-1)[..., 0]}
+  total_BxT = ce_weight * terms['ce']
+  if loss.z_loss:
+    total_BxT += loss.z_loss * lse_BxT**2
+  if teacher_BxTxV is not None:
+    teacher_BxTxV = jnp.maximum(jnp.where(real_BxT[..., None], teacher_BxTxV, 0), LEAST)
+    terms['kd'] = _kd(student_BxTxV, teacher_BxTxV, lse_BxT, loss)
+    total_BxT += kd_weight * terms['kd']
+  if diagnostics:
+    terms |= _diagnostics(*jax.lax.stop_gradient((student_BxTxV, lse_BxT, teacher_BxTxV)))
+  weighted = lambda x_BxT: jnp.sum(jnp.where(real_BxT, x_BxT, 0) * weights_BxT)
+  return weighted(total_BxT), {name: jax.lax.stop_gradient(weighted(term)) for name, term in terms.items()}
+
+
+def _kd(student_BxTxV, teacher_BxTxV, lse_BxT, loss: LossConfig):
+  """The KD term of each token, [B, T]; `lse_BxT` normalises the student at temperature 1."""
   if loss.kd == 'hard_label':  # CE to the teacher's argmax; tokens that tie share it
     best = teacher_BxTxV == teacher_BxTxV.max(-1, keepdims=True)
-    q = best / best.sum(-1, keepdims=True)
-    return -jnp.sum(q * jax.nn.log_softmax(student_BxTxV), axis=-1)
-  t = loss.temperature
-  kept = _kept(teacher_BxTxV, loss)
-  log_p = jax.nn.log_softmax(student_BxTxV / t)
-  log_q = jax.nn.log_softmax(teacher_BxTxV / t)
-  if loss.rest == 'renormalise':
-    log_q = jax.nn.log_softmax(jnp.where(kept, teacher_BxTxV / t, -jnp.inf))
-  kl = jnp.sum(jnp.where(kept, jnp.exp(log_q) * (jnp.where(kept, log_q, 0) - log_p), 0), axis=-1)
+    return lse_BxT - jnp.sum(jnp.where(best, student_BxTxV, 0), axis=-1) / best.sum(-1)
+  s_BxTxV, t_BxTxV = student_BxTxV / loss.temperature, teacher_BxTxV / loss.temperature
+  lse_p_BxT = lse_BxT if loss.temperature == 1 else jax.nn.logsumexp(s_BxTxV, axis=-1)
+  kept = _kept(t_BxTxV, loss)
+  shared = t_BxTxV if kept is None or loss.rest == 'other' else jnp.where(kept, t_BxTxV, -jnp.inf)
+  lse_q_BxT = jax.nn.logsumexp(shared, axis=-1)
+  q_BxTxV = jnp.exp(t_BxTxV - lse_q_BxT[..., None])
+  kl_BxTxV = q_BxTxV * ((t_BxTxV - s_BxTxV) + (lse_p_BxT - lse_q_BxT)[..., None])
+  if kept is None:
+    return loss.temperature**2 * kl_BxTxV.sum(-1)
+  kl_BxT = jnp.sum(jnp.where(kept, kl_BxTxV, 0), axis=-1)
   if loss.rest == 'other':
-    log_q_rest, log_p_rest = (jax.nn.logsumexp(jnp.where(kept, -jnp.inf, x), axis=-1) for x in (log_q, log_p))
-    some = jnp.isfinite(log_q_rest)  # nothing is left over where all tokens are kept
-    log_q_rest, log_p_rest = jnp.where(some, log_q_rest, 0), jnp.where(some, log_p_rest, 0)
-    kl = kl + jnp.where(some, jnp.exp(log_q_rest) * (log_q_rest - log_p_rest), 0)
-  return t**2 * kl
+    log_q_BxT, log_p_BxT = (jax.nn.logsumexp(jnp.where(kept, -jnp.inf, x), axis=-1) for x in (t_BxTxV, s_BxTxV))
+    some = jnp.isfinite(log_q_BxT)  # nothing is left over where all tokens are kept
+    log_q_BxT, log_p_BxT = jnp.where(some, log_q_BxT - lse_q_BxT, 0), jnp.where(some, log_p_BxT - lse_p_BxT, 0)
+    kl_BxT += jnp.where(some, jnp.exp(log_q_BxT) * (log_q_BxT - log_p_BxT), 0)
+  return loss.temperature**2 * kl_BxT
 
 
-def _kept(teacher_BxTxV, loss: LossConfig):
-  """Which tokens the truncated teacher keeps: at least the k-th largest logit, and the smallest top set with mass >= p. Ties stay."""
-  vocab = teacher_BxTxV.shape[-1]
-  descending = -jnp.sort(-teacher_BxTxV, axis=-1)
-  kept = teacher_BxTxV >= descending[..., top_k_count(loss, vocab) - 1, None]
+def _kept(t_BxTxV, loss: LossConfig):
+  """Mark the tokens that the truncated teacher keeps, from its logits over the temperature; None: all.
+
+  Those of at least the k-th largest logit, and those of the smallest top set with mass >= p: both where both are asked for. Ties stay.
+  """
+  vocab = t_BxTxV.shape[-1]
+  t_BxTxV = jax.lax.stop_gradient(t_BxTxV)
+  least = []
+  if (count := top_k_count(loss, vocab)) < vocab:
+    least.append(
+      jax.lax.top_k(t_BxTxV, count)[0].min(-1, keepdims=True)
+    )  # of a slice XLA's CPU backend makes a full sort
   if loss.teacher_top_p < 1:
-    mass_before = jnp.cumsum(jax.nn.softmax(descending), axis=-1) - jax.nn.softmax(descending)
-    last = jnp.sum(mass_before < loss.teacher_top_p, axis=-1, keepdims=True) - 1
-    kept &= teacher_BxTxV >= jnp.take_along_axis(descending, last, axis=-1)
-  return kept
+    descending = jnp.sort(t_BxTxV, axis=-1, descending=True)
+    mass = jax.nn.softmax(descending, axis=-1)
+    last = jnp.sum(jnp.cumsum(mass, axis=-1) - mass < loss.teacher_top_p, axis=-1, keepdims=True) - 1
+    least.append(jnp.take_along_axis(descending, last, axis=-1))
+  return jnp.all(jnp.stack([t_BxTxV >= x for x in least]), axis=0) if least else None
+
+
+def _diagnostics(student_BxTxV, lse_BxT, teacher_BxTxV):
+  """Entropies and top-1 agreement of each token. Among tokens that tie for the teacher's best, any one agrees."""
+  entropy = lambda z, lse: -jnp.sum(jnp.exp(z - lse[..., None]) * (z - lse[..., None]), axis=-1)
+  terms = {'student_entropy': entropy(student_BxTxV, lse_BxT)}
+  if teacher_BxTxV is not None:
+    best = teacher_BxTxV == teacher_BxTxV.max(-1, keepdims=True)
+    agrees_BxT = jnp.where(best, student_BxTxV, -jnp.inf).max(-1) == student_BxTxV.max(-1)
+    terms['teacher_entropy'] = entropy(teacher_BxTxV, jax.nn.logsumexp(teacher_BxTxV, axis=-1))
+    terms['agreement'] = agrees_BxT.astype(lse_BxT.dtype)
+  return terms

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from kdjax import sharding
 from kdjax.config import LossConfig
 from kdjax.errors import UserError
+from kdjax.losses import inputs
 from kdjax.losses.chunks import cache_rows, chunk_tokens, evaluation_tokens
 from kdjax.losses.rows import Vocab, mixed_rows, teacher_rows, tempered_nll, top_probability
 from kdjax.losses.targets import Targets
@@ -79,7 +80,8 @@ def fused_loss(
     (loss, sums): a scalar, differentiable in hidden and head, and a dict of weighted sums in nats, without gradient.
 
   Raises:
-    UserError: the teacher's vocabulary is not the student's.
+    UserError: arguments that do not fit together, or a label that is no token where the weight is not 0. Under `jax.jit` labels are
+      not known: such a token makes the loss and its gradient NaN.
   """
   student = Student(hidden_BxTxD, head_DxV, alpha, None if targets is None else 0)
   return fused_losses(
@@ -106,10 +108,10 @@ def fused_losses(
   diagnostics: bool = True,
 ) -> list[tuple[jax.Array, dict[str, jax.Array]]]:
   """The losses of a cohort on the same tokens: each target's logits are formed once a chunk, for all students. See `fused_loss`."""
-  width = students[0].head_DxV.shape[1]
+  sizes = inputs.check_cohort(students, targets, loss, vocab_size, chunk)
+  width = sizes['V'][0]
   vocab_size = vocab_size or width
-  if vocab_size > width:
-    raise UserError(f'loss: the vocabulary has {vocab_size} tokens but the head only {width} columns')
+  labels_BxT, weights_BxT = inputs.check_tokens(labels_BxT, weights_BxT, vocab_size, sizes)
   targets = tuple(_fit_vocabulary(target, vocab_size, width) for target in targets)
   mesh = sharding.mesh_in_use()
   n_tokens = labels_BxT.size // (1 if mesh is None else mesh.shape['replica'] * mesh.shape['fsdp'])
@@ -146,9 +148,16 @@ def token_losses(
   Returns:
     'ce', 'student_entropy', 'confidence' (the greatest probability), 'correct' (the label is the top-1) and with targets 'kd',
     'teacher_entropy', 'agreement'; in nats, float32. Padding labels (< 0) give values to be masked by the caller.
+
+  Raises:
+    UserError: arguments that do not fit together, or a label beyond the vocabulary. Under `jax.jit` labels are not known: a token with
+      such a label has a 'ce' and 'nll_at' of NaN.
   """
-  width = head_DxV.shape[1]
+  student = Student(hidden_BxTxD, head_DxV, target=None if targets is None else 0)
+  sizes = inputs.check_cohort([student], [] if targets is None else [targets], loss, vocab_size, chunk)
+  width = sizes['V'][0]
   vocab_size = vocab_size or width
+  inputs.check_evaluated(labels_BxT, temperatures_K, vocab_size, sizes)
   fitted = None if targets is None else _fit_vocabulary(targets, vocab_size, width)
   mesh = sharding.mesh_in_use()
   n_tokens = labels_BxT.size // (1 if mesh is None else mesh.shape['replica'] * mesh.shape['fsdp'])
@@ -156,7 +165,9 @@ def token_losses(
   chunk = chunk or evaluation_tokens(loss, n_tokens, columns)
   static = _Static(loss, vocab_size, chunk, (None if fitted is None else 0,), True, mesh)
   temperatures_K = jnp.asarray(() if temperatures_K is None else temperatures_K, jnp.float32)
-  return _on_mesh(_token_scan, static, ((hidden_BxTxD, head_DxV),), (labels_BxT, temperatures_K, fitted), _token_specs)
+  operands = labels_BxT, temperatures_K, fitted
+  values = _on_mesh(_token_scan, static, ((hidden_BxTxD, head_DxV),), operands, _token_specs)
+  return inputs.mark_unlabelled(values, labels_BxT, vocab_size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -257,14 +257,14 @@ def _share(part_C, whole_C):
 
 
 def _kept(t_CxV, loss: LossConfig, vocab: Vocab):
-  """Which tokens the truncated teacher keeps (see losses/dense.py), or None for all."""
+  """Mark the tokens that the truncated teacher keeps (the rule: losses/dense.py); None: all."""
   count = top_k_count(loss, vocab.size)
   kept_CxV = None
   if count < vocab.size:
     kept_CxV = t_CxV >= _threshold(t_CxV, jnp.ones_like(t_CxV), float(count), vocab.axis)
   if loss.teacher_top_p < 1:
     m_C = t_CxV.max(-1) if vocab.axis is None else jax.lax.pmax(t_CxV.max(-1), vocab.axis)
-    e_CxV = jnp.exp(t_CxV - m_C[:, None])
+    e_CxV = jnp.exp((t_CxV - m_C[:, None]) / loss.temperature)
     whole_C = e_CxV.sum(-1) if vocab.axis is None else jax.lax.psum(e_CxV.sum(-1), vocab.axis)
     nucleus_CxV = t_CxV >= _threshold(t_CxV, e_CxV / whole_C[:, None], loss.teacher_top_p, vocab.axis)
     kept_CxV = nucleus_CxV if kept_CxV is None else kept_CxV & nucleus_CxV

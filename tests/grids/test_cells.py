@@ -6,7 +6,7 @@ import pytest
 
 from kdjax import cli, flops
 from kdjax.errors import ConfigError, UserError
-from kdjax.grids import cells, comparisons, studies
+from kdjax.grids import cells, comparisons, runner, studies
 from kdjax.grids import config as grid_config
 from kdjax.grids.config import ControlsConfig, GridConfig, PilotConfig, TunedConfig
 
@@ -63,6 +63,18 @@ def test_ids_are_stable_and_depend_on_what_the_weights_depend_on():
     grid(last=1),
   ):
     assert [c.id for c in cells.cells_of(cells.main_groups(same))] == [c.id for c in first]
+
+
+def test_a_grid_with_a_nucleus_at_another_temperature_is_another_grid_than_before():
+  base = grid().base
+  nucleus = dataclasses.replace(base, loss=dataclasses.replace(base.loss, teacher_top_p=0.9))
+  marked = lambda g: 'nucleus' in runner.identity(g)['base']['loss']
+  assert [marked(grid(base=b, temperature=t)) for b in (base, nucleus) for t in ((1.0,), (1.0, 2.0))] == [False] * 3 + [
+    True
+  ]
+  groups = of(cells.main_groups(grid(base=nucleus, temperature=(1.0, 2.0))), 'distilled')
+  own = {group.source.temperature: {c.config.loss.temperature for c in group.cells} for group in groups}
+  assert own == {1.0: {1.0}, 2.0: {2.0}}
 
 
 def test_a_teachers_training_is_part_of_its_students_identity():

@@ -99,3 +99,14 @@ def test_the_plan_runs_nothing_and_names_every_job(tmp_path):
     assert job.id in text
   for word in ('weak-to-strong', 'strong-to-weak', 'pilot', 'validated', 'lm-', 'unigram_a?', 'FLOPs', 'saved'):
     assert word in text, word
+
+
+def test_checkpoints_of_a_period_take_room():
+  g = grid()
+  checkpoint = dataclasses.replace(g.base.checkpoint, keep_period=50)
+  often = grid(base=dataclasses.replace(g.base, checkpoint=checkpoint))
+  for few, many in zip(main_jobs(g), main_jobs(often), strict=True):
+    n_steps = plan.cost(g, few).tokens // max(1, len(few.cells)) // (g.base.student.batch_size * g.base.data.seq_len)
+    kept = max(g.base.checkpoint.keep, g.last)
+    ratio = plan.cost(often, many).checkpoint_bytes / plan.cost(g, few).checkpoint_bytes
+    assert ratio == pytest.approx((kept + n_steps // 50) / kept)

@@ -20,7 +20,7 @@ def kept(teacher_V, loss):
   k = loss.teacher_top_k
   count = len(order) if k == 0 else max(1, round(k * len(order)) if k < 1 else int(k))
   if loss.teacher_top_p < 1:
-    mass = np.exp(log_softmax(teacher_V))[order]
+    mass = np.exp(log_softmax(teacher_V / loss.temperature))[order]
     n, total = 0, 0.0
     while total < loss.teacher_top_p and n < len(order):
       total, n = total + mass[n], n + 1

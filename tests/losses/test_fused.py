@@ -34,7 +34,7 @@ KINDS = (
   {'mixing': 'ce_plus_alpha_kd', 'temperature': 2.0},
   {'mixing': 'one_minus_alpha_ce_plus_kd', 'temperature': 3.0},
   {'z_loss': 0.01, 'temperature': 1.7},
-  {'kd': 'hard_label', 'temperature': 2.0},
+  {'kd': 'hard_label'},
   {'kd': 'hard_label', 'mixing': 'ce_plus_alpha_kd', 'z_loss': 0.01},
 )
 
