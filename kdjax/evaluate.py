@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
-from kdjax import cli, distributed, paths, sharding
+from kdjax import cli, distributed, paths, preemption, sharding
 from kdjax.analysis import table
 from kdjax.checkpoint import steps_in
 from kdjax.config import Config, MeshConfig
@@ -73,6 +73,7 @@ def watch(workdir: paths.Path, mesh: Mesh) -> None:
   seen: set[tuple[paths.Path, int]] = set()
   start = time.time()
   while True:
+    preemption.check_notice()
     # Both are asked before the scoring, which may take long: what the run does meanwhile is seen the next time.
     beats = [_status(run, 'heartbeat') or 0.0 for run in job.runs]
     over, silent = distributed.from_first_process(

@@ -1,11 +1,12 @@
 import csv
 import dataclasses
 import sys
+import types
 
 import pytest
 
 from kdjax import config as config_lib
-from kdjax import trackers, train
+from kdjax import grid, trackers, train
 from kdjax.config import Config
 from kdjax.errors import UserError
 from kdjax.metrics import MetricWriter, read_metrics
@@ -77,3 +78,80 @@ def test_mistakes_are_said_before_the_training(monkeypatch, tmp_path):
   with pytest.raises(UserError, match=r"wandb is not installed; run: pip install 'kdjax\[wandb\]'"):
     train.run(tiny.config(tmp_path, trackers=('wandb',)), progress=False)
   trackers.check(('csv', 'tensorboard'))
+
+
+class FakeWandb:
+  """As much of the package as kdjax asks before a run."""
+
+  class Error(Exception): ...
+
+  def __init__(self, mode='online', answer=True):
+    self.mode, self.answer, self.asked = mode, answer, []
+
+  def setup(self):
+    if isinstance(self.mode, Exception):
+      raise self.mode
+    return types.SimpleNamespace(settings=types.SimpleNamespace(mode=self.mode))
+
+  def login(self, key=None, verify=False, prompt=True):
+    self.asked.append((verify, prompt))
+    if isinstance(self.answer, Exception):
+      raise self.answer
+    return self.answer
+
+  def init(self, **settings):
+    raise self.Error('no network\nmore')
+
+
+@pytest.mark.parametrize(
+  ('wandb', 'says'),
+  [
+    (
+      FakeWandb(answer=False),
+      'trackers: wandb has no API key; run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline',
+    ),
+    (
+      FakeWandb(answer=FakeWandb.Error('API key must have\n40+ characters')),
+      'trackers: wandb cannot be used (API key must have 40+ characters); run',
+    ),
+    (
+      FakeWandb(mode=ValueError('1 validation error\nmode')),
+      'trackers: wandb cannot be used (1 validation error mode); run',
+    ),
+  ],
+)
+def test_wandb_without_a_good_key_is_one_line_before_anything_is_built(wandb, says, monkeypatch, tmp_path):
+  monkeypatch.setitem(sys.modules, 'wandb', wandb)
+  for make in (lambda: train.run(tiny.config(tmp_path, trackers=('wandb',)), progress=False),
+               lambda: grid.run(tiny.grid(tmp_path, base={'trackers': ('wandb',)}), tmp_path / 'grid', progress=False)):  # fmt: skip
+    with pytest.raises(UserError) as e:
+      make()
+    assert str(e.value).startswith(says) and '\n' not in str(e.value)
+  assert not (tmp_path / 'runs').exists() and not (tmp_path / 'grid').exists()
+
+
+@pytest.mark.parametrize('mode', ['offline', 'dryrun', 'disabled'])
+def test_a_mode_of_wandb_that_needs_no_key_is_not_asked_for_one(mode, monkeypatch):
+  wandb = FakeWandb(mode, answer=False)
+  monkeypatch.setitem(sys.modules, 'wandb', wandb)
+  trackers.check(('wandb',))
+  assert wandb.asked == []
+
+
+def test_wandb_is_asked_without_a_prompt_and_on_the_process_that_tracks_alone(monkeypatch):
+  wandb = FakeWandb()
+  monkeypatch.setitem(sys.modules, 'wandb', wandb)
+  trackers.check(('wandb',))
+  assert wandb.asked == [(True, False)]
+  monkeypatch.setattr(trackers.jax, 'process_index', lambda: 1)
+  trackers.check(('wandb',))
+  assert len(wandb.asked) == 1
+  wandb.login = lambda key=None, verify=False: True  # of older versions, which know no prompt=
+  monkeypatch.setattr(trackers.jax, 'process_index', lambda: 0)
+  trackers.check(('wandb',))
+
+
+def test_a_run_that_wandb_does_not_begin_is_one_line(monkeypatch, tmp_path):
+  monkeypatch.setitem(sys.modules, 'wandb', FakeWandb())
+  with pytest.raises(UserError, match=r'^trackers: wandb cannot be used \(no network more\); run'):
+    trackers.Wandb(tmp_path, 0, {'id': 'a', 'name': 'b', 'group': 'c'})

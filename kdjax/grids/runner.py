@@ -23,7 +23,7 @@ import jax
 from jax.sharding import Mesh
 
 from kdjax import config as config_lib
-from kdjax import distributed, paths, preflight, training
+from kdjax import distributed, paths, preemption, preflight, training
 from kdjax.checkpoint import steps_in
 from kdjax.config import Config
 from kdjax.data.corpus import Corpus
@@ -178,6 +178,7 @@ class Runner:
         elif not job.teacher or self._done([job.teacher])[0]:
           moved |= self._try(job, failed)
       if not moved:
+        preemption.check_notice()
         time.sleep(POLL)
 
   def _try(self, job: Job, failed: dict[str, Job]) -> bool:

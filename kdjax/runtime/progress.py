@@ -41,18 +41,18 @@ class _Lines(tqdm.tqdm):
   """Whole lines in the place of a bar that is drawn again and again."""
 
   disable: bool
-  _shown = False
+  _shown: int | float | None = None  # what the last line said
 
   def display(self, msg: str | None = None, pos: int | None = None) -> bool:
     self.fp.write(f'{self}\n')
     self.fp.flush()
-    self._shown = True
+    self._shown = self.n
     return True
 
   def close(self) -> None:
     if self.disable:
       return
-    if self.leave or self._shown:
+    if self.n != self._shown and (self.leave or self._shown is not None):
       self.display()
     self.disable = True
     self._decr_instances(self)

@@ -2,11 +2,14 @@
 
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from kdjax import train
 from tests import tiny
+from tests.runs import REPO
 
 if os.environ.get('KDJAX_REQUIRE_PARITY') == '1':
   import wandb
@@ -40,3 +43,26 @@ def test_the_students_of_a_cohort_are_runs_side_by_side(tmp_path, monkeypatch):
     assert [value['step'] for value in values] == list(range(1, tiny.STEPS + 1))
     assert all('ce' in value for value in values)
   assert list(pathlib.Path(experiment / 'students/baseline').rglob('*.wandb'))  # what `wandb sync` would send
+
+
+@pytest.mark.parametrize(
+  ('variables', 'says'),
+  [
+    ({}, 'trackers: wandb has no API key; run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline'),
+    ({'WANDB_API_KEY': 'short'}, 'trackers: wandb cannot be used ('),
+    ({'WANDB_API_KEY': ' ' * 40}, 'trackers: wandb '),
+    ({'WANDB_API_KEY': '0' * 40, 'WANDB_BASE_URL': 'http://127.0.0.1:9'}, 'trackers: wandb cannot be used ('),
+    ({'WANDB_MODE': 'nonsense'}, 'trackers: wandb cannot be used ('),
+    ({'WANDB_MODE': 'disabled'}, ''),
+    ({'WANDB_MODE': 'offline'}, ''),
+  ],
+)
+def test_what_wandb_itself_says_of_its_key_is_one_line_at_the_start(tmp_path, variables, says):
+  """In a process of its own: wandb reads the environment once."""
+  code = 'from kdjax import trackers\nfrom kdjax.errors import UserError\ntry: trackers.check(["wandb"])\nexcept UserError as e: print(e)'
+  clean = {name: value for name, value in os.environ.items() if not name.startswith('WANDB_')}
+  done = subprocess.run(
+    [sys.executable, '-c', code], env=clean | {'HOME': str(tmp_path), 'NETRC': str(tmp_path / 'netrc'), 'PYTHONPATH': str(REPO)} | variables,
+    capture_output=True, text=True, timeout=200, check=True, cwd=tmp_path,
+  )  # fmt: skip
+  assert len(done.stdout.splitlines()) == bool(says) and done.stdout.startswith(says), done.stderr
