@@ -34,7 +34,8 @@ class Cell:
 
   @property
   def perplexity(self) -> float:
-    return math.exp(self.documents['nll'].sum() / self.documents['tokens'].sum())
+    with np.errstate(over='ignore'):  # of a model that has diverged: inf
+      return float(np.exp(self.documents['nll'].sum() / self.documents['tokens'].sum()))
 
   def bits_per_byte(self, column: str = 'nll') -> float:
     return results.bits_per_byte(self.documents, column)

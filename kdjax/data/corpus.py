@@ -285,8 +285,8 @@ def _tell_mixture(names: list[str], parts: list[dict[str, int]], mixed: dict[str
 
 
 def _cut(text: str, max_bytes: int) -> str:
-  """The text's first `max_bytes` bytes (0: all), less a character that would be cut in two."""
-  return text.encode()[:max_bytes].decode(errors='ignore') if max_bytes else text
+  """The text's first `max_bytes` bytes (0: all), less a character that would be cut in two; its first character at least."""
+  return (text.encode()[:max_bytes].decode(errors='ignore') or text[:1]) if max_bytes else text
 
 
 def _given_tokenizer(data: DataConfig) -> Tokenizer:
