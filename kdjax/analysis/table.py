@@ -36,7 +36,8 @@ class Cell:
 
   @property
   def perplexity(self) -> float:
-    return math.exp(self.documents['nll'].sum() / self.documents['tokens'].sum())
+    with np.errstate(over='ignore'):  # of a model that has diverged: inf
+      return float(np.exp(self.documents['nll'].sum() / self.documents['tokens'].sum()))
 
   def bits(self, column: str = 'nll') -> float:
     """Bits per byte, or per token."""

@@ -206,8 +206,8 @@ def _facts(plan: Plan) -> dict[str, Any]:
 
 
 def _cut(text: str, max_bytes: int) -> str:
-  """The text's first `max_bytes` bytes (0: all), less a character that would be cut in two."""
-  return text.encode()[:max_bytes].decode(errors='ignore') if max_bytes else text
+  """The text's first `max_bytes` bytes (0: all), less a character that would be cut in two; its first character at least."""
+  return (text.encode()[:max_bytes].decode(errors='ignore') or text[:1]) if max_bytes else text
 
 
 def _groups(plan: Plan, wanted: dict[str, int]) -> Iterator[dict[str, str]]:

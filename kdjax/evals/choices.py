@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 
 from kdjax import paths
 from kdjax.data.files import canonical, digest
-from kdjax.data.sources import records, seen_from, signature
+from kdjax.data.sources import mixture, records, seen_from, signature
 from kdjax.data.text import without_surrogates
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import SourceGone, UserError
@@ -77,8 +77,10 @@ class ChoiceSet:
 def read(source: str) -> list[Item]:
   """The items of JSON lines (a path, a glob or several; also .gz, .xz, .zst), each distinct one once, in their order.
 
-  Raises UserError, with file and line, for a record that is none of the four kinds.
+  Raises UserError, with file and line, for a record that is none of the four kinds, and for weights: a task is all of its items.
   """
+  if mixture(source) != [(source, 1.0)]:
+    raise UserError(f'{source}: a task has no shares of files; leave the weights (@0.3) out, and all items are taken')
   return list(_read(source, signature(source)))
 
 
@@ -144,8 +146,9 @@ def score(
 
   Returns:
     Columns: doc (the item's id), group, answer, n_choices; logprob (nats), bytes and tokens of each continuation, as lists over the choices
-    (where items differ in their number, the shorter lists end in -inf, 0 and 0); predicted (the greatest logprob), predicted_norm (of
-    logprob / bytes), correct and correct_norm (0 or 1); margin (nats: the answer's logprob less the best other's), chance (1 / n_choices).
+    (where items differ in their number, the shorter lists end in -inf, 0 and 0); predicted (the greatest logprob; the bad sentence of a
+    pair whose two are equal), predicted_norm (of logprob / bytes), correct and correct_norm (0 or 1); margin (nats: the answer's logprob
+    less the best other's), chance (1 / n_choices).
     The kind last_word has one choice, which is predicted where each of its tokens is the model's first (else -1), no margin (nan) and chance 0.
 
   Raises:
@@ -155,13 +158,12 @@ def score(
   return _table(items, *likelihood.score(model, requests, window, batch_size, mesh, progress))
 
 
-def summary(table: pd.DataFrame) -> dict[str, Any]:
-  """Return means over a task's items, and by what the log-likelihoods of `accuracy_norm` are divided."""
+def summary(table: pd.DataFrame) -> dict[str, float]:
+  """Return means over a task's items; `accuracy_norm` divides log-likelihoods by bytes."""
   return {
     'accuracy': float(table['correct'].mean()),
     'accuracy_norm': float(table['correct_norm'].mean()),
     'chance': float(table['chance'].mean()),
-    'normalised': 'per byte',
   }
 
 
@@ -269,10 +271,16 @@ def _table(items: Sequence[Item], logprob_Q, tokens_Q, greedy_Q) -> pd.DataFrame
   answer_N, at = np.asarray([item.answer for item in items]), np.arange(len(items))
   others_NxC = logprob_NxC.copy()
   others_NxC[at, answer_N] = -np.inf
-  last_word_N = np.asarray([item.kind == 'last_word' for item in items])
+  last_word_N, pair_N = (np.asarray([item.kind == kind for item in items]) for kind in ('last_word', 'pair'))
   greedy_N = np.where(by_item(greedy_Q, False)[:, 0], 0, -1)
-  predicted_N = np.where(last_word_N, greedy_N, logprob_NxC.argmax(1))
-  predicted_norm_N = np.where(last_word_N, greedy_N, by_item(logprob_Q / bytes_Q, -np.inf).argmax(1))
+
+  def best(values_NxC):
+    """The greatest; of equals the first, but of a pair the bad one: its good one always is the first."""
+    first_N = values_NxC.argmax(1)
+    tie_N = pair_N & ((values_NxC == values_NxC.max(1, keepdims=True)).sum(1) > 1)
+    return np.where(last_word_N, greedy_N, np.where(tie_N, 1, first_N))
+
+  predicted_N, predicted_norm_N = best(logprob_NxC), best(by_item(logprob_Q / bytes_Q, -np.inf))
   return pd.DataFrame({
     'doc': [item.id.encode() for item in items],
     'group': [item.group for item in items],

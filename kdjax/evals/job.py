@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 from collections.abc import Collection
 from typing import Any
@@ -180,8 +181,8 @@ def score_missing(
   for run, _ in checkpoints:
     run.check_fingerprints({'tokenizer': corpus.tokenizer.fingerprint})
   wanted_sets = _sets(job, corpus, sets)
-  teacher = ''
-  if job.teacher:
+  teacher = ''  # of the students' key alone: a teacher that is still training has no final step yet
+  if job.teacher and not all(job.is_teacher(run) for run, _ in checkpoints):
     teacher = f'{_weights(job.teacher, _step(job.teacher, job.teacher_step))} in {job.config.teacher.dtype}'
   tasks = [
     _task(job, run, step, weights, teacher, name, eval_set, corpus.train.fingerprint)
@@ -260,6 +261,7 @@ def _task(
     key['vocabulary'] = _vocab_size(eval_set)
   if isinstance(eval_set, ChoiceSet):
     key |= {'kind': 'task', 'items': eval_set.fingerprint, 'tokenizer': eval_set.tokenizer.fingerprint}
+    key |= {'pairs': 'strict'} if any(item.kind == 'pair' for item in eval_set.items) else {}
   else:
     key |= {
       'validation': eval_set.validation.fingerprint,
@@ -274,7 +276,10 @@ def _task(
 def _score(
   task: Task, models: '_Models', job: Job, mesh: Mesh, bar: Progress, difficulty_V
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-  """(per-document table of the test documents, metadata): the temperature is fitted on the set's validation documents first."""
+  """Return (per-document table of the test documents, metadata).
+
+  The temperature is fitted on the set's validation documents first. VALIDATION has none but those that are scored: no fit.
+  """
   assert isinstance(task.eval_set, EvalSet)
   window, stride = task.key['window'], task.key['stride']
   on = functools.partial(
@@ -286,17 +291,20 @@ def _score(
     if job.teacher and task.key['teacher']
     else None
   )
-  validation = on(student, None, task.eval_set.validation, TEMPERATURES)
-  fitted = fit_temperature(validation, TEMPERATURES)
-  table = on(student, teacher, task.eval_set.test, [fitted], difficulty_V=difficulty_V)
-  table['nll_fitted'] = [values[0] for values in table.pop('nll_at')]
+  fits = task.name != VALIDATION
+  fitted = (
+    fit_temperature(on(student, None, task.eval_set.validation, TEMPERATURES), TEMPERATURES) if fits else math.nan
+  )
+  table = on(student, teacher, task.eval_set.test, [fitted] if fits else [], difficulty_V=difficulty_V)
+  if fits:
+    table['nll_fitted'] = [values[0] for values in table.pop('nll_at')]
   meta = {
     **task.key,
     'run': task.run.name,
     'step': task.step,
     'set': task.name,
     'temperature': fitted,
-    'fitted_on': len(validation),
+    'fitted_on': task.eval_set.validation.n_docs if fits else 0,
     'ece': expected_calibration_error(table),
     'windows': f'windows of {window} tokens, documents that are longer in strides of {stride}',
   }
@@ -312,7 +320,7 @@ def _score_choices(
   table = choices.score(
     model, task.eval_set.items, task.eval_set.tokenizer, window, job.config.eval.batch_size, mesh, bar
   )
-  meta = {**task.key, 'run': task.run.name, 'step': task.step, 'set': task.name}
+  meta = {**task.key, 'run': task.run.name, 'step': task.step, 'set': task.name, 'normalised': 'per byte'}
   return table, meta | choices.summary(table)
 
 
@@ -365,6 +373,8 @@ def _vocab_size(eval_set: EvalSet | ChoiceSet) -> int:
 def _n_tokens(eval_set: EvalSet | ChoiceSet) -> int:
   if isinstance(eval_set, ChoiceSet):
     return eval_set.n_tokens
+  if eval_set.validation is eval_set.test:
+    return eval_set.test.n_tokens
   return eval_set.validation.n_tokens + eval_set.test.n_tokens
 
 
