@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from kdjax.analysis.table import Cell
-from kdjax.data.corpus import _cut, prepare
+from kdjax.data.build import _cut
+from kdjax.data.corpus import prepare
 from kdjax.errors import UserError
 from kdjax.evals import choices, results
 from kdjax.evals import job as jobs
