@@ -70,7 +70,9 @@ def to_hf(args: argparse.Namespace) -> None:
     model, params, tokenizer, args.out, dtype, args.shard_size, args.max_positions or seen, origin,
     trained_here='imported' not in identity['config'],
   )  # fmt: skip
-  print(f'{args.run}, step {step} -> {args.out}: {family.name}, {model.n_params:,} parameters in {dtype}')
+  print(
+    f'{args.run}, step {step} -> {args.out}: {family.name}, {model.n_params:,} parameters in {dtype}; {tokenizer.roles}'
+  )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -168,22 +168,21 @@ def fit_beside(model: Model, params, student: ModelConfig, mesh: Mesh, layout: s
   fitted = build(beside(model.config, student))
   if model.config.padded_vocab_size == n_rows:
     return fitted, params
-  shapes = jax.eval_shape(functools.partial(_resize, n_rows=n_rows), params)
+  tables = {name: params[name] for name in ('embed', 'head') if name in params}  # the rest stays where it is
+  shapes = jax.eval_shape(functools.partial(_resize, n_rows=n_rows), tables)
   placed = sharding.param_shardings(shapes, mesh, layout)
-  return fitted, jax.jit(_resize, static_argnums=1, out_shardings=placed)(params, n_rows)
+  return fitted, params | jax.jit(_resize, static_argnums=1, out_shardings=placed)(tables, n_rows)
 
 
-def _resize(params, n_rows: int):
-  """Tables [V, D] and heads [D, V] with `n_rows` for V."""
+def _resize(tables, n_rows: int):
+  """An embedding [V, D] and perhaps a head [D, V] with `n_rows` for V: cut, or filled up with zeros."""
 
-  def resize(x, axis: int):
+  def resize(path, x):
+    axis = 0 if path[0].key == 'embed' else 1
     kept = jax.lax.slice_in_dim(x, 0, min(n_rows, x.shape[axis]), axis=axis)
     return jnp.pad(kept, [(0, n_rows - kept.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
-  changed = {'embed': {'embedding': resize(params['embed']['embedding'], 0)}}
-  if 'head' in params:
-    changed['head'] = {'kernel': resize(params['head']['kernel'], 1)}
-  return params | changed
+  return jax.tree_util.tree_map_with_path(resize, tables)
 
 
 def unigram_log_probs(windows: Windows, padded_vocab_size: int, max_tokens: int = COUNTED_TOKENS) -> np.ndarray:

@@ -252,7 +252,7 @@ def _shards(folder: pathlib.Path) -> list[str]:
   names = _index(folder)
   if not names:
     raise UserError(f'{folder / INDEX}: no index of safetensors files; fetch it again')
-  outside = [name for name in names if pathlib.PurePath(name).name != name]
+  outside = [name for name in names if pathlib.PurePath(name).name != name or name == '..']
   if outside:
     raise UserError(
       f'{folder}: its index names files that are not in the folder: {_some(outside)}; fetch the model again'
