@@ -289,6 +289,12 @@ def _cut(text: str, max_bytes: int) -> str:
   return text.encode()[:max_bytes].decode(errors='ignore') if max_bytes else text
 
 
+@functools.lru_cache
+def vocab_size(data: DataConfig) -> int:
+  """Tokens of a config's tokenizer, before any text is read: a bpe's as many as it is asked to have. Raises UserError for a bad file."""
+  return data.vocab_size if data.tokenizer == 'bpe' else _given_tokenizer(data).vocab_size
+
+
 def _given_tokenizer(data: DataConfig) -> Tokenizer:
   return Tokenizer() if data.tokenizer == 'bytes' else Tokenizer.from_file(data.tokenizer, data.separator)
 
