@@ -65,8 +65,8 @@ def design(n_seeds: int) -> Design:
   tested = tuple({contrast: None for contrast, _ in sorted(grid_config.primary_tests(grid))})
   grid = dataclasses.replace(grid, validated_seed=tuple(range(100, 100 + n_seeds)), contrasts=tested)
   (setting,) = cells_lib.settings(grid)
-  keys = tuple(f'{setting.name}/{source.name}' for source in cells_lib.sources(grid, setting))
-  chosen = dict.fromkeys(keys, ALPHA) | {f'{setting.name}/unigram': UNIGRAM_ALPHA}
+  keys = tuple(cells_lib.pilot_key(setting, source) for source in cells_lib.sources(grid, setting))
+  chosen = dict.fromkeys(keys, ALPHA) | {cells_lib.pilot_key(setting, 'unigram'): UNIGRAM_ALPHA}
   return Design(grid, tuple(cells_lib.validated_groups(grid, chosen)), keys)
 
 
@@ -75,9 +75,9 @@ class SimulatedScores:
 
   def __init__(self, made: Design, regime: str, effects: Callable[[Group, str], float], rng: np.random.Generator):
     self.grid = made.grid
-    setting = made.groups[0].setting.name
+    unigram = cells_lib.pilot_key(made.groups[0].setting, 'unigram')
     drawn = {key: {'0': 2.0, f'{ALPHA:g}': 2.0 + 0.01 * rng.normal()} for key in made.keys}
-    self.pilot = {'chosen': {f'{setting}/unigram': UNIGRAM_ALPHA}, 'curves': made.curves or drawn}
+    self.pilot = {'chosen': {unigram: UNIGRAM_ALPHA}, 'curves': made.curves or drawn}
     self._size = {name: lengths(name) for name in DOCUMENTS}
     self._sums = {}
     for group in made.groups:

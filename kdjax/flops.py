@@ -6,26 +6,45 @@ inside its window. A vocabulary counts as it is stored: padded.
 """
 
 import dataclasses
+import re
 
 from kdjax.config import ModelConfig
 
-# Dense bf16 FLOP/s of one `jax.Device`, from the makers' data sheets, by a part of its device_kind; first match counts.
-# A TPU7x chip (2,307e12) is two devices.
+# Dense bf16 FLOP/s of one `jax.Device`. A name is matched word by word, so that 'H1000' is no 'H100'; the first match counts. A
+# TPU7x chip (2,307e12) is two devices. Sources: docs.cloud.google.com/tpu/docs, the page of each generation; NVIDIA's data sheets of
+# each card (their figures with sparsity, halved) and for the GeForce cards the GA102 and Ada white papers (bf16 with fp32 accumulation).
+# Cards without bf16 units (T4, V100) have no such peak.
 PEAKS = (
   ('TPU v4 lite', 138e12),
   ('TPU v4', 275e12),
   ('TPU v5 lite', 197e12),
+  ('TPU v5litepod', 197e12),
   ('TPU v5e', 197e12),
-  ('TPU v5', 459e12),
+  ('TPU v5p', 459e12),
+  ('TPU v5', 459e12),  # what JAX calls a v5p
   ('TPU v6 lite', 918e12),
   ('TPU v6e', 918e12),
+  ('TPU trillium', 918e12),
   ('TPU7x', 1153.5e12),
+  ('TPU v7x', 1153.5e12),
+  ('TPU ironwood', 1153.5e12),
+  ('A10', 125e12),
+  ('A30', 165e12),
+  ('A40', 149.7e12),
   ('A100', 312e12),
+  ('L4', 121e12),
+  ('L40', 181e12),
+  ('L40S', 362e12),
   ('H100 PCIe', 756e12),
   ('H100 NVL', 835e12),
   ('H100', 989e12),
+  ('GH200', 989e12),
+  ('H200 NVL', 835e12),
   ('H200', 989e12),
   ('B200', 2250e12),
+  ('GB200', 2500e12),
+  ('RTX 3090', 71e12),
+  ('RTX 4090', 165.2e12),
 )
 
 
@@ -144,9 +163,19 @@ def pair_tokens(
   return max(0.0, left / one.total(count_logits=count_logits, count_pretraining=False))
 
 
-def peak_flops(device_kind: str) -> float | None:
-  """Dense bf16 FLOP/s of one device, by its `device_kind`; None where it is not known (a CPU, say)."""
-  return next((peak for part, peak in PEAKS if part.lower() in device_kind.lower()), None)
+def peak_flops(device: str) -> float | None:
+  """Dense bf16 FLOP/s of one device, by its `device_kind` or its usual name (v5p, L4); None where it is not known (a CPU, say)."""
+  words = _words(device)
+  return next((peak for name, peak in PEAKS if _within(_words(name), words)), None)
+
+
+def _words(name: str) -> list[str]:
+  """'NVIDIA A100-SXM4-80GB' -> ['nvidia', 'a100', 'sxm4', '80gb']. 'TPU' says nothing that 'v5p' does not."""
+  return [word for word in re.split(r'[^a-z0-9]+', name.lower()) if word not in ('', 'tpu')]
+
+
+def _within(part: list[str], words: list[str]) -> bool:
+  return any(words[i : i + len(part)] == part for i in range(len(words) - len(part) + 1))
 
 
 def _attended(c: ModelConfig, seq_len: int) -> float:

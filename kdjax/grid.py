@@ -92,6 +92,10 @@ def run(
       raise UserError(f'{fidelity.describe(corpus.losses)}, which a grid reports; set data.tokenizer to another one')
     # A task that cannot be read is an error now, and not after the training.
     choices.read_all(base.eval.tasks, base.eval.max_items, kept=corpus.tasks)
+  if grid.vocab_size and base.data.tokenizer != 'bpe' and grid.vocab_size != corpus.tokenizer.vocab_size:
+    raise UserError(
+      f'vocab_size: {grid.vocab_size}, but {base.data.tokenizer} has {corpus.tokenizer.vocab_size} tokens; leave it at 0'
+    )
   runner.record_corpus(folder, corpus)
   work = runner.Runner(grid, folder, corpus, mesh, progress)
   failed = work.run(_wanted(grid, folder, cell, shard))
@@ -185,7 +189,7 @@ def _after_pilot(grid: GridConfig, known: list[Job]) -> list[Job]:
   }
   groups = cells_lib.validated_groups(grid, chosen, comparisons.reversal_pairs(grid, None))
   jobs = plan.jobs(grid, 'validated', groups, known)
-  return [dataclasses.replace(job, id=re.sub(r'_a[\d.]+', '_a?', job.id.rpartition('-')[0])) for job in jobs]
+  return [dataclasses.replace(job, id=re.sub(r'_a[\d.e-]+_', '_a?_', job.id.rpartition('-')[0])) for job in jobs]
 
 
 def status_text(grid: GridConfig, folder: paths.Path) -> str:

@@ -23,6 +23,7 @@ from kdjax.analysis.contrasts import NOT_TESTED
 from kdjax.analysis.effects import Tables
 from kdjax.analysis.table import align
 from kdjax.errors import UserError
+from kdjax.grids import cells as cells_lib
 from kdjax.grids import config as grid_config
 from kdjax.grids import runner
 from kdjax.grids.config import OOD_MEAN, GridConfig
@@ -69,7 +70,11 @@ def load(folder: paths.Path) -> GridConfig:
     raise UserError(f'{folder} is no grid: it has no grid.json; python -m kdjax.grid run prints the folder of a grid')
   runs = str(paths.under(folder, known['resolved']['runs']))
   # A grid older than primary contrasts declared none before its runs: all of its contrasts are exploratory.
-  values = ml_collections.ConfigDict({'primary': ()} | known['resolved'] | {'runs': runs})
+  resolved = {'primary': ()} | known['resolved']
+  plans = {
+    'hardware': resolved['hardware'] | {'device': 'cpu'}
+  }  # no result depends on it, and older grids have any name there
+  values = ml_collections.ConfigDict(resolved | plans | {'runs': runs})
   return config_lib.resolve_as(GridConfig, grid_config.problems, values)
 
 
@@ -99,7 +104,7 @@ def write(grid: GridConfig, folder: paths.Path, tables: Tables) -> str:
 
 def facts(grid: GridConfig, folder: paths.Path, tables: Tables) -> dict[str, object]:
   """What the page says of the grid itself."""
-  known, pilot = read_json(folder / 'grid.json') or {}, runner.read_pilot(folder)
+  known, pilot = read_json(folder / 'grid.json') or {}, runner.read_pilot(folder, grid)
   jobs = runner.jobs_of(grid, folder)
   return {
     'name': grid.name,
@@ -146,7 +151,7 @@ def advise(grid: GridConfig, tables: Tables, args: argparse.Namespace) -> str:
   if len(teachers):
     losses = teachers.groupby(['teacher', 'tokens'])['bits_per_byte'].mean().to_dict()  # type: ignore[assignment]
   surface = advisor.fit(tables.effects, set_name=args.set, teacher_losses=losses)
-  student = advice.parse_student(args.student, vocab_size=grid.base.data.vocab_size)
+  student = advice.parse_student(args.student, vocab_size=cells_lib.vocab_size(grid))
   tokens, budget = (
     advice.parse_count(args.tokens, '--tokens'),
     advice.parse_count(args.budget_flops, '--budget-flops'),

@@ -130,12 +130,32 @@ def test_the_four_scenarios_are_equation_9(count_logits, count_pretraining):
     ('NVIDIA H100 PCIe', 756),
     ('NVIDIA H200', 989),
     ('NVIDIA B200', 2250),
+    ('NVIDIA GB200', 2500),
+    ('NVIDIA L4', 121),
+    ('NVIDIA L40S', 362),
+    ('NVIDIA GeForce RTX 4090', 165.2),
+    ('v5p', 459),
+    ('V5P', 459),
+    ('tpu-v5p', 459),
+    ('v5e', 197),
+    ('v5litepod', 197),
+    ('v4', 275),
+    ('v6e', 918),
+    ('Trillium', 918),
+    ('L4', 121),
+    ('l4', 121),
+    ('a100', 312),
+    ('A100-80GB', 312),
+    ('H100', 989),
+    ('H100-PCIe', 756),
   ],
 )
 def test_peaks(kind, tera):
   assert math.isclose(peak_flops(kind), tera * 1e12)
 
 
-@pytest.mark.parametrize('kind', ['cpu', 'TPU v2', 'Tesla T4'])
+@pytest.mark.parametrize(
+  'kind', ['cpu', '', 'TPU', 'TPU v2', 'v50', 'Tesla T4', 'H1000', 'L400', 'XA100', 'lite', 'RTX', 'gpu']
+)
 def test_an_unknown_device_has_no_peak(kind):
   assert peak_flops(kind) is None

@@ -71,7 +71,7 @@ class _Arms:
   @property
   def unigram(self) -> Arm:
     """The unigram control at its own alpha: the validated one, or without a pilot the least that a teacher is tested at."""
-    chosen = (self.scores.pilot or {'chosen': {}})['chosen'].get(f'{self.setting.name}/unigram')
+    chosen = (self.scores.pilot or {'chosen': {}})['chosen'].get(cells_lib.pilot_key(self.setting, 'unigram'))
     alpha = chosen if self.validated else min(map(self._declared_alpha, self.scores.grid.teacher))
     return self._of('unigram', lambda g: g.alpha == alpha)
 

@@ -17,8 +17,8 @@ import pandas as pd
 
 from kdjax.evals.job import IN_DOMAIN
 from kdjax.evals.score import DIFFICULTIES
-from kdjax.grids.cells import count
 from kdjax.grids.config import OOD_MEAN
+from kdjax.grids.names import exact_count, exact_number
 
 SETS = (IN_DOMAIN, OOD_MEAN)
 SETTING = ['student', 'student_tokens', 'distinct_tokens']
@@ -72,7 +72,7 @@ def labelled(effects: pd.DataFrame) -> pd.DataFrame:
   ]
   parts = zip(table['teacher'], table['teacher_tokens'], table['variant'], strict=True)
   table['source'] = [
-    f'{teacher} {count(tokens)} {variant}'.strip() if teacher else '' for teacher, tokens, variant in parts
+    f'{teacher} {exact_count(tokens)} {variant}'.strip() if teacher else '' for teacher, tokens, variant in parts
   ]
   table['strength'] = table.groupby('source')['pretraining_flops'].transform('max') if len(table) else np.nan
   sizes = table[table['teacher'] != ''].groupby('teacher')['teacher_params'].min().sort_values(kind='stable')
@@ -93,7 +93,7 @@ def chosen(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def label(source: str, alpha: float, validated: bool) -> str:
-  return f'{source}, α {alpha:g}{"" if validated else "*"}'
+  return f'{source}, α {exact_number(alpha)}{"" if validated else "*"}'
 
 
 def labels_of(rows: pd.DataFrame) -> list[str]:
@@ -114,8 +114,8 @@ def of_setting(contrasts: pd.DataFrame, setting: str) -> pd.DataFrame:
 
 
 def setting_name(student: str, tokens: float, distinct: float) -> str:
-  return f'{student}, {count(tokens)} tokens' + (
-    f' of {count(distinct)} distinct' if distinct and distinct == distinct else ''
+  return f'{student}, {exact_count(tokens)} tokens' + (
+    f' of {exact_count(distinct)} distinct' if distinct and distinct == distinct else ''
   )
 
 
@@ -251,8 +251,8 @@ def each(rows: pd.DataFrame) -> Iterator[Any]:
 def _variant(row) -> str:
   """How a teacher's targets are used, where that is not plainly: iso-data, annealed, T = 1, all logits, normalised."""
   parts = [row.budget] * (row.budget == 'trunk') + [row.teacher_data] * (row.teacher_data == 'disjoint')
-  parts += [f'T{row.temperature:g}'] * (row.temperature == row.temperature and row.temperature != 1)
-  parts += [f'k{row.top_k:g}'] * (row.top_k == row.top_k and row.top_k != 0)
+  parts += [f'T{exact_number(row.temperature)}'] * (row.temperature == row.temperature and row.temperature != 1)
+  parts += [f'k{exact_number(row.top_k)}'] * (row.top_k == row.top_k and row.top_k != 0)
   return ' '.join(parts + [row.mixing] * (row.mixing not in ('', 'normalised')))
 
 

@@ -12,15 +12,17 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from plotly import offline
 
 from kdjax import paths
 from kdjax.analysis import flopplots, gridfigures, gridplots, gridrows
 from kdjax.analysis.contrasts import NOT_TESTED
-from kdjax.grids.cells import count
+from kdjax.grids.names import exact_count
 
 DIGITS = 9  # significant, of the embedded numbers
+CONFIGURED = ('alpha', 'temperature', 'top_k')  # these are told apart by every digit
 DERIVED = [
   'setting',
   'variant',
@@ -126,14 +128,14 @@ def payload(
   table = gridrows.labelled(effects)
   budgets = zip(table['teacher'], table['teacher_tokens'], table['budget'], strict=True)
   table['budget_name'] = [
-    f'{count(tokens)} {budget}'.strip() if teacher else 'none' for teacher, tokens, budget in budgets
+    f'{exact_count(tokens)} {budget}'.strip() if teacher else 'none' for teacher, tokens, budget in budgets
   ]
   table['marker'] = table['marker'].map(SYMBOLS)
   known = list(table['setting'].unique())
   notes = figures_note if isinstance(figures_note, Mapping) else dict.fromkeys(gridfigures.FIGURES, figures_note)
   return {
     'columns': [column for column in table if column not in DERIVED],
-    'effects': {column: _packed(table[column]) for column in table},
+    'effects': {column: _packed(table[column], whole=column in CONFIGURED) for column in table},
     'figures': {
       name: {
         'title': spec.title,
@@ -157,7 +159,7 @@ def payload(
     'arms': {arm: [SYMBOLS[marker], gridrows.COLOURS.get(arm, '')] for arm, marker in gridplots.ARMS.items()},
     'symbols': list(SYMBOLS.values()),
     'dashes': DASHES,
-    'alphas': {f'{alpha:g}': gridplots.alpha_colour(alpha) for alpha in sorted(set(table['alpha'].dropna()))},
+    'alphas': {_in_javascript(alpha): gridplots.alpha_colour(alpha) for alpha in sorted(set(table['alpha'].dropna()))},
     'options': _options(table),
   }
 
@@ -205,9 +207,12 @@ def _contrast(row, several: bool) -> str:
   return f'<tr>{"".join(cells)}</tr>'
 
 
-def _packed(column: pd.Series) -> dict[str, Any]:
-  """{'values', 'index'}: each distinct value once; or {'values'} where most are distinct. Infinities are 'inf' and '-inf', nan is null."""
-  values = [_plain(value) for value in column]
+def _packed(column: pd.Series, whole: bool = False) -> dict[str, Any]:
+  """{'values', 'index'}: each distinct value once; or {'values'} where most are distinct. Infinities are 'inf' and '-inf', nan is null.
+
+  `whole`: with every digit.
+  """
+  values = [_plain(value, 17 if whole else DIGITS) for value in column]
   distinct = list(dict.fromkeys(values))
   if len(distinct) > len(values) / 2:
     return {'values': values}
@@ -215,7 +220,7 @@ def _packed(column: pd.Series) -> dict[str, Any]:
   return {'values': distinct, 'index': [place[value] for value in values]}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, digits: int) -> Any:
   """A JSON value, of the same kind in the page."""
   if isinstance(value, str):
     return value
@@ -225,9 +230,14 @@ def _plain(value: Any) -> Any:
     return None
   if isinstance(value, float):
     return (
-      (float(f'{value:.{DIGITS}g}') if math.isfinite(value) else str(value)) if not value.is_integer() else int(value)
+      (float(f'{value:.{digits}g}') if math.isfinite(value) else str(value)) if not value.is_integer() else int(value)
     )
   return value
+
+
+def _in_javascript(x: float) -> str:
+  """Write a number from 1e-6 up as `String(x)` does: the page looks things up by it."""
+  return np.format_float_positional(x, trim='-')
 
 
 def _options(table: pd.DataFrame) -> dict[str, list[str]]:
@@ -238,7 +248,7 @@ def _options(table: pd.DataFrame) -> dict[str, list[str]]:
     'student': unique(table['setting']),
     'teacher': unique(teachers['teacher']),
     'budget': unique(table[table['teacher'] != ''].sort_values('teacher_tokens', kind='stable')['budget_name']),
-    'alpha': [f'{alpha:g}' for alpha in sorted(set(table['alpha'].dropna()))],
+    'alpha': [_in_javascript(alpha) for alpha in sorted(set(table['alpha'].dropna()))],
     'set': gridrows.ordered_sets(table),
     'measure': [measure for measure in gridrows.UNITS if (table['measure'] == measure).any()],
     'arm': [arm for arm in ARMS if (table['arm'] == arm).any()],

@@ -75,7 +75,7 @@ class Scores:
   @functools.cached_property
   def pilot(self) -> dict[str, Any] | None:
     """What the pilot chose, with its curves; None before it has."""
-    return runner.read_pilot(self.folder)
+    return runner.read_pilot(self.folder, self.grid)
 
   def has(self, groups: Iterable[Group]) -> bool:
     """Whether every cell of the groups, and of their baselines, has been scored."""

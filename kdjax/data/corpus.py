@@ -26,7 +26,7 @@ from kdjax.data.build import Builder
 from kdjax.data.files import StoreDamaged
 from kdjax.data.store import COUNTED_TOKENS, TokenStore
 from kdjax.data.tokenizer import Tokenizer
-from kdjax.data.wanted import META, VERSION, Origin, Wanted, look
+from kdjax.data.wanted import META, VERSION, Origin, Wanted, given_tokenizer, look
 from kdjax.errors import UserError
 
 log = logging.getLogger('kdjax')
@@ -139,3 +139,9 @@ def _open(folder: pathlib.Path) -> Corpus:
       raise StoreDamaged(folder / name, 'is the store of another corpus')
   ood = {name: EvalSet(stores[f'ood/{name}/validation'], stores[f'ood/{name}/test']) for name in meta['ood']}
   return Corpus(folder, meta, tokenizer, stores['train'], stores['validation'], stores['test'], ood)
+
+
+@functools.lru_cache
+def vocab_size(data: DataConfig) -> int:
+  """Tokens of a config's tokenizer, before any text is read: a bpe's as many as it is asked to have. Raises UserError for a bad file."""
+  return data.vocab_size if data.tokenizer == 'bpe' else given_tokenizer(data, data.tokenizer).vocab_size

@@ -15,46 +15,12 @@ from typing import Any
 import numpy as np
 
 from kdjax import flops, training
-from kdjax.config import Config, LossConfig, ModelConfig
+from kdjax.config import Config, LossConfig, ModelConfig, checks
+from kdjax.data import corpus
 from kdjax.errors import UserError
 from kdjax.grids.config import AXES, GridConfig, matches
+from kdjax.grids.names import Setting, Source, count, exact_number, pilot_key
 from kdjax.models import named
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-  """What one student's experiment is, less teacher, alpha and seed: everything compared within it shares this."""
-
-  student: str
-  student_tokens: int
-  distinct_tokens: int
-  split: bool = False  # the student has one half of the documents, so that a teacher can have the other
-
-  @property
-  def name(self) -> str:
-    parts = [f'{self.student}-{count(self.student_tokens)}']
-    parts += [f'of{count(self.distinct_tokens)}'] if self.distinct_tokens else []
-    return '-'.join(parts + ['half'] * self.split)
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """What a student learns from beside the text: a teacher and how its targets are used. An empty teacher: token frequencies."""
-
-  teacher: str = ''
-  teacher_tokens: int = 0
-  budget: str = ''
-  teacher_data: str = ''
-  temperature: float = 1.0
-  top_k: float = 0.0
-  mixing: str = 'normalised'
-
-  @property
-  def name(self) -> str:
-    parts = [f'{self.teacher}-{count(self.teacher_tokens)}'] if self.teacher else ['unigram']
-    parts += [self.budget] * (self.budget == 'trunk') + [self.teacher_data] * (self.teacher_data == 'disjoint')
-    parts += [f'T{self.temperature:g}'] * (self.temperature != 1) + [f'k{self.top_k:g}'] * (self.top_k != 0)
-    return '-'.join(parts + [self.mixing.replace('_', '-')] * (self.mixing != 'normalised'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +63,7 @@ class Group:
   @property
   def pilot_key(self) -> str:
     """What the pilot chooses one alpha (or one draw) for."""
-    return f'{self.setting.name}/{self.source.name if self.kind == "distilled" else self.kind}'
+    return pilot_key(self.setting, self.source if self.kind == 'distilled' else self.kind)
 
 
 def sources(grid: GridConfig, setting: Setting) -> list[Source]:
@@ -162,12 +128,12 @@ def validated_groups(
   out: list[Group] = []
   seeds = grid.validated_seed
   for setting in settings(grid):
-    key = lambda source, setting=setting: f'{setting.name}/{source.name}'
+    key = lambda learner, setting=setting: pilot_key(setting, learner)
     alphas = lambda source, key=key: [float(chosen[key(source)])] if key(source) in chosen else []
-    unigram = chosen.get(f'{setting.name}/unigram')
+    unigram = chosen.get(key('unigram'))
     out += _product(grid, setting, 'validated', seeds, alphas, [] if unigram is None else [float(unigram)])
     baselines = tuple(_baseline(grid, setting, seed) for seed in seeds)
-    tuned = next((draw for draw in _draws(grid) if _draw_name(draw) == chosen.get(f'{setting.name}/tuned')), None)
+    tuned = _draw_named(grid, chosen.get(key('tuned')))
     if tuned:
       cells = tuple(_tuned(grid, setting, tuned, seed) for seed in seeds)
       out.append(Group('tuned', 'validated', setting, Source(), 0.0, cells, baselines, draw=_draw_name(tuned)))
@@ -186,9 +152,13 @@ def cells_of(groups: Iterable[Group]) -> list[Cell]:
 
 
 def check(grid: GridConfig) -> None:
-  """Raises UserError for a grid that is empty, or whose filters leave no cell."""
-  if not any(group.kind == 'distilled' for group in main_groups(grid)):
+  """Check that a grid has cells, and that each has a config that can run. Raises UserError."""
+  groups = main_groups(grid)
+  if not any(group.kind == 'distilled' for group in groups):
     raise UserError('include/exclude: the filters leave no distilled cell; loosen them')
+  for cell in cells_of([*groups, *pilot_groups(grid)]):
+    for problem in checks.problems(cell.config):
+      raise UserError(f'cell {cell.name}: {problem}')
 
 
 def axes_of(setting: Setting, source: Source, alpha: float, seed: int | None) -> dict[str, Any]:
@@ -201,14 +171,6 @@ def relationship(student: str, student_tokens: int, source: Source) -> str:
   size = lambda name: flops.count_params(named(name, vocab_size=1)).non_embedding
   mine, theirs = (size(student), student_tokens), (size(source.teacher), source.teacher_tokens)
   return 'same-level' if mine == theirs else 'weak-to-strong' if theirs < mine else 'strong-to-weak'
-
-
-def count(n: float) -> str:
-  """50_000_000_000 -> '50B'."""
-  for unit, size in (('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3)):
-    if n >= size:
-      return f'{n / size:.4g}{unit}'
-  return f'{n:g}'
 
 
 def _product(
@@ -349,9 +311,14 @@ def _equal_compute(
 
 
 def sized(grid: GridConfig, name: str) -> ModelConfig:
-  """A named model with the vocabulary that the grid's tokenizer will about have; a `tokenizers` file's size is known only later."""
+  """A named model with the grid's vocabulary: its FLOPs need no corpus."""
   model = named(name)
-  return model if model.vocab_size else dataclasses.replace(model, vocab_size=grid.base.data.vocab_size)
+  return model if model.vocab_size else dataclasses.replace(model, vocab_size=vocab_size(grid))
+
+
+def vocab_size(grid: GridConfig) -> int:
+  """Tokens of the grid's tokenizer. Raises UserError where its file cannot be read."""
+  return grid.vocab_size or corpus.vocab_size(grid.base.data)
 
 
 def _model(base: ModelConfig, name: str) -> ModelConfig:
@@ -376,4 +343,11 @@ def _draws(grid: GridConfig) -> list[tuple[float, float, float]]:
 
 
 def _draw_name(draw: tuple[float, float, float]) -> str:
-  return 'stop{:g}-lr{:g}-wd{:g}'.format(*draw)
+  return 'stop{}-lr{}-wd{}'.format(*map(exact_number, draw))
+
+
+def _draw_named(grid: GridConfig, name: str | None) -> tuple[float, float, float] | None:
+  """The draw that the pilot chose; older pilots wrote six digits of each number."""
+  draws = _draws(grid)
+  older = {'stop{:g}-lr{:g}-wd{:g}'.format(*draw): draw for draw in reversed(draws)}
+  return (older | {_draw_name(draw): draw for draw in draws}).get(name or '')

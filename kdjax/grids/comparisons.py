@@ -12,9 +12,7 @@ from kdjax.grids import cells as cells_lib
 from kdjax.grids.cells import Setting, Source
 from kdjax.grids.config import GridConfig
 
-Curves = Mapping[
-  str, Mapping[str, float]
-]  # the pilot's: 'setting/teacher' -> alpha -> bits per byte on the validation split
+Curves = Mapping[str, Mapping[str, float]]  # the pilot's: pilot_key -> alpha -> bits per byte on the validation split
 
 
 def plain_sources(grid: GridConfig, setting: Setting) -> list[Source]:
@@ -75,6 +73,8 @@ def _best(setting: Setting, less: Sequence[Source], curves: Curves) -> Source | 
   """The teacher with the least bits per byte at any alpha above 0."""
   lowest: dict[Source, float] = {}
   for source in less:
-    values = [v for alpha, v in curves.get(f'{setting.name}/{source.name}', {}).items() if float(alpha) > 0 and v == v]
+    values = [
+      v for alpha, v in curves.get(cells_lib.pilot_key(setting, source), {}).items() if float(alpha) > 0 and v == v
+    ]
     lowest |= {source: min(values)} if values else {}
   return min(lowest, key=lambda source: lowest[source]) if lowest else None

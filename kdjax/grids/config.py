@@ -4,10 +4,14 @@ Everything that an axis does not vary stands in `base`, an ordinary config: `--c
 """
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-from kdjax.config import bounds, checks
+from kdjax import flops
+from kdjax.config import checks
 from kdjax.config.schema import Config
+from kdjax.errors import ConfigError
 from kdjax.models.named import NAMED, nearest
 
 BUDGETS = ('annealed', 'trunk')
@@ -40,6 +44,23 @@ AXES = (
   'alpha',
   'seed',
 )
+
+
+# Fields whose values take the place of a field of `base`, and that one.
+FIELDS_OF_BASE = {
+  'student_tokens': 'student.tokens',
+  'distinct_tokens': 'data.distinct_tokens',
+  'teacher_tokens': 'teacher.tokens',
+  'temperature': 'loss.temperature',
+  'top_k': 'loss.teacher_top_k',
+  'mixing': 'loss.mixing',
+  'alpha': 'student.alpha',
+  'pilot.alpha': 'student.alpha',
+  'seed': 'student.seed',
+  'validated_seed': 'student.seed',
+  'pilot.seed': 'student.seed',
+}
+DEFAULTS = (('teacher_tokens', 0),)  # values that stand for another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +96,7 @@ class ControlsConfig:
 class HardwareConfig:
   """What a plan's times and cohorts are computed for."""
 
-  device: str = 'cpu'  # a device kind of kdjax/flops.py ('TPU v5p', 'H100', ...) or cpu
+  device: str = 'cpu'  # a name of kdjax/flops.py (v5p, H100, L4, ...) or cpu
   devices: int = 1
   gib: float = 16.0  # memory of one device
   utilisation: float = 0.4  # model FLOPs over peak FLOPs
@@ -126,6 +147,7 @@ class GridConfig:
   last: int = 3  # checkpoints scored where an arm has one seed: the noise of a single run
   cohort: int = 8  # students that train side by side, at most
   hardware: HardwareConfig = HardwareConfig()
+  vocab_size: int = 0  # of a tokenizer file; 0: read from it. Set it to plan before the file is there
 
 
 def problems(grid: GridConfig) -> Iterator[str]:
@@ -140,8 +162,6 @@ def problems(grid: GridConfig) -> Iterator[str]:
       yield from _unknown_model(name, model)
   for name in ('alpha', 'pilot.alpha'):
     values = grid.alpha if name == 'alpha' else grid.pilot.alpha
-    if any(not 0 <= alpha <= 1 for alpha in values):
-      yield f'{name}: must be in [0, 1], got {_list(values)}'
     if 0.0 not in values and not (name == 'pilot.alpha' and grid.pilot.skip):
       yield f'{name}: {_list(values)} lacks 0, the LM-only baseline that every gain is measured against; add it'
     if len(values) < 2:
@@ -155,12 +175,7 @@ def problems(grid: GridConfig) -> Iterator[str]:
       yield f'{name}: {_list(values)} names a value twice'
     if not values and name != 'validated_seed':
       yield f'{name}: needs at least one value'
-  for name in ('student_tokens', 'teacher_tokens', 'distinct_tokens'):
-    least = 1 if name == 'student_tokens' else 0
-    if any(value < least for value in getattr(grid, name)):
-      yield f'{name}: must be at least {least}, got {_list(getattr(grid, name))}'
-  if any(temperature <= 0 for temperature in grid.temperature):
-    yield f'temperature: must be above 0, got {_list(grid.temperature)}'
+  yield from _axis_problems(grid)
   seeds = [*grid.seed, *grid.validated_seed, *([] if grid.pilot.skip else [grid.pilot.seed])]
   if len(set(seeds)) != len(seeds):
     yield f'seed, validated_seed, pilot.seed: a validated alpha needs fresh seeds, and the pilot one of its own; got {_list(seeds)}'
@@ -169,7 +184,6 @@ def problems(grid: GridConfig) -> Iterator[str]:
   for name, known, chosen in (
     ('budget', BUDGETS, (grid.budget,)),
     ('teacher_data', TEACHER_DATA, grid.teacher_data),
-    ('mixing', bounds.MIXINGS, grid.mixing),
     ('controls.flop_matched', SCENARIOS, grid.controls.flop_matched),
     ('contrasts', CONTRASTS, grid.contrasts),
     ('teacher_seed', TEACHER_SEEDS, (grid.teacher_seed,)),
@@ -182,15 +196,60 @@ def problems(grid: GridConfig) -> Iterator[str]:
   tuned = grid.controls.tuned
   if tuned.enabled and (grid.pilot.skip or not (tuned.stop and tuned.learning_rate and tuned.weight_decay)):
     yield 'controls.tuned: its values are chosen by the pilot; give each at least one, or set controls.tuned.enabled=false'
-  if any(not 0 < share <= 1 for share in tuned.stop):
-    yield f'controls.tuned.stop: shares of the tokens must be in (0, 1], got {_list(tuned.stop)}'
+  for name, wanted, wrong in (
+    ('stop', 'shares of the tokens must be in (0, 1]', lambda share: not 0 < share <= 1),
+    ('learning_rate', 'factors must be above 0', lambda factor: factor <= 0),
+    ('weight_decay', 'factors must not be below 0', lambda factor: factor < 0),
+  ):
+    if any(map(wrong, values := getattr(tuned, name))):
+      yield f'controls.tuned.{name}: {wanted}, got {_list(values)}'
   for text in (*grid.include, *grid.exclude):
     yield from _filter_problems(text)
   if grid.last < 1 or grid.cohort < 1:
     yield f'last, cohort: must be at least 1, got {grid.last}, {grid.cohort}'
-  hardware = grid.hardware
+  yield from _hardware_problems(grid.hardware)
+  yield from _vocab_size_problems(grid)
+
+
+def _vocab_size_problems(grid: GridConfig) -> Iterator[str]:
+  tokenizer = grid.base.data.tokenizer
+  size = {'bpe': grid.base.data.vocab_size, 'bytes': 257}.get(tokenizer, grid.vocab_size)
+  if grid.vocab_size < 0:
+    yield f'vocab_size: must not be below 0, got {grid.vocab_size}'
+  elif grid.vocab_size not in (0, size):
+    yield f'vocab_size: the tokenizer {tokenizer} has {size} tokens, got {grid.vocab_size}; leave it at 0'
+
+
+def _hardware_problems(hardware: HardwareConfig) -> Iterator[str]:
   if min(hardware.devices, hardware.gib, hardware.utilisation, hardware.cpu_gflops) <= 0:
     yield 'hardware: devices, gib, utilisation and cpu_gflops must be above 0'
+  if hardware.device != 'cpu' and flops.peak_flops(hardware.device) is None:
+    names = ', '.join(name for name, _ in flops.PEAKS)
+    yield (
+      f'hardware.device: unknown device {hardware.device!r}; known: cpu, {names}; '
+      'for any other set hardware.device=cpu and hardware.cpu_gflops to its peak'
+    )
+
+
+def _axis_problems(grid: GridConfig) -> Iterator[str]:
+  """What an ordinary config's checks say of each value that takes a field's place in `base`, under the name of the grid's field."""
+  already = set(checks.problems(grid.base))
+  for name, field in FIELDS_OF_BASE.items():
+    values = functools.reduce(getattr, name.split('.'), grid)
+    wanted = [value for value in (values if isinstance(values, tuple) else (values,)) if (name, value) not in DEFAULTS]
+    found = [
+      problem for value in wanted for problem in _problems_with(grid.base, field, value) if problem not in already
+    ]
+    yield from (f'{name}: {problem.partition(": ")[2]}' for problem in dict.fromkeys(found))
+
+
+def _problems_with(base: Config, field: str, value: Any) -> Iterable[str]:
+  section, _, leaf = field.partition('.')
+  try:
+    changed = dataclasses.replace(getattr(base, section), **{leaf: value})
+  except ConfigError as e:  # a section that checks itself
+    return e.problems
+  return checks.problems(dataclasses.replace(base, **{section: changed}))
 
 
 def matches(text: str, axes: dict[str, object], unknown: bool) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from kdjax import config as config_lib
 from kdjax import flops, training
 from kdjax.config import Config, StudentConfig, TeacherConfig
+from kdjax.errors import UserError
 from kdjax.grids import cells as cells_lib
 from kdjax.grids.cells import Cell, Group
 from kdjax.grids.config import GridConfig, HardwareConfig
@@ -125,7 +126,9 @@ def _n_checkpoints(config: Config, section: TeacherConfig | StudentConfig) -> in
 def seconds(hardware: HardwareConfig, flop: float) -> float:
   """Wall seconds of so many model FLOPs on the plan's hardware."""
   peak = 1e9 * hardware.cpu_gflops if hardware.device == 'cpu' else flops.peak_flops(hardware.device)
-  return flop / ((peak or 1e9 * hardware.cpu_gflops) * hardware.devices * hardware.utilisation)
+  if peak is None:
+    raise UserError(f'hardware.device: unknown device {hardware.device!r}')
+  return flop / (peak * hardware.devices * hardware.utilisation)
 
 
 def _teacher_job(cell: Cell) -> Job:

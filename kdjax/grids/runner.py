@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -35,6 +36,7 @@ from kdjax.grids import cells as cells_lib
 from kdjax.grids import comparisons, plan
 from kdjax.grids.cells import Cell, Group
 from kdjax.grids.config import GridConfig
+from kdjax.grids.names import Setting, Source, exact_number, pilot_key
 from kdjax.grids.plan import Job
 from kdjax.paths import read_json, write_json
 from kdjax.run import Heartbeat, RunFolder, git_commit, versions
@@ -45,7 +47,8 @@ STATES = ('done', 'running', 'stopped', 'failed', 'missing')
 POLL = 5.0  # seconds between looks at jobs that other runners do
 PILOT = 'pilot.json'
 CORPUS = 'corpus.json'
-NOT_IDENTITY = ('runs', 'hardware', 'cohort', 'last')  # fields that change no result
+CONTROLS = ('unigram', 'tuned')  # that the pilot chooses something for
+NOT_IDENTITY = ('runs', 'hardware', 'cohort', 'last', 'vocab_size')  # fields that change no result
 
 
 def folder_of(grid: GridConfig, workdir: paths.Path | None = None) -> paths.Path:
@@ -67,7 +70,9 @@ def claim(folder: paths.Path, grid: GridConfig) -> None:
   if known is not None:
     RunFolder(folder).compare(known['identity'], identity(grid))
   elif jax.process_index() == 0:
-    resolved = config_lib.as_dict(grid) | {'runs': paths.relative(grid.runs, folder)}
+    # With the vocabulary's size, so that a report needs no tokenizer file.
+    noted = {'runs': paths.relative(grid.runs, folder), 'vocab_size': cells_lib.vocab_size(grid)}
+    resolved = config_lib.as_dict(grid) | noted
     write_json(
       folder / 'grid.json',
       {
@@ -98,7 +103,7 @@ def cell_folder(folder: paths.Path, cell: Cell) -> RunFolder:
 
 def phases(grid: GridConfig, folder: paths.Path) -> list[tuple[str, list[Group]]]:
   """(phase, its groups), as far as they are known: the validated cells only once the pilot's outcome is."""
-  pilot = read_pilot(folder)
+  pilot = read_pilot(folder, grid)
   known = [('pilot', cells_lib.pilot_groups(grid)), ('main', cells_lib.main_groups(grid))]
   if pilot is None:
     return known
@@ -227,7 +232,10 @@ class Runner:
         training.train_teacher(job.config, self.corpus, teacher, self.mesh, self.progress)
         steps = training.trunk_steps(job.config) or steps_in(teacher.checkpoints)[-1:]
         return {job.id: self._score(teacher, job.config, teacher, steps, None)}
-      arms = [training.Arm(c.config, c.arm, cell_folder(self.folder, c), f'{c.arm} {c.alpha:g}') for c in job.cells]
+      arms = [
+        training.Arm(c.config, c.arm, cell_folder(self.folder, c), f'{c.arm} {exact_number(c.alpha)}')
+        for c in job.cells
+      ]
       preflight.check(job.config, self.corpus, self.mesh)
       training.train_students(arms, self.corpus, teacher, self.mesh, self.progress)
       sets = {evaluation.VALIDATION} if job.phase == 'pilot' else None
@@ -269,13 +277,15 @@ class Runner:
       table, _ = results.read(paths.under(self.folder, newest(scores[cell.id])[evaluation.VALIDATION]))
       value = results.bits_per_byte(table)
       if group.kind == 'baseline':
-        for name in (*(source.name for source in cells_lib.sources(self.grid, group.setting)), 'unigram'):
-          curves.setdefault(f'{group.setting.name}/{name}', {})['0'] = value
+        for learner in _learners(self.grid, group.setting, 'unigram'):
+          curves.setdefault(pilot_key(group.setting, learner), {})['0'] = value
       else:
-        curves.setdefault(group.pilot_key, {})[group.draw or f'{group.alpha:g}'] = value
+        curves.setdefault(group.pilot_key, {})[group.draw or exact_number(group.alpha)] = value
     outcome = choose(curves)
     if jax.process_index() == 0 and not (self.folder / PILOT).exists():
       write_json(self.folder / PILOT, outcome)
+    for key, values in outcome.get('not_finite', {}).items():
+      log.warning('pilot: %s: the likelihood at %s is not finite: never chosen', key, ', '.join(values))
     log.info('pilot: %s', ', '.join(f'{key}: {value}' for key, value in outcome['chosen'].items()))
 
   def _claims(self, here: RunFolder) -> bool:
@@ -305,31 +315,64 @@ def _of_pilot(jobs: list[Job]) -> list[Job]:
 def choose(curves: dict[str, dict[str, float]]) -> dict[str, Any]:
   """The pilot's outcome: of each curve the value with the least bits per byte on the validation split.
 
-  For a teacher the least among the alphas above 0: whether it beats the baseline is for the fresh seeds to say.
+  For a teacher the least among the alphas above 0: whether it beats the baseline is for the fresh seeds to say. A value that is not
+  finite, of a run that diverged, is never chosen; `not_finite` lists such values, and the curves leave them out.
+
+  Raises UserError where a curve has no finite value to choose.
   """
   chosen: dict[str, Any] = {}
+  kept, not_finite, hopeless = {}, {}, []
   for key, curve in curves.items():
+    kept[key] = {name: value for name, value in curve.items() if math.isfinite(value)}
+    if left_out := [name for name in curve if name not in kept[key]]:
+      not_finite[key] = left_out
     tuned = key.endswith('/tuned')
-    candidates = {name: value for name, value in curve.items() if tuned or float(name) > 0}
-    if candidates:
-      best = min(candidates, key=lambda name: candidates[name])
+    candidates = [name for name in curve if tuned or float(name) > 0]
+    finite = [name for name in candidates if name in kept[key]]
+    if finite:
+      best = min(finite, key=lambda name: curve[name])
       chosen[key] = best if tuned else float(best)
-  content = {'chosen': chosen, 'curves': curves, 'criterion': 'bits per byte of the in-domain validation split'}
-  digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-  return content | {'time': time.time(), 'hash': digest}
+    elif candidates:
+      hopeless.append(key)
+  if hopeless:
+    raise UserError(
+      f'pilot: no run of {", ".join(hopeless)} has a finite likelihood on the validation split: all diverged; lower the learning rate'
+    )
+  content = {'chosen': chosen, 'curves': kept, 'criterion': 'bits per byte of the in-domain validation split'}
+  content |= {'not_finite': not_finite} if not_finite else {}
+  return content | {'time': time.time(), 'hash': _digest(content)}
 
 
-def read_pilot(folder: paths.Path) -> dict[str, Any] | None:
+def _digest(content: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_pilot(folder: paths.Path, grid: GridConfig) -> dict[str, Any] | None:
   """The pilot's outcome. Raises UserError where it is not what was written down before the main cells started."""
   pilot = read_json(folder / PILOT)
   if pilot is None:
     return None
-  content = {key: pilot[key] for key in ('chosen', 'curves', 'criterion')}
-  if hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest() != pilot['hash']:
+  content = {key: value for key, value in pilot.items() if key not in ('time', 'hash')}
+  if _digest(content) != pilot['hash']:
     raise UserError(
       f'{folder / PILOT} has been changed since it was written; restore it, or delete the grid and run it again'
     )
-  return pilot
+  return pilot | {name: _with_exact_keys(grid, pilot[name]) for name in ('chosen', 'curves')}
+
+
+def _learners(grid: GridConfig, setting: Setting, *controls: str) -> list[Source | str]:
+  return [*cells_lib.sources(grid, setting), *controls]
+
+
+def _with_exact_keys(grid: GridConfig, table: dict[str, Any]) -> dict[str, Any]:
+  """Bring a pilot's table to exact keys. Older pilots wrote short ones: an entry that two of them would share is nobody's."""
+  short: dict[str, list[str]] = {}
+  for setting in cells_lib.settings(grid):
+    for learner in _learners(grid, setting, *CONTROLS):
+      name = f'{setting.name}/{learner if isinstance(learner, str) else learner.name}'
+      short.setdefault(name, []).append(pilot_key(setting, learner))
+  older = {keys[0]: table[name] for name, keys in short.items() if name in table and len(keys) == 1}
+  return {**older, **table}
 
 
 def read_scores(grid: GridConfig, folder: paths.Path) -> dict[str, dict[str, dict[str, str]]]:

@@ -33,7 +33,9 @@ def with_all_contrasts(n_seeds=5):
   grid = dataclasses.replace(made.grid, contrasts=tuple(grid_config.CONTRASTS))
   (setting,) = cells_lib.settings(grid)
   curves = {key: {'0': 2.0, '0.4': 1.9 + 0.01 * k} for k, key in enumerate(made.keys)}
-  chosen = dict.fromkeys(made.keys, simulated.ALPHA) | {f'{setting.name}/unigram': simulated.UNIGRAM_ALPHA}
+  chosen = dict.fromkeys(made.keys, simulated.ALPHA) | {
+    cells_lib.pilot_key(setting, 'unigram'): simulated.UNIGRAM_ALPHA
+  }
   groups = cells_lib.validated_groups(grid, chosen, comparisons.reversal_pairs(grid, curves))
   return dataclasses.replace(made, grid=grid, groups=tuple(groups), curves=curves)
 

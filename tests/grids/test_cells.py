@@ -1,10 +1,12 @@
 """Which runs a grid is made of."""
 
 import dataclasses
+import json
 
 import pytest
 
 from kdjax import cli, flops
+from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import ConfigError, UserError
 from kdjax.grids import cells, comparisons, runner, studies
 from kdjax.grids import config as grid_config
@@ -244,11 +246,6 @@ def test_relationships(student, tokens, teacher, teacher_tokens, expected):
   assert cells.relationship(student, tokens, cells.Source(teacher, teacher_tokens)) == expected
 
 
-@pytest.mark.parametrize('n', [(999, '999'), (51_200, '51.2k'), (1_024_000, '1.024M'), (50e9, '50B'), (2e12, '2T')])
-def test_counts(n):
-  assert cells.count(n[0]) == n[1]
-
-
 @pytest.mark.parametrize('study', studies.STUDIES)
 @pytest.mark.parametrize('scale', ['laptop', 'colab', 'paper'])
 def test_every_study_is_a_valid_grid_at_every_scale(study, scale):
@@ -298,7 +295,7 @@ def test_the_evidence_is_the_main_grid_with_every_control_and_contrast_and_enoug
     ({'alpha': '0.2,0.4'}, r'alpha: 0.2, 0.4 lacks 0, the LM-only baseline'),
     ({'pilot.alpha': '0.2,0.4'}, r'pilot.alpha: 0.2, 0.4 lacks 0'),
     ({'alpha': '0'}, r'alpha: nothing but the baseline'),
-    ({'alpha': '0,1.5'}, r'alpha: must be in \[0, 1\]'),
+    ({'alpha': '0,1.5'}, r'alpha: must be in \[0, 1\], got 1.5'),
     ({'teacher': 'tiny-9m'}, r"teacher: unknown model 'tiny-9m'; did you mean"),
     ({'seed': '43,43'}, r'seed: 43, 43 names a value twice'),
     ({'validated_seed': '43'}, r'needs fresh seeds'),
@@ -321,7 +318,31 @@ def test_the_evidence_is_the_main_grid_with_every_control_and_contrast_and_enoug
     ({'pilot.skip': 'true'}, r'controls.tuned: its values are chosen by the pilot'),
     ({'base.student.alpha': '2'}, r'base.student.alpha: must be in \[0, 1\]'),
     ({'base.data.seqlen': '2'}, r'no such field; did you mean base.data.seq_len'),
-    ({'student_tokens': '0'}, r'student_tokens: must be at least 1'),
+    ({'student_tokens': '0'}, r'student_tokens: 0 is less than one step of 8 x 128 tokens'),
+    ({'student_tokens': '512000,10'}, r'student_tokens: 10 is less than one step'),
+    ({'teacher_tokens': '-5'}, r'teacher_tokens: -5 is less than one step'),
+    ({'distinct_tokens': '-1'}, r'distinct_tokens: must not be below 0, got -1'),
+    ({'top_k': '2.5'}, r'top_k: must be 0 \(all\), a share in \(0, 1\) or a whole number, got 2.5'),
+    ({'top_k': '0,-3'}, r'top_k: must be 0 \(all\).* got -3'),
+    ({'temperature': '1,-2'}, r'temperature: must be above 0, got -2'),
+    ({'mixing': 'normalised,sum'}, r"mixing: unknown value 'sum'; known: normalised, ce_plus_alpha_kd"),
+    ({'alpha': '0,-0.1'}, r'alpha: must be in \[0, 1\], got -0.1'),
+    ({'pilot.alpha': '0,2'}, r'pilot.alpha: must be in \[0, 1\], got 2'),
+    ({'seed': '-1'}, r'seed: must be at least 0 and below 2\^32, got -1'),
+    ({'validated_seed': '4294967296'}, r'validated_seed: must be at least 0 and below 2\^32'),
+    ({'pilot.seed': '-7'}, r'pilot.seed: must be at least 0'),
+    ({'base.loss.kd': 'hard_label', 'temperature': '1,2'}, r'temperature: hard_label has no temperature'),
+    ({'base.loss.kd': 'hard_label', 'top_k': '0,5'}, r'top_k: hard_label has no temperature, top-k or top-p'),
+    ({'base.loss.temperature': '0'}, r'base.loss.temperature: must be above 0, got 0'),
+    ({'controls.tuned.learning_rate': '1,0'}, r'controls.tuned.learning_rate: factors must be above 0, got 1.0, 0.0'),
+    ({'controls.tuned.weight_decay': '-1'}, r'controls.tuned.weight_decay: factors must not be below 0'),
+    (
+      {'hardware.device': 'H1000'},
+      r"hardware.device: unknown device 'H1000'; known: cpu, TPU v4 lite, .*H100, .*hardware.cpu_gflops",
+    ),
+    ({'hardware.device': 'T4'}, r"hardware.device: unknown device 'T4'; known: cpu"),
+    ({'vocab_size': '-1'}, r'vocab_size: must not be below 0'),
+    ({'vocab_size': '300'}, r'vocab_size: the tokenizer bpe has 2048 tokens, got 300; leave it at 0'),
   ],
 )
 def test_mistakes_are_told(overrides, message):
@@ -333,6 +354,55 @@ def test_all_mistakes_are_told_at_once():
   with pytest.raises(ConfigError) as e:
     cli.load_as(GridConfig, grid_config.problems, 'configs/grid.py', {'alpha': '0.2', 'teacher': 'x', 'last': '0'})
   assert len(e.value.problems) >= 3
+
+
+def test_a_mistake_is_told_once_and_with_the_others():
+  overrides = {'top_k': '2.5,-3', 'temperature': '0', 'hardware.device': 'abacus', 'base.loss.z_loss': '-1'}
+  with pytest.raises(ConfigError) as e:
+    cli.load_as(GridConfig, grid_config.problems, 'configs/grid.py', overrides)
+  assert sorted(problem.partition(':')[0] for problem in e.value.problems) == [
+    'base.loss.z_loss', 'hardware.device', 'temperature', 'top_k', 'top_k',
+  ]  # fmt: skip
+
+
+def test_a_cell_whose_config_cannot_run_is_told():
+  with pytest.raises(UserError, match=r'cell .*: student.tokens: 512 is less than one step'):
+    cells.check(grid(student_tokens=(512,)))
+
+
+def test_flop_matched_students_get_the_tokens_of_the_tokenizers_own_size(tmp_path):
+  """By hand: a byte tokenizer has 257 tokens, stored as 384, and not the 2048 of a bpe."""
+  matched = {}
+  for name in ('bpe', 'bytes', str(tokenizer_file(tmp_path, 300))):
+    data = dataclasses.replace(GridConfig().base.data, tokenizer=name)
+    g = grid(
+      base=dataclasses.replace(GridConfig().base, data=data),
+      teacher=('tiny-3m',),
+      controls=ControlsConfig(flop_matched=('logits',)),
+    )
+    (setting,), (source,) = cells.settings(g), cells.sources(g, cells.settings(g)[0])
+    (group,) = of(cells.validated_groups(g, {cells.pilot_key(setting, source): 0.4}), 'flop_matched')
+    matched[name] = group.cells[0].config.student.tokens
+    assert cells.sized(g, 'tiny-3m').vocab_size == cells.vocab_size(g) == {'bpe': 2048, 'bytes': 257}.get(name, 300)
+  assert list(matched.values()) == [1_543_420, 1_815_273, 1_815_273]  # 257 and 300 are stored in as many rows
+
+
+def test_a_tokenizer_file_that_is_missing_is_told_unless_its_size_is_given(tmp_path):
+  data = dataclasses.replace(GridConfig().base.data, tokenizer=str(tmp_path / 'none.json'))
+  g = grid(base=dataclasses.replace(GridConfig().base, data=data))
+  with pytest.raises(UserError, match=r'none.json cannot be read'):
+    cells.sized(g, 'tiny-3m')
+  assert cells.sized(dataclasses.replace(g, vocab_size=49_152), 'tiny-3m').vocab_size == 49_152
+  assert cells.sized(g, 'llama3-8b').vocab_size == 128_256  # this one's is its own
+
+
+def tokenizer_file(folder, size):
+  """A `tokenizers` file with so many tokens, made-up words beside the bytes."""
+  parsed = json.loads(Tokenizer().to_json())
+  parsed['model']['vocab'] |= {f'word{i}': 257 + i for i in range(size - 257)}
+  path = folder / 'words.json'
+  path.write_text(json.dumps(parsed))
+  return path
 
 
 def test_a_config_of_another_command_is_told():

@@ -6,8 +6,10 @@ import pytest
 
 from kdjax import flops
 from kdjax import grid as command
+from kdjax.errors import UserError
 from kdjax.grids import cells, plan
 from kdjax.grids.config import ControlsConfig, GridConfig, HardwareConfig, TunedConfig
+from tests.grids.test_cells import tokenizer_file
 
 PLAIN = ControlsConfig(unigram=False, flop_matched=(), tuned=TunedConfig(enabled=False))
 LARGE = HardwareConfig(gib=100.0)
@@ -89,6 +91,32 @@ def test_costs_are_the_ledgers():
 def test_seconds_are_of_the_named_hardware():
   assert plan.seconds(HardwareConfig('H100', 8, 80.0, 0.5), 8 * 989e12) == pytest.approx(2.0)
   assert plan.seconds(HardwareConfig(cpu_gflops=50, utilisation=0.5), 25e9) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+  ('short', 'long', 'tera'), [('v5p', 'TPU v5p', 459), ('L4', 'NVIDIA L4', 121), ('v6e', 'TPU v6 lite', 918)]
+)
+def test_a_device_goes_by_its_short_name_too(short, long, tera):
+  for name in (short, long):
+    assert plan.seconds(HardwareConfig(name, 1, 16.0, 1.0), 1e15) == pytest.approx(1000 / tera)
+
+
+def test_an_unknown_device_is_no_cpu():
+  with pytest.raises(UserError, match=r"hardware.device: unknown device 'abacus'"):
+    plan.seconds(HardwareConfig('abacus'), 1e15)
+
+
+def test_the_plan_of_a_tokenizer_file_counts_its_tokens(tmp_path):
+  """Without a corpus, and the same in FLOPs, bytes and names of what is trained as long as its rows are the same."""
+  texts = {}
+  for name in ('bytes', str(tokenizer_file(tmp_path, 300)), 'bpe'):
+    data = dataclasses.replace(GridConfig().base.data, tokenizer=name)
+    g = grid(base=dataclasses.replace(GridConfig().base, data=data))
+    texts[name] = [plan.cost(g, job) for job in main_jobs(g)]
+    assert command.plan_text(g, tmp_path / 'grid')
+  small, file, large = texts.values()
+  assert small == file
+  assert all(a.flops < b.flops and a.checkpoint_bytes < b.checkpoint_bytes for a, b in zip(small, large, strict=True))
 
 
 def test_the_plan_runs_nothing_and_names_every_job(tmp_path):

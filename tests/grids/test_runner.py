@@ -7,13 +7,17 @@ import shutil
 
 import pytest
 
+import kdjax.data.corpus
 from kdjax import grid as command
+from kdjax import report
 from kdjax.errors import TrainingError, UserError
 from kdjax.evals import job as evaluation
 from kdjax.evals import results
 from kdjax.grids import cells, runner
+from kdjax.grids.names import exact_number
 from kdjax.paths import read_json
 from kdjax.run import RunFolder
+from tests.grids.test_cells import tokenizer_file
 
 
 @pytest.fixture(scope='module')
@@ -59,14 +63,14 @@ def test_every_cell_of_every_phase_is_trained_and_scored(grid, folder):
 
 
 def test_the_pilot_is_written_down_before_the_main_cells_start(grid, folder):
-  pilot = runner.read_pilot(folder)
+  pilot = runner.read_pilot(folder, grid)
   for group in [g for phase, found in runner.phases(grid, folder) if phase != 'pilot' for g in found]:
     for cell in group.cells:
       assert runner.cell_folder(folder, cell).identity()['commands'][0]['time'] > pilot['time']
 
 
 def test_the_pilot_keeps_its_whole_curve_and_chooses_the_least(grid, folder):
-  pilot = runner.read_pilot(folder)
+  pilot = runner.read_pilot(folder, grid)
   for key, curve in pilot['curves'].items():
     if key.endswith('/tuned'):
       assert pilot['chosen'][key] == min(curve, key=curve.get)
@@ -76,13 +80,109 @@ def test_the_pilot_keeps_its_whole_curve_and_chooses_the_least(grid, folder):
       assert pilot['chosen'][key] == min((0.3, 0.6), key=lambda alpha: curve[f'{alpha:g}'])
 
 
-def test_a_changed_pilot_is_refused(folder, tmp_path):
+def test_a_changed_pilot_is_refused(grid, folder, tmp_path):
   shutil.copy(folder / runner.PILOT, tmp_path)
   pilot = json.loads((tmp_path / runner.PILOT).read_text())
   pilot['chosen'][next(iter(pilot['chosen']))] = 0.123
   (tmp_path / runner.PILOT).write_text(json.dumps(pilot))
   with pytest.raises(UserError, match='has been changed since it was written'):
-    runner.read_pilot(tmp_path)
+    runner.read_pilot(tmp_path, grid)
+
+
+NAN, INF = float('nan'), float('inf')
+
+
+def test_a_value_that_is_not_finite_is_never_chosen():
+  """Whatever its place: a NaN that comes first wins every `min`."""
+  curves = {
+    'x/t': {'0': 2.0, '0.2': NAN, '0.4': 1.9, '0.6': 1.8},
+    'x/u': {'0': NAN, '0.2': 1.9, '0.4': -INF},
+    'x/tuned': {'a': NAN, 'b': 2.0, 'c': INF},
+    'x/unigram': {'0': NAN},  # no control was run: there is nothing to choose
+  }
+  outcome = runner.choose(curves)
+  assert outcome['chosen'] == {'x/t': 0.6, 'x/u': 0.2, 'x/tuned': 'b'}
+  assert outcome['not_finite'] == {'x/t': ['0.2'], 'x/u': ['0', '0.4'], 'x/tuned': ['a', 'c'], 'x/unigram': ['0']}
+  assert outcome['curves']['x/t'] == {'0': 2.0, '0.4': 1.9, '0.6': 1.8}
+  assert 'NaN' not in json.dumps(outcome, allow_nan=False)
+
+
+def test_curves_without_a_finite_value_are_told():
+  with pytest.raises(
+    UserError, match=r'pilot: no run of x/t, x/tuned has a finite likelihood .* lower the learning rate'
+  ):
+    runner.choose({'x/t': {'0': 2.0, '0.2': NAN}, 'x/tuned': {'a': NAN}, 'x/u': {'0.2': 1.0}})
+
+
+def test_a_diverged_run_of_the_pilot_is_told_and_written_down(grid, folder, tmp_path, monkeypatch, caplog):
+  bits = runner.results.bits_per_byte
+  values = iter([bits, lambda _: NAN, lambda _: 2.0])  # the baseline's, then of the first alpha, and of all others
+  value_of = lambda table: next(values, lambda _: 2.5)(table)
+  monkeypatch.setattr(runner.results, 'bits_per_byte', value_of)
+  shutil.copytree(folder, tmp_path / 'grid')
+  (tmp_path / 'grid' / runner.PILOT).unlink()
+  runner.Runner(grid, tmp_path / 'grid', None, None)._choose()
+  pilot = runner.read_pilot(tmp_path / 'grid', grid)
+  ((key, names),) = pilot['not_finite'].items()
+  assert names == ['0.3'] and pilot['chosen'][key] == 0.6
+  assert f'pilot: {key}: the likelihood at 0.3 is not finite: never chosen' in caplog.text
+
+
+def test_a_pilot_of_an_older_version_is_found_by_its_short_names(grid, tmp_path):
+  """Where no two settings share one."""
+  close = dataclasses.replace(grid, student_tokens=(16_384_000, 1_000_000, 1_000_001), teacher_tokens=(0,))
+  keys = [cells.pilot_key(s, t) for s in cells.settings(close) for t in cells.sources(close, s)]
+  short = [f'{s.name}/{t.name}' for s in cells.settings(close) for t in cells.sources(close, s)]
+  assert keys[0] != short[0] and short[1] == short[2] == keys[1] != keys[2]
+  content = {'chosen': {short[0]: 0.3, short[1]: 0.6}, 'curves': {}, 'criterion': 'x'}
+  (tmp_path / runner.PILOT).write_text(json.dumps(content | {'time': 0, 'hash': runner._digest(content)}))
+  chosen = runner.read_pilot(tmp_path, close)['chosen']
+  assert chosen[keys[0]] == 0.3 and keys[2] not in chosen
+
+
+def test_an_alpha_of_more_digits_is_chosen_with_all_of_them(grid, folder):
+  alphas = (0.0, 0.1234567, 0.1234568)
+  exact = dataclasses.replace(grid, pilot=dataclasses.replace(grid.pilot, alpha=alphas))
+  curves: dict[str, dict[str, float]] = {}
+  for k, group in enumerate(g for g in cells.pilot_groups(exact) if g.kind == 'distilled'):
+    curves.setdefault(group.pilot_key, {})[exact_number(group.alpha)] = 2.0 - k / 10
+  (curve,) = curves.values()
+  assert len(curve) == 2
+  chosen = runner.choose(curves)['chosen']
+  groups = [g for g in cells.validated_groups(exact, chosen) if g.kind == 'distilled']
+  assert [g.alpha for g in groups] == [0.1234568] and groups[0].cells[0].alpha == 0.1234568
+
+
+def test_a_report_needs_no_tokenizer_file(grid, tmp_path):
+  """What the grid's FLOPs need of it is written down when the grid starts."""
+  path = tokenizer_file(tmp_path, 300)
+  base = dataclasses.replace(grid.base, data=dataclasses.replace(grid.base.data, tokenizer=str(path)))
+  of_file = dataclasses.replace(grid, base=base)
+  runner.claim(tmp_path / 'grid', of_file)
+  ids = [c.id for c in all_cells(of_file, tmp_path / 'grid')]
+  path.unlink()
+  kdjax.data.corpus.vocab_size.cache_clear()
+  loaded = report.load(tmp_path / 'grid')
+  assert cells.vocab_size(loaded) == 300
+  assert runner.identity(loaded) == runner.identity(of_file)
+  assert [c.id for c in all_cells(loaded, tmp_path / 'grid')] == ids
+  with pytest.raises(UserError, match='cannot be read'):
+    cells.vocab_size(of_file)
+
+
+def test_a_report_does_not_ask_what_the_plans_device_was(grid, tmp_path):
+  odd = dataclasses.replace(grid, hardware=dataclasses.replace(grid.hardware, device='abacus', gib=3.0))
+  runner.claim(tmp_path, odd)
+  assert report.load(tmp_path).hardware.gib == 3.0
+
+
+def test_a_vocabulary_that_is_not_the_tokenizers_is_refused_before_any_training(grid, home):
+  path = tokenizer_file(home, 300)
+  base = dataclasses.replace(grid.base, data=dataclasses.replace(grid.base.data, tokenizer=str(path)))
+  wrong = dataclasses.replace(grid, base=base, vocab_size=299)
+  with pytest.raises(UserError, match=r'vocab_size: 299, but .*words.json has 300 tokens'):
+    command.run(wrong, home / 'wrong', progress=False)
+  assert not (home / 'wrong' / 'jobs').exists()
 
 
 def test_arms_share_weights_and_data_with_their_baseline(grid, folder):

@@ -1,0 +1,89 @@
+"""What is compared in a grid, and its names: short ones for people, and exact ones for keys, which two values never share."""
+
+import dataclasses
+import decimal
+from collections.abc import Callable
+
+UNITS = (('T', 10**12), ('B', 10**9), ('M', 10**6), ('k', 10**3))
+
+
+def count(n: float) -> str:
+  """Write a count in four digits: 50_000_000_000 -> '50B', 1_543_420 -> '1.543M'."""
+  for unit, size in UNITS:
+    if n >= size:
+      return f'{n / size:.4g}{unit}'
+  return f'{n:g}'
+
+
+def exact_count(n: float) -> str:
+  """Write a whole count with as many digits as it takes: as `count` where that is exact, else 1_543_420 -> '1.54342M'."""
+  for unit, size in UNITS:
+    if n >= size and n == int(n):
+      digits = (decimal.Decimal(int(n)) / size).normalize()
+      return f'{digits:f}{unit}'
+  return exact_number(n)
+
+
+def exact_number(x: float) -> str:
+  """Write a number so that it reads back as the same one: as '%g' does where six digits are enough."""
+  short = f'{x:g}'
+  return short if float(short) == x else repr(float(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What one student's experiment is, less teacher, alpha and seed: everything compared within it shares this."""
+
+  student: str
+  student_tokens: int
+  distinct_tokens: int
+  split: bool = False  # the student has one half of the documents, so that a teacher can have the other
+
+  @property
+  def name(self) -> str:
+    """For people; two settings can share it."""
+    return self._join(count)
+
+  @property
+  def key(self) -> str:
+    """For tables; no two settings share it."""
+    return self._join(exact_count)
+
+  def _join(self, count: Callable[[float], str]) -> str:
+    parts = [f'{self.student}-{count(self.student_tokens)}']
+    parts += [f'of{count(self.distinct_tokens)}'] if self.distinct_tokens else []
+    return '-'.join(parts + ['half'] * self.split)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """What a student learns from beside the text: a teacher and how its targets are used. An empty teacher: token frequencies."""
+
+  teacher: str = ''
+  teacher_tokens: int = 0
+  budget: str = ''
+  teacher_data: str = ''
+  temperature: float = 1.0
+  top_k: float = 0.0
+  mixing: str = 'normalised'
+
+  @property
+  def name(self) -> str:
+    """For people; two sources can share it."""
+    return self._join(count, lambda x: f'{x:g}')
+
+  @property
+  def key(self) -> str:
+    """For tables; no two sources share it."""
+    return self._join(exact_count, exact_number)
+
+  def _join(self, count: Callable[[float], str], number: Callable[[float], str]) -> str:
+    parts = [f'{self.teacher}-{count(self.teacher_tokens)}'] if self.teacher else ['unigram']
+    parts += [self.budget] * (self.budget == 'trunk') + [self.teacher_data] * (self.teacher_data == 'disjoint')
+    parts += [f'T{number(self.temperature)}'] * (self.temperature != 1) + [f'k{number(self.top_k)}'] * (self.top_k != 0)
+    return '-'.join(parts + [self.mixing.replace('_', '-')] * (self.mixing != 'normalised'))
+
+
+def pilot_key(setting: Setting, learner: Source | str) -> str:
+  """Name what the pilot chooses one alpha (or one draw) for: a teacher's student, or a control."""
+  return f'{setting.key}/{learner if isinstance(learner, str) else learner.key}'
