@@ -156,15 +156,20 @@ def read(values: Mapping[str, Any], where: str = 'config.json') -> tuple[Family,
   if 'local_window' in fields and _read_scaling(local, where) != RopeScaling():
     raise UserError(f'{where}: rotary scaling of the local layers is not supported')
   if family.is_gemma:
-    fields['embed_scale'] = math.sqrt(fields['d_model'])
-    scalar = known['query_pre_attn_scalar']
-    fields['attn_scale'] = 0.0 if scalar == fields['head_dim'] else scalar**-0.5
+    fields |= _gemma_scales(known, fields['d_model'], fields['head_dim'], where)
   config = ModelConfig(**fields)
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if field.type in (int, float, bool) and not isinstance(value, (int, float) if field.type is float else field.type):
       raise UserError(f'{where}: {field.name} would be {value!r}, which is no {field.type.__name__}')
   return family, config
+
+
+def _gemma_scales(known: Mapping[str, Any], d_model: int, head_dim: int, where: str) -> dict[str, float]:
+  scalar = known['query_pre_attn_scalar']
+  if type(scalar) not in (int, float) or not scalar > 0:
+    raise UserError(f'{where}: query_pre_attn_scalar = {scalar!r} is no number above 0')
+  return {'embed_scale': math.sqrt(d_model), 'attn_scale': 0.0 if scalar == head_dim else scalar**-0.5}
 
 
 def write(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
@@ -287,11 +292,13 @@ def _read_window(
 ) -> dict[str, Any]:
   """The fields of the local layers; none where all layers see all."""
   pattern = known.get('sliding_window_pattern') or known.get('_sliding_window_pattern') or family.global_every
+  if type(pattern) is not int or pattern < 0:
+    raise UserError(f'{where}: sliding_window_pattern = {pattern!r} is no whole number above 0')
   kinds = known.get('layer_types') or _layer_types(n_layers, pattern)
-  if len(kinds) != n_layers or set(kinds) - {'full_attention', 'sliding_attention'}:
-    raise UserError(
-      f'{where}: layer_types must be {n_layers} of full_attention and sliding_attention, got {", ".join(kinds)}'
-    )
+  kinds = kinds if isinstance(kinds, list) else [kinds]
+  if len(kinds) != n_layers or any(kind not in ('full_attention', 'sliding_attention') for kind in kinds):
+    shown = ', '.join(map(str, kinds))
+    raise UserError(f'{where}: layer_types must be {n_layers} of full_attention and sliding_attention, got {shown}')
   if 'sliding_attention' not in kinds:
     return {}
   every = next((n for n in range(2, n_layers + 2) if _layer_types(n_layers, n) == list(kinds)), None)

@@ -1,6 +1,10 @@
+import contextlib
+import copy
 import dataclasses
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kdjax.config import ModelConfig
 from kdjax.errors import UserError
@@ -215,3 +219,44 @@ def test_fields_that_mean_nothing_do_not_stand_in_the_way():
   )
   assert families.write(unused)[0].name == 'LlamaForCausalLM'
   assert families.write(ModelConfig(vocab_size=257))[0].name == 'LlamaForCausalLM'
+
+
+NAMES = [
+  'architectures', 'model_type', 'vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'head_dim',
+  'rope_theta', 'rope_scaling', 'rope_parameters', 'rope_local_base_freq', 'sliding_window', 'sliding_window_pattern', 'layer_types',
+  'hidden_act', 'hidden_activation', 'query_pre_attn_scalar', 'tie_word_embeddings', 'rms_norm_eps', 'max_position_embeddings',
+  'final_logit_softcapping', 'quantization_config', 'partial_rotary_factor', 'use_sliding_window', 'rope_parameters.full_attention',
+  'rope_parameters.sliding_attention', 'rope_parameters.sliding_attention.rope_type', 'rope_parameters.full_attention.factor',
+]  # fmt: skip
+ANYTHING = st.recursive(
+  st.none()
+  | st.booleans()
+  | st.integers(-2, 70_000)
+  | st.floats()
+  | st.sampled_from(['linear', 'llama3', 'x', 'full_attention']),
+  lambda inner: (
+    st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(['rope_type', 'factor', 'x']), inner, max_size=3)
+  ),
+  max_leaves=4,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+  st.sampled_from(list(PUBLISHED)), st.lists(st.tuples(st.sampled_from(NAMES), ANYTHING | st.just('drop')), max_size=3)
+)
+def test_a_damaged_config_is_one_line_or_a_model(name, changes):
+  values = copy.deepcopy(PUBLISHED[name][1])
+  if 'gemma' in name and any('.' in field for field, _ in changes):
+    values['rope_parameters'] = {'full_attention': {}, 'sliding_attention': {}}
+  for field, value in changes:
+    *inside, leaf = field.split('.')
+    place = values
+    for part in inside:
+      place = place.get(part) if isinstance(place, dict) else None
+    if isinstance(place, dict):
+      place[leaf] = value
+      if value == 'drop':
+        del place[leaf]
+  with contextlib.suppress(UserError):  # any other error fails
+    build(families.read(values)[1])
