@@ -223,7 +223,7 @@ def _vocab_size_problems(grid: GridConfig) -> Iterator[str]:
 def _hardware_problems(hardware: HardwareConfig) -> Iterator[str]:
   if min(hardware.devices, hardware.gib, hardware.utilisation, hardware.cpu_gflops) <= 0:
     yield 'hardware: devices, gib, utilisation and cpu_gflops must be above 0'
-  if hardware.device != 'cpu' and flops.peak_flops(hardware.device) is None:
+  if hardware.device.lower() != 'cpu' and flops.peak_flops(hardware.device) is None:
     names = ', '.join(name for name, _ in flops.PEAKS)
     yield (
       f'hardware.device: unknown device {hardware.device!r}; known: cpu, {names}; '

@@ -125,7 +125,7 @@ def _n_checkpoints(config: Config, section: TeacherConfig | StudentConfig) -> in
 
 def seconds(hardware: HardwareConfig, flop: float) -> float:
   """Wall seconds of so many model FLOPs on the plan's hardware."""
-  peak = 1e9 * hardware.cpu_gflops if hardware.device == 'cpu' else flops.peak_flops(hardware.device)
+  peak = 1e9 * hardware.cpu_gflops if hardware.device.lower() == 'cpu' else flops.peak_flops(hardware.device)
   if peak is None:
     raise UserError(f'hardware.device: unknown device {hardware.device!r}')
   return flop / (peak * hardware.devices * hardware.utilisation)

@@ -116,6 +116,22 @@ def test_the_embedded_table_is_the_table(parsed, tables):
       assert found.tolist() == effects[name].tolist(), name
 
 
+def test_alphas_and_settings_that_differ_in_late_digits_are_told_apart(tables):
+  """By the words that the page looks them up by: those of JavaScript's `String`."""
+  effects, contrasts = tables
+  effects = effects.copy()
+  first, second = sorted(set(effects['alpha']))[1:3]
+  effects['alpha'] = effects['alpha'].replace({first: 0.123456789012, second: 0.123456789013})
+  longer = effects.assign(student_tokens=effects['student_tokens'] + 1)
+  data = page.payload(pd.concat([effects, longer], ignore_index=True), contrasts)
+  assert {'0.123456789012', '0.123456789013'} <= set(data['options']['alpha']) & set(data['alphas'])
+  assert {0.123456789012, 0.123456789013} <= set(data['effects']['alpha']['values'])
+  assert (
+    len(data['options']['student'])
+    == 2 * effects[['student', 'student_tokens', 'distinct_tokens']].drop_duplicates().shape[0]
+  )
+
+
 def test_the_figures_words_are_there(parsed):
   figures = embedded(parsed)['figures']
   assert list(figures) == list(gridfigures.FIGURES)

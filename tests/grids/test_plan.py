@@ -90,7 +90,8 @@ def test_costs_are_the_ledgers():
 
 def test_seconds_are_of_the_named_hardware():
   assert plan.seconds(HardwareConfig('H100', 8, 80.0, 0.5), 8 * 989e12) == pytest.approx(2.0)
-  assert plan.seconds(HardwareConfig(cpu_gflops=50, utilisation=0.5), 25e9) == pytest.approx(1.0)
+  for device in ('cpu', 'CPU'):
+    assert plan.seconds(HardwareConfig(device, cpu_gflops=50, utilisation=0.5), 25e9) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
