@@ -94,7 +94,7 @@ def run(
     corpus = distributed.first_process_first(lambda: prepare(base.data, base.eval, grid.runs, progress))
     if corpus.losses:
       raise UserError(
-        f'{fidelity.describe(corpus.losses)}, and a grid is told in bits per byte; set data.tokenizer to another one'
+        f'{fidelity.describe(corpus.losses)}, and a grid reports bits per byte; set data.tokenizer to another one'
       )
     # A task that cannot be read is told now, not after the training.
     choices.read_all(base.eval.tasks, base.eval.max_items)
