@@ -89,7 +89,9 @@ def run(
     origin = runner.origin_of(folder)
     corpus = distributed.first_process_first(lambda: prepare(base.data, base.eval, grid.runs, progress, origin))
     if corpus.losses:
-      raise UserError(f'{fidelity.describe(corpus.losses)}, which a grid reports; set data.tokenizer to another one')
+      raise UserError(
+        f'{fidelity.describe(corpus.losses)}, and a grid reports bits per byte; set data.tokenizer to another one'
+      )
     # A task that cannot be read is an error now, and not after the training.
     choices.read_all(base.eval.tasks, base.eval.max_items, kept=corpus.tasks)
   if grid.vocab_size and base.data.tokenizer != 'bpe' and grid.vocab_size != corpus.tokenizer.vocab_size:

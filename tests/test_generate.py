@@ -1,7 +1,8 @@
 import pytest
 
-from kdjax import convert, generate
+from kdjax import convert, generate, pretrained, sharding
 from kdjax.data.tokenizer import Tokenizer
+from tests.huggingface import shapes
 from tests.huggingface.folders import make
 
 
@@ -43,6 +44,14 @@ def test_special_tokens_in_a_prompt_are_text_unless_asked_for():
   tokenizer = Tokenizer()
   (plain,), (special,) = (tokenizer.encode_batch(['a<|endoftext|>'], special=s).copy() for s in (False, True))
   assert len(plain) == 14 and special.tolist() == [97, 256]
+
+
+def test_a_prompt_begins_with_the_beginning_token_once(tmp_path):
+  folder = shapes.make(tmp_path / 'x', 'Llama 2')
+  opened = pretrained.opened(str(folder), sharding.one_device())
+  assert generate.prompt_ids(opened, 'ab')[0] == 1 and len(generate.prompt_ids(opened, '<s>')) == 4
+  assert generate.prompt_ids(opened, '<s>ab', special=True) == generate.prompt_ids(opened, 'ab', special=True)
+  assert generate.prompt_ids(opened, '') == [1]
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def _json(file: paths.Path) -> dict[str, Any] | None:
     value = json.loads(paths.read_bytes(file))
   except (FileNotFoundError, NotADirectoryError):
     return None
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise UserError(f'{file}: not JSON ({e}); fetch it again') from None
   if not isinstance(value, dict):
     raise UserError(f'{file}: a {type(value).__name__}, not an object with fields; fetch it again')
@@ -210,9 +210,15 @@ def _tokens(value: Any, model: tokenizers.Tokenizer) -> tuple[str, ...]:
     return tuple(dict.fromkeys(token for one in value for token in _tokens(one, model)))
   if type(value) is int:
     token = model.id_to_token(value) if 0 <= value < 1 << 32 else None
+    # An id that config.json has kept of another tokenizer is a piece of text in this one.
+    token = token if token in USUAL or token in _PADDINGS or token in _added(model) else None
   else:
     token = value if isinstance(value, str) and model.token_to_id(value) is not None else None
   return (token,) if token else ()
+
+
+def _added(model: tokenizers.Tokenizer) -> set[str]:
+  return {token.content for token in model.get_added_tokens_decoder().values()}
 
 
 def _stops(model: tokenizers.Tokenizer, files: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:

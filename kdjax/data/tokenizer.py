@@ -125,7 +125,7 @@ class Tokenizer:
 
   @classmethod
   def from_file(cls, path: str | os.PathLike, separator: str = '') -> 'Tokenizer':
-    """Reads a Hugging Face `tokenizer.json`, or the folder that holds one; what else there is, by way of transformers (foreign.py)."""
+    """Read a Hugging Face `tokenizer.json` or the folder that holds one; transformers reads other files (foreign.py)."""
     file = paths.Path(paths.expand(path))
     in_store = paths.is_remote(file)
     if in_store and file.suffix in foreign.SUFFIXES:
@@ -182,7 +182,7 @@ class Tokenizer:
     return [self.fingerprint, *roles, *([] if self._text.changes_little else ['measured'])]
 
   def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
-    """One int32 array of token ids for each text. None is added; what stands for a special token in a text is read as such if `special`.
+    """One int32 array of token ids for each text. None is added. A special token's name in a text is that token if `special`, else plain text.
 
     Raises:
       UserError: the separator or the end token is an ordinary token, which text can contain.

@@ -103,7 +103,7 @@ class TextKept:
 
   Attributes:
     keeps_text: every text can be read back.
-    changes_little: at most Unicode's composition (NFC) stands between: corpora from before it was measured stay in use.
+    changes_little: it changes at most how characters are composed (NFC). Corpora from before this was measured stay in use.
     unknown_id: the token of what the vocabulary lacks; None: there is none.
   """
 

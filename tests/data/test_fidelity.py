@@ -72,7 +72,7 @@ def test_the_share_of_unknown_tokens_is_measured_on_all_of_it(known):
     measured(tokenizer)
 
 
-def test_a_few_unknown_tokens_are_told_and_leave_no_bits_per_byte():
+def test_a_few_unknown_tokens_are_reported_and_leave_no_bits_per_byte():
   texts = [*TEXTS, 'the dog sat'] * 2
   found = measured(Tokenizer(word_level(WORDS).to_str()), texts)
   assert found['unknown'] == pytest.approx(1 / (20 * 60 + 1.5), rel=0.6) and found['lost'] > 0
@@ -87,7 +87,7 @@ def test_a_few_unknown_tokens_are_told_and_leave_no_bits_per_byte():
     (tokenizers.normalizers.Replace('\n', ' '), ['a line\nand another\n'] * 5, 'changed'),
   ],
 )  # fmt: skip
-def test_rewritten_text_is_told_from_lost_text(normalizer, texts, kind):
+def test_rewritten_text_is_distinguished_from_lost_text(normalizer, texts, kind):
   found = measured(byte_level(normalizer), texts)
   assert found[kind] > 0.05 and found['lost'] == found['unknown'] == 0
   assert 'bits per byte would not be those of the text' in fidelity.describe(fidelity.worst({'x': found}))
@@ -173,5 +173,5 @@ def test_no_bits_per_byte_of_rewritten_text(tmp_path):
     'the tokenizer does not give the text back (0.00% of the tokens unknown, 0.00% of the characters lost, ' in text
   )
   assert rows['bits_per_byte'].isna().all() and rows['perplexity'].notna().all()
-  with pytest.raises(UserError, match=r'does not give the text back .* and a grid is told in bits per byte'):
+  with pytest.raises(UserError, match=r'does not give the text back .* and a grid reports bits per byte'):
     grid.run(tiny.grid(tmp_path, base={'data.tokenizer': path}), tmp_path / 'grid', progress=False)

@@ -103,7 +103,7 @@ def test_a_token_is_named_in_many_ways(value, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'value', [99_999, -1, 1 << 40, 1.5, True, '', '<none>', [], {}, {'content': None}, [None], None]
+  'value', [99_999, 70, -1, 1 << 40, 1.5, True, '', '<none>', [], {}, {'content': None}, [None], None]
 )
 def test_what_names_no_token_says_nothing(value, tmp_path):
   found = roles(tmp_path, config={'bos_token_id': value, 'eos_token_id': value, 'pad_token_id': value})
@@ -111,6 +111,8 @@ def test_what_names_no_token_says_nothing(value, tmp_path):
 
 
 def test_null_in_the_tokenizers_own_file_is_no_beginning_token(tmp_path):
+  stale = roles(tmp_path, tokenizer_config={'bos_token': None, 'eos_token': '</s>'}, config={'bos_token_id': 70})
+  assert (stale.begin, stale.separator) == ('', '</s>')  # 70 is a letter
   found = roles(tmp_path, tokenizer_config={'bos_token': None, 'eos_token': '</s>'}, config={'bos_token_id': 1})
   assert (found.begin, found.end) == ('', '</s>')
   assert roles_lib.read(shapes.tokenizer(LLAMA), {'tokenizer_config.json': {}}, 'x').begin == '<s>'

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import convert, generate, harness, pretrained, sharding
+from kdjax import convert, generate, harness, huggingface, pretrained, sharding
 from kdjax.config import MeshConfig
 from kdjax.huggingface import Source
 from kdjax.sampling import GREEDY
@@ -165,6 +165,25 @@ def test_there_and_back_keeps_the_roles_and_the_post_processor(folder, tmp_path,
   assert continued(tmp_path / 'back') == continued(folder)
   again = Source(tmp_path / 'back').tokenizer
   assert again.roles == Source(folder).tokenizer.roles and again.fingerprint == Source(folder).tokenizer.fingerprint
+
+
+@pytest.mark.parametrize('name', ['Llama 2', 'SmolLM2 Instruct', 'Qwen2.5 Instruct'])
+def test_an_exported_student_is_scored_as_the_student(name, tmp_path):
+  """A model that was trained here, on documents with these tokens around them, and its export."""
+  source, mesh = Source(shapes.make(tmp_path / 'x', name)), one_device()
+  params = source.load(mesh)
+  huggingface.export(source.model, params, source.tokenizer, tmp_path / 'out', max_positions=64, trained_here=True)
+  opened = pretrained.Opened(source.model, params, source.tokenizer, 'student', trained_window=64)
+  with jax.set_mesh(mesh):
+    ours = harness.Model(opened, mesh)
+    hf = HFLM(pretrained=str(tmp_path / 'out'), device='cpu', dtype='float32', batch_size=1)
+    assert (ours.eot_token_id, ours.prefix_token_id) == (hf.eot_token_id, hf.prefix_token_id)
+    assert ours.prefix_token_id == source.tokenizer.separator_id
+    assert [ours.tok_encode(text) for text in TEXTS] == [hf.tok_encode(text) for text in TEXTS]
+    assert ours.tok_encode('a')[0] == source.tokenizer.separator_id
+    rolling = [asked('loglikelihood_rolling', text) for text in TEXTS[1:]]
+    np.testing.assert_allclose(ours.loglikelihood_rolling(rolling), hf.loglikelihood_rolling(rolling), rtol=1e-4)
+  assert Source(tmp_path / 'out').tokenizer.fingerprint == source.tokenizer.fingerprint
 
 
 @pytest.mark.skipif(not CASES.exists(), reason=f'there is no {CASES}')
