@@ -25,10 +25,8 @@ def devices() -> list[jax.Device]:
   environment.check_xla_flags()
   try:
     return jax.devices()
-  except (
-    RuntimeError,
-    AssertionError,
-  ) as e:  # the latter, without a word, where JAX_PLATFORMS=cuda and there is no GPU
+  except (RuntimeError, AssertionError) as e:
+    # JAX_PLATFORMS=cuda without a GPU is an AssertionError without a word.
     reason = (str(e).splitlines() or ['this machine has none'])[0].partition(' (set JAX_PLATFORMS')[0][:200]
     asked = jax.config.jax_platforms  # type: ignore[attr-defined]
     if not asked:

@@ -18,9 +18,11 @@ import jax
 from kdjax import cli, paths, pretrained, sharding
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.evals import job as jobs
-from kdjax.sampling import Sampling, cut_at, stream
+from kdjax.runtime.options import number
+from kdjax.sampling import TEMPERATURES, Sampling, cut_at, is_temperature, stream
 
 log = logging.getLogger('kdjax')
+temperature = number(is_temperature, TEMPERATURES)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('--max-tokens', type=cli.positive, default=128, help='at most so many; default: 128')
   parser.add_argument(
-    '--temperature', type=cli.temperature, default=1.0, help='0: the likeliest token each time; default: 1'
+    '--temperature', type=temperature, default=1.0, help='0: the likeliest token each time; default: 1'
   )
   parser.add_argument(
     '--top-k', type=cli.count, default=0, help='draw from so many of the likeliest tokens; default: all'

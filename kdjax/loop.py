@@ -24,7 +24,7 @@ from kdjax.checkpoint import CheckpointDamaged, Checkpoints, Restored, params_fi
 from kdjax.cohort import Cohort
 from kdjax.config import fingerprint
 from kdjax.data.batches import Windows, local_rows, to_global
-from kdjax.errors import TrainingError
+from kdjax.errors import NO_READER, TrainingError
 from kdjax.goodput import Session, goodput
 from kdjax.local import LocalCheckpoints
 from kdjax.losses import fused_loss
@@ -181,7 +181,7 @@ def _train(
   recipe, stream, total = cohort.recipe, cohort.stream, cohort.total_steps
   step_fn = make_step(recipe, [state_shardings(recipe, state, mesh) for state in states])
   validate = _validation(cohort, mesh)
-  report = _Report(cohort, start)
+  report = _Report(cohort, start, asked_to_stop)
   stacked = NamedSharding(mesh, P(None, sharding.BATCH_AXES))
   rows = local_rows(NamedSharding(mesh, P(sharding.BATCH_AXES)), stream.batch_size)
   profiler = Profiler(cohort.members[0].folder.path, cohort.profile, start, recipe.size)
@@ -284,8 +284,8 @@ def _window(windows: Windows, i: int) -> dict[str, np.ndarray]:
 class _Report:
   """Writes a call's metrics once the next call has been dispatched, and stops a run that no longer learns."""
 
-  def __init__(self, cohort: Cohort, start: int):
-    self._cohort = cohort
+  def __init__(self, cohort: Cohort, start: int, asked_to_stop: StopRequest):
+    self._cohort, self._asked_to_stop = cohort, asked_to_stop
     self._pending: tuple[int, int, Any] | None = None
     self._rates: dict[str, float] | None = None  # of the pending call, once measured
     writes = jax.process_index() == 0
@@ -343,7 +343,10 @@ class _Report:
     losses = {f'{name} ce': f'{m["ce"][n - 1]:.3f}' for name, m in zip(names, metrics, strict=True)}
     kd = {f'{name} kd': f'{m["kd"][n - 1]:.3f}' for name, m in zip(names, metrics, strict=True) if 'kd' in m}
     tokens = {'tok/s': f'{rates["tokens_per_second"]:,.0f}'} if 'tokens_per_second' in rates else {}
-    self._bar.update(n, **tokens, **losses, **kd)
+    try:
+      self._bar.update(n, **tokens, **losses, **kd)
+    except BrokenPipeError:  # Ctrl-C ends `| tee` too, before this run has saved
+      self._asked_to_stop.ask(NO_READER)
     for name, m in zip(names, metrics, strict=True):
       if m['skipped_in_row'][:n].max() >= self._cohort.max_skipped:
         raise TrainingError(

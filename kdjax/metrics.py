@@ -150,7 +150,11 @@ class Progress:
       self._told = time.monotonic()
       log.debug('%s: %d of %d %s', self._title, self._done, self._total, postfix)
     self._bar.set_postfix(postfix, refresh=False)
-    self._bar.update(n)
+    try:
+      self._bar.update(n)
+    except BrokenPipeError:
+      self._bar.disable = True  # or its end would raise once more
+      raise
 
   def close(self) -> None:
     self._bar.close()

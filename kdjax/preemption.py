@@ -43,6 +43,9 @@ class StopRequest(Protocol):
 
   def __call__(self, first: int, n: int) -> bool: ...
 
+  def ask(self, code: int) -> None:
+    """Ask for a stop, and exit with `code`, where there is no other process that would have to stop too."""
+
 
 def terminated() -> Preempted:
   """What SIGTERM raises where a command is not in the middle of training."""
@@ -90,6 +93,9 @@ class _Notice:
   def __call__(self, first: int, n: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(next(_ASKED))
 
+  def ask(self, code: int) -> None:
+    pass
+
 
 class _Signals:
   """The signals that have come: as the main thread takes them, and as another one hears them, at once."""
@@ -97,13 +103,19 @@ class _Signals:
   def __init__(self) -> None:
     self._taken: list[int] = []
     self._heard: list[int] = []
+    self._code = 0
 
   def __call__(self, first: int, n: int) -> bool:
-    return bool(self._taken)
+    return bool(self._taken or self._code)
 
   @property
   def code(self) -> int:
-    return STOPPED if signal.SIGINT in self._taken else TEMPORARY
+    if signal.SIGINT in self._taken:
+      return STOPPED
+    return TEMPORARY if self._taken else self._code
+
+  def ask(self, code: int) -> None:
+    self._code = code
 
   def take(self, number: int, frame) -> None:
     """Handle a signal in the main thread."""

@@ -8,7 +8,6 @@ Shapes: B rows, P the prompts' common length, N tokens of a chunk, S tokens that
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from kdjax.models import Model
 from kdjax.models.decoder import Cache
 
 CHUNK = 16  # tokens between two looks of the host
+TEMPERATURES = '0 (greedy) or above 1e-6 and up to 1e6'
 SHORTEST = 16  # the prompts' common length is this times a power of two, so that few programs serve all
 
 
@@ -37,12 +37,17 @@ class Sampling:
   top_p: float = 1.0
 
   def __post_init__(self):
-    if not 0 <= self.temperature < math.inf:
-      raise UserError(f'temperature: must be 0 (greedy) or above, got {self.temperature:g}')
+    if not is_temperature(self.temperature):
+      raise UserError(f'temperature: must be {TEMPERATURES}, got {self.temperature:g}')
     if self.top_k < 0:
       raise UserError(f'top_k: must be 0 (all) or a number of tokens, got {self.top_k}')
     if not 0 < self.top_p <= 1:
       raise UserError(f'top_p: must be in (0, 1], got {self.top_p:g}')
+
+
+def is_temperature(value: float) -> bool:
+  """Say whether logits in float32 can be divided by a temperature, or it is 0."""
+  return value == 0 or 1e-6 < value <= 1e6
 
 
 GREEDY = Sampling(temperature=0.0)

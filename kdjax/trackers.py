@@ -100,7 +100,7 @@ class Csv:
 
 
 class Wandb:
-  """A run of Weights & Biases, by the folder's own id: one that is started again goes on. WANDB_PROJECT, WANDB_MODE and the like count."""
+  """A run of Weights & Biases, with the folder's own id, so that a restart continues it. WANDB_PROJECT, WANDB_MODE and the like apply."""
 
   def __init__(self, folder: pathlib.Path, step: int, about: dict[str, Any]):
     wandb = importlib.import_module('wandb')

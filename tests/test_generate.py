@@ -20,6 +20,13 @@ def test_a_run_goes_on_from_a_prompt(main_job, capsys):
   assert one != other and text(capsys, run, 'Once', '--max-tokens', 12, '--seed', 1) == one
 
 
+def test_the_greatest_seed_and_as_many_tokens_as_there_are_draw_a_text(main_job, capsys):
+  (run,) = (main_job / 'runs').glob('tiny-*/students/distilled')
+  options = ('So', '--max-tokens', 4, '--seed', 2**32 - 1, '--samples', 2, '--top-k', 10**18)
+  assert text(capsys, run, *options).count('So') >= 2
+  assert text(capsys, run, '', '--max-tokens', 4, '--temperature', 1e6)
+
+
 def test_an_experiments_students_stand_side_by_side(main_job, capsys):
   (experiment,) = (path.parent for path in (main_job / 'runs').glob('tiny-*/experiment.json'))
   out = text(capsys, experiment, 'So', '--max-tokens', 4, '--samples', 2)
@@ -61,6 +68,14 @@ def test_a_prompt_begins_with_the_beginning_token_once(tmp_path):
     (['{t}'], 'is no Hugging Face folder: it has no config.json'),
     (['{run}', '--step', '99'], 'has no checkpoint of step 99; it has'),
     (['{run}', '--temperature', '-1'], 'temperature: must be 0 (greedy) or above'),
+    (['{run}', '--temperature', 'nan'], 'temperature: must be 0 (greedy) or above 1e-6 and up to 1e6, got nan'),
+    (['{run}', '--top-p', '0'], 'top-p: must be in (0, 1], got 0'),
+    (['{run}', '--seed', '99999999999999999999'], 'seed: must be below 4,294,967,296, got 99999999999999999999'),
+    (['{run}', '--seed', '-1'], 'seed: must be at least 0, got -1'),
+    (['{run}', '--max-tokens', '99999999999999999999'], 'must be below'),
+    (['{run}', '--max-tokens', '999999999999999999'], 'more than the model can see at once'),
+    (['{run}', '--step', '999999999999999999'], 'has no checkpoint of step 999999999999999999'),
+    (['{run}', 'caf\udce9'], r"PROMPT: must be UTF-8 text, got 'caf\udce9'"),
     (['{run}', '--max-tokens', '0'], 'must be at least 1, got 0'),
     (['{run}', '--max-tokens', '9000'], 'more than the model can see at once'),
   ],

@@ -263,6 +263,21 @@ def test_a_signal_in_the_last_step_ends_the_command_with_the_run_done(home, undi
   assert_same_runs(tmp_path / 'r', undisturbed)
 
 
+def test_a_run_whose_progress_nobody_reads_stops_saved(home, undisturbed, tmp_path, monkeypatch):
+  """Ctrl-C ends the `tee` behind a training at once: the broken pipe must not end the training before it has saved."""
+
+  def update(self, n, **postfix):
+    raise BrokenPipeError
+
+  with monkeypatch.context() as m:
+    m.setattr(metrics.Progress, 'update', update)
+    with pytest.raises(Preempted, match='stopped at step 3 of 12 and saved') as e:
+      fit(home, tmp_path / 'r', steps_per_call=2)
+  assert e.value.code == 141
+  fit(home, tmp_path / 'r')
+  assert_same_runs(tmp_path / 'r', undisturbed)
+
+
 @pytest.mark.slow
 def test_a_second_interrupt_stops_at_once(home, tmp_path, monkeypatch):
   def twice():

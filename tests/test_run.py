@@ -7,7 +7,6 @@ import time
 
 import pytest
 
-import kdjax.run
 from kdjax import run as run_lib
 from kdjax.errors import TrainingError, UserError
 from kdjax.paths import read_json, write_json
@@ -128,7 +127,7 @@ def test_of_threads_that_take_over_a_dead_folder_exactly_one_gets_it(folder):
 @pytest.mark.parametrize('known', [{'pids': 'pid:[1]'}, {'pids': ''}, {}], ids=['another', 'none', 'older'])
 def test_a_process_that_cannot_be_seen_from_here_lives_by_its_heartbeat(folder, known):
   """Same host name, same boot, another PID namespace: its number says nothing here."""
-  here = kdjax.run._this_process() | {'started': 'another'}  # this number is another process's here
+  here = run_lib._this_process() | {'started': 'another'}  # this number is another process's here
   del here['pids']
   elsewhere(folder, 1000.0, **here | known)
   beats = threading.Timer(0.2, elsewhere, (folder, 2000.0), here | known)

@@ -53,7 +53,6 @@ machines = whole_number(1, 100_001)  # or processes, slices
 runners = whole_number(0, 100_001)
 seed = whole_number(0, 2**32)
 axis = whole_number(-1)  # devices along an axis of the mesh, which sharding.make_mesh checks
-temperature = number(lambda value: value >= 0, '0 (greedy) or above')
 share = number(lambda value: 0 < value <= 1, 'in (0, 1]')
 
 

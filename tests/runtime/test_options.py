@@ -23,8 +23,8 @@ def test_no_count_is_any_of_these(kind, text):
   assert len(str(e.value)) < 200 and '\n' not in str(e.value) and str(e.value).isprintable()
 
 
-@pytest.mark.parametrize('kind', [options.temperature, options.share])
-@pytest.mark.parametrize('text', ['nan', 'inf', '-inf', '-1', '1e400', '-1e-9', '', 'x', '\udce9'])
+@pytest.mark.parametrize('kind', [generate.temperature, options.share])
+@pytest.mark.parametrize('text', ['nan', 'inf', '-inf', '-1', '1e400', '1e300', '-1e-9', '', 'x', '\udce9'])
 def test_no_temperature_or_share_is_any_of_these(kind, text):
   with pytest.raises(argparse.ArgumentTypeError) as e:
     kind(text)
@@ -38,7 +38,9 @@ def test_the_ends_of_each_range_are_in_it():
     1,
     -1,
   ]
-  assert [options.temperature('0'), options.share('1'), options.temperature('1e300')] == [0.0, 1.0, 1e300]
+  with pytest.raises(argparse.ArgumentTypeError):
+    generate.temperature('1e-50')
+  assert [generate.temperature('0'), options.share('1'), generate.temperature('1e6')] == [0.0, 1.0, 1e6]
   with pytest.raises(argparse.ArgumentTypeError, match='must be below 4,294,967,296, got 4294967296'):
     options.seed('4294967296')
   with pytest.raises(argparse.ArgumentTypeError, match=r'must be in \(0, 1\], got 0'):
@@ -47,7 +49,7 @@ def test_the_ends_of_each_range_are_in_it():
 
 @given(st.text())
 def test_any_text_is_a_value_or_a_mistake(text):
-  for kind in (options.count, options.seed, options.temperature, options.share, options.text):
+  for kind in (options.count, options.seed, generate.temperature, options.share, options.text):
     with contextlib.suppress(argparse.ArgumentTypeError):
       assert kind(text) is not None
 

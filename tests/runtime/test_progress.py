@@ -84,3 +84,13 @@ def test_a_bar_that_is_off_prints_nothing(stderr, terminal):
   bar.update(4)
   bar.close()
   assert stream.getvalue() == ''
+
+
+def test_a_bar_that_nobody_reads_raises_once(stderr):
+  stream = stderr(False)
+  stream.write = lambda text: (_ for _ in ()).throw(BrokenPipeError())
+  bar = Progress('student', 4)
+  with pytest.raises(BrokenPipeError):
+    bar.update(1)
+  bar.update(1)
+  bar.close()
