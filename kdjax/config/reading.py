@@ -14,6 +14,7 @@ from kdjax.config.schema import Config, ModelConfig, as_dict
 from kdjax.errors import ConfigError
 
 T = typing.TypeVar('T')
+LARGEST = 2**63  # of whole numbers: no field means more, and beyond floats they break arithmetic
 
 
 def default(config: Any = Config()) -> ml_collections.ConfigDict:
@@ -134,12 +135,14 @@ def _convert(value: Any, annotation: Any) -> Any:
     if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
       raise ValueError
     return dict(value)
+  if isinstance(value, int) and abs(value) >= LARGEST:
+    raise ValueError
   if annotation is float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
       raise ValueError
     return float(value)
   if annotation is int and isinstance(value, float) and value.is_integer():
-    return int(value)  # 1e9 tokens
+    return _convert(int(value), int)  # 1e9 tokens
   if isinstance(value, annotation) and not (annotation is int and isinstance(value, bool)):
     return value
   raise ValueError
