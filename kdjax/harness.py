@@ -240,7 +240,8 @@ def _cut(text: str, stops: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
   with cli.user_errors():
-    args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    # Intermixed: else argparse takes RUN for left out where an option is before it.
+    args = _parser().parse_intermixed_args(sys.argv[1:] if argv is None else argv)
     if lm_eval is None:
       raise UserError("the package lm_eval is not installed; run: pip install 'kdjax[lm-eval]'")
     mesh = sharding.make_mesh(MeshConfig(args.replica, args.fsdp, args.tensor), flags='--replica, --fsdp, --tensor')

@@ -418,3 +418,13 @@ def test_a_resolved_config_survives_json_and_back():
   config = overridden(student__slice='0,0.5', eval__ood__mine='x.txt')
   values = json.loads(json.dumps(config_lib.as_dict(config)))
   assert config_lib.resolve(ml_collections.ConfigDict(values)) == config
+
+
+@pytest.mark.parametrize('value', [10**400, -(10**400), 2**63, 1e300], ids=['1e400', '-1e400', '2**63', '1e300'])
+def test_a_number_beyond_any_meaning_is_refused(value):
+  assert problems(student__tokens=value) == [f'student.tokens: expected a whole number, got {value!r}']
+  tree = config_lib.default().to_dict()
+  tree['student']['alpha'] = value
+  with pytest.raises(ConfigError, match=r'student\.alpha: '):
+    config_lib.resolve(ml_collections.ConfigDict(tree))
+  assert override_problems(data__vocab_size=str(value))

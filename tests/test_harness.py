@@ -309,7 +309,25 @@ def test_nothing_is_added_where_one_model_could_not_be_scored(experiment, tasks,
   assert read_json(experiment / 'evaluation.json') == before
 
 
-def test_a_run_may_follow_the_names_of_tasks(experiment, tasks, tmp_path, capsys):
+@pytest.mark.parametrize(
+  ('argv', 'names'),
+  [
+    (['RUN', '--tasks', 'a,b'], ['a', 'b']),
+    (['--tasks', 'a,', 'b', 'RUN'], ['a', 'b']),
+    (['--tasks', 'a, b', '--limit', '2', 'RUN'], ['a', 'b']),
+    (['--fsdp', '1', 'RUN', '--tasks', 'a'], ['a']),
+    (['--no-defaults', '--tasks=a', 'RUN'], ['a']),
+    (['RUN', '--tasks', 'a', 'b', '--step', '3'], ['a', 'b']),
+  ],
+)
+def test_a_run_and_the_names_of_tasks_come_in_any_order(argv, names, monkeypatch, capsys):
+  found = []
+  monkeypatch.setattr(harness, 'run', lambda args, mesh: found.append(harness._split_model(args)))
+  harness.main([*argv, '--replica', '8', '--fsdp', '1'] if '--fsdp' not in argv else [*argv, '--replica', '8'])
+  assert found == [(names, 'RUN')]
+
+
+def test_the_answers_of_one_run_are_written_as_json(experiment, tasks, tmp_path):
   out = tmp_path / 'out.json'
   run(tasks, '--output', out, '--tasks', 'mymc_a,', 'mymc_b', experiment / 'students' / 'baseline')
   assert set(json.loads(out.read_text())['baseline']) == {'mymc_a', 'mymc_b'}
@@ -321,6 +339,7 @@ def test_a_run_may_follow_the_names_of_tasks(experiment, tasks, tmp_path, capsys
     (['--tasks', 'mymc_c'], 'error: unknown tasks: mymc_c (did you mean mymc_'),
     (['--tasks', 'mymc_a', '--limit', '-1'], '--limit: must be at least 1, got -1'),
     (['--tasks', 'mymc_a', '--seed', '99999999999999999999'], '--seed: must be between 0 and 4294967295'),
+    (['--tasks', 'mymc_a', 'mymc_b', '--step'], 'argument --step: expected one argument'),
     (['--tasks', 'mymc_a', '--step', '7'], 'has no checkpoint of step 7; it has 8, 12'),
     (['--tasks', 'mymc_a', '--max-length', '99999'], 'error: --max-length 99999: the model sees at most 8192'),
   ],
