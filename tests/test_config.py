@@ -422,7 +422,8 @@ def test_a_resolved_config_survives_json_and_back():
 
 @pytest.mark.parametrize('value', [10**400, -(10**400), 2**63, 1e300], ids=['1e400', '-1e400', '2**63', '1e300'])
 def test_a_number_beyond_any_meaning_is_refused(value):
-  assert problems(student__tokens=value) == [f'student.tokens: expected a whole number, got {value!r}']
+  (problem,) = problems(student__tokens=value)
+  assert problem.startswith('student.tokens: expected whole numbers below 2^63, got ')
   tree = config_lib.default().to_dict()
   tree['student']['alpha'] = value
   with pytest.raises(ConfigError, match=r'student\.alpha: '):

@@ -204,7 +204,7 @@ COMMANDS = {
 }  # fmt: skip
 WORK = (
   (train, 'run'), (train.distributed, 'initialize'), (prepare, 'prepare'), (aot.compiling, 'compile_step'), (aot, '_best'), (grid, 'run'),
-  (grid, 'plan_text'), (grid, 'status_text'), (executors, 'submit_to_slurm'), (harness_tasks, 'find_tasks'), (cli, 'set_deterministic'),
+  (grid, 'plan_text'), (grid, 'status_text'), (executors, 'submit_to_slurm'), (harness_tasks, 'find_tasks'), (train.environment, 'set_deterministic'),
   (generate.pretrained, 'opened'),
 )  # fmt: skip
 
