@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax import convert, pretrained, sharding, teachers, train
+from kdjax import convert, paths, pretrained, sharding, teachers, train
 from kdjax.config import LossConfig, MeshConfig, ModelConfig
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
+from kdjax.evals import results
 from kdjax.huggingface import Source
 from kdjax.losses import ModelTargets, token_losses
 from kdjax.models import build
@@ -148,6 +149,14 @@ def test_tables_padded_to_different_sizes_train_together(padded, tmp_path):
   assert vocabulary(run) == (259, 384)
   assert (run.identity() or {})['config']['target'].endswith('@0/259')
   assert 'bits/byte' in (experiment / 'table.txt').read_text()
+  # Of the teacher too what is beyond the tokenizer is masked when it is scored.
+  known = json.loads((experiment / 'evaluation.json').read_text())
+  metas = {arm: results.read(paths.under(experiment, files['in-domain']))[1] for arm, files in known.items()}
+  assert {arm: meta.get('vocabulary') for arm, meta in metas.items()} == {
+    'teacher': 259,
+    'baseline': None,
+    'distilled': None,
+  }
   # Out again: the rows of tokens alone.
   convert.main(['to-hf', str(run.path), str(tmp_path / 'out')])
   assert Source(tmp_path / 'out').model.config.vocab_size == 259
