@@ -5,5 +5,5 @@ Importing the package imports no library. `python -m kdjax.COMMAND` prepares its
 
 from kdjax.runtime import startup
 
-if startup.is_command():
-  startup.prepare()
+if command := startup.command():
+  startup.prepare(command)

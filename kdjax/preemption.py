@@ -49,7 +49,7 @@ class StopRequest(Protocol):
 
 def terminated() -> Preempted:
   """What SIGTERM raises where a command is not in the middle of training."""
-  return Preempted('Stopped by SIGTERM. The same command resumes what is left.')
+  return Preempted(interrupts.TERMINATED)
 
 
 def check_notice() -> None:

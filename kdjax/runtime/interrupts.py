@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from kdjax.errors import STOPPED, TEMPORARY
 
+TERMINATED = 'Stopped by SIGTERM. The same command resumes what is left.'
 GRACE = 2.0  # seconds that a command has to end after Ctrl-C
 GRACE_TERMINATED = 10.0  # after SIGTERM; Kubernetes sends SIGKILL after 30
 
@@ -25,11 +26,13 @@ _is_command = False
 _ended = threading.Lock()  # taken by the first that reports the end of the process, and never released
 
 
-def begin() -> None:
-  """Make Ctrl-C end this process with one line: a command that is still importing libraries has nothing to save."""
+def begin(resumable: bool = False) -> None:
+  """Make Ctrl-C, and SIGTERM if the command is resumable, end this process with one line: it still imports libraries, and has nothing to save."""
   global _is_command
   _is_command = True
   signal.signal(signal.SIGINT, _leave_at_once)
+  if resumable:
+    signal.signal(signal.SIGTERM, lambda *_: _leave(TERMINATED, TEMPORARY))
 
 
 def is_command() -> bool:

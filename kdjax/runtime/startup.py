@@ -5,18 +5,21 @@ import os
 import signal
 import sys
 
-
-def is_command() -> bool:
-  """Say whether Python is about to run `python -m kdjax.COMMAND`: while it looks for the module, `sys.argv[0]` is '-m'."""
-  return sys.argv[:1] == ['-m'] and any(word.removeprefix('-m').startswith('kdjax.') for word in sys.orig_argv)
+RESUMABLE = ('train', 'evaluate', 'grid', 'prepare')
 
 
-def prepare() -> None:
-  """Make Ctrl-C, closed streams and matplotlib's backend harmless to a command."""
+def command() -> str:
+  """The COMMAND that Python is about to run with `python -m kdjax.COMMAND`, or ''. While it looks for the module, `sys.argv[0]` is '-m'."""
+  words = [word.removeprefix('-m') for word in sys.orig_argv[1:]] if sys.argv[:1] == ['-m'] else []
+  return next((word.removeprefix('kdjax.') for word in words if word.startswith('kdjax.')), '')
+
+
+def prepare(command: str) -> None:
+  """Make signals, closed streams and matplotlib's backend harmless to a command."""
   signal.signal(signal.SIGINT, lambda *_: os._exit(_stopped()))
   from kdjax.runtime import interrupts, streams
 
-  interrupts.begin()
+  interrupts.begin(command in RESUMABLE)
   streams.open_missing()
   os.environ['MPLBACKEND'] = (
     'agg'  # a command's figures are files; a notebook's backend may not exist in this environment

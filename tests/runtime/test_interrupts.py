@@ -136,14 +136,18 @@ def slow_jax(tmp_path_factory):
 
 
 @pytest.mark.parametrize('command', COMMANDS)
-def test_an_interrupt_during_the_imports_of_a_command_is_one_line(slow_jax, command):
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports_of_a_command_is_one_line(slow_jax, command, number):
   process = subprocess.Popen(
     [sys.executable, '-m', f'kdjax.{command}', '--help'],
     env=os.environ | {'PYTHONPATH': f'{slow_jax}:{runs.REPO}'}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip
   assert process.stdout and process.stdout.readline() == 'importing\n'
-  process.send_signal(signal.SIGINT)
-  assert end(process) == (130, '', 'stopped\n')
+  process.send_signal(number)
+  told = (75, '', 'Stopped by SIGTERM. The same command resumes what is left.\n')
+  resumable = command in ('train', 'evaluate', 'grid', 'prepare')
+  expected = (130, '', 'stopped\n') if number == signal.SIGINT else told if resumable else (-signal.SIGTERM, '', '')
+  assert end(process) == expected
 
 
 def test_importing_the_package_in_another_program_changes_nothing(slow_jax):
