@@ -41,6 +41,7 @@ _DTYPES: dict[str, np.dtype] = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<
 # How ArrayRecord's reader reports what it cannot make sense of.
 _DAMAGE = (RuntimeError, ValueError, IndexError, MemoryError)
 
+_SLICE = 1 << 20  # tokens of a document that are written at once
 COUNTED_TOKENS = 50_000_000  # that are read to know how frequent tokens are
 
 
@@ -287,7 +288,9 @@ def _streams(docs, tokenizer: Tokenizer, dtype: np.dtype, rows: list) -> Iterato
     if (tokens == tokenizer.separator_id).any():
       raise UserError(f'document {doc_id}: the separator is among its tokens')
     rows.append((doc_id, n_bytes, len(tokens) + 1))
-    yield np.concatenate([[tokenizer.separator_id], tokens]).astype(dtype)
+    yield np.asarray([tokenizer.separator_id], dtype)
+    for first in range(0, len(tokens), _SLICE):
+      yield tokens[first : first + _SLICE].astype(dtype)
 
 
 def _blocks(streams: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -16,6 +17,7 @@ import tokenizers
 from kdjax import paths
 from kdjax.data import foreign
 from kdjax.data.files import StoreDamaged, canonical, check_files, describe, digest, read_json, write_json
+from kdjax.data.pieces import Cutter, Encoder
 from kdjax.errors import UserError
 
 SEPARATOR = '<|endoftext|>'
@@ -80,6 +82,11 @@ class Tokenizer:
     self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
     self.fingerprint = digest(canonical([_content(parsed), self.separator]))
 
+  @functools.cached_property
+  def _encoder(self) -> Encoder:
+    assert self._model is not None
+    return Encoder(self._model)
+
   @property
   def is_bytes(self) -> bool:
     return self._model is None
@@ -127,8 +134,8 @@ class Tokenizer:
     meta = {'kind': 'tokenizers', 'separator': self.separator, 'fingerprint': self.fingerprint}
     write_json(folder / _META, {**meta, 'files': describe(folder, [_FILE])})
 
-  def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
-    """One int32 array of token ids for each text. None is added; what stands for a special token in a text is read as such if `special`.
+  def encode_batch(self, texts: Sequence[str], special: bool = False, dtype: Any = np.int32) -> list[np.ndarray]:
+    """One array of token ids for each text. None is added; what stands for a special token in a text is read as such if `special`.
 
     Raises:
       UserError: the separator is an ordinary token, which text can contain.
@@ -137,11 +144,10 @@ class Tokenizer:
       model = tokenizers.Tokenizer.from_str(self.to_json())
       model.no_truncation()
       model.no_padding()
-      return [np.asarray(e.ids, np.int32) for e in model.encode_batch(list(texts), add_special_tokens=False)]
+      return [np.asarray(e.ids, dtype) for e in model.encode_batch(list(texts), add_special_tokens=False)]
     if self._model is None:
-      return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
-    encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
-    ids = [np.asarray(e.ids, np.int32) for e in encoded]
+      return [np.frombuffer(text.encode(), np.uint8).astype(dtype) for text in texts]
+    ids = self._encoder.encode(texts, dtype)
     if any((i == self.separator_id).any() for i in ids):
       raise UserError(
         f'{self._name}: the separator {self.separator!r} is an ordinary token, found inside a text; '
@@ -183,7 +189,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
     show_progress=False,
   )
-  model.train_from_iterator(texts, trainer)
+  cutter = Cutter(json.loads(model.to_str()))
+  model.train_from_iterator((piece for text in texts for piece in cutter.pieces(text)), trainer)
   return Tokenizer(model.to_str(), SEPARATOR, 'bpe')
 
 
