@@ -169,7 +169,8 @@ def _write_splits(
 ) -> tuple[list[str], dict[str, float]]:
   """Tokenise the plan's documents and write a store for each split. Returns the test texts, and what the tokens keep of all."""
   wanted = {doc: n for docs in plan.splits.values() for doc, n in docs.items()}
-  spill = Spill(spilled, token_dtype(tokenizer.vocab_size))
+  dtype = token_dtype(tokenizer.vocab_size)
+  spill = Spill(spilled, dtype)
   texts: dict[str, str] = {}
   train = plan.splits.get('train', {})
   measure = fidelity.Fidelity(tokenizer, plan.reading.source)
@@ -182,7 +183,7 @@ def _write_splits(
         n_bytes = [len(text.encode()) for text in kept_texts]
         spill.add(
           names,
-          tokenizer.encode_batch(kept_texts),
+          tokenizer.encode_batch(kept_texts, dtype=dtype),
           n_bytes,
           [len(kept[doc]) < len(group[doc]) for doc in names],
         )

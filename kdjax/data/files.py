@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -87,10 +86,11 @@ def read_bytes(path: pathlib.Path) -> bytes:
 
 
 def save_array(path: pathlib.Path, array: np.ndarray) -> None:
-  """As .npy. (np.save's own error for a full disk does not say that the disk is full.)"""
-  buffer = io.BytesIO()
-  np.save(buffer, array)
-  path.write_bytes(buffer.getbuffer())
+  """Write an array as .npy, without a copy of it. (np.save's own error for a full disk does not say that the disk is full.)"""
+  array = np.ascontiguousarray(array)
+  with path.open('wb') as file:
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def describe(folder: pathlib.Path, names: list[str]) -> dict[str, dict]:

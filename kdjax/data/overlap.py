@@ -38,10 +38,10 @@ def duplicates(store: TokenStore, progress: Callable[[int], Any] = lambda n: Non
   factors = rng.integers(1, 1 << 63, HASHES, np.uint64) * np.uint64(2) + np.uint64(1)
   signatures = np.zeros((store.n_docs, HASHES), np.uint32)
   long_enough = np.zeros(store.n_docs, bool)
-  for doc, tokens in _documents(store):
-    hashed = np.unique(_rolling(tokens, SHINGLE)[:_MOST])
+  for doc, tokens in _documents(store, SHINGLE):
     progress(len(tokens) + 1)
-    if len(hashed):
+    hashed = np.unique(_rolling(tokens[: _MOST + SHINGLE - 1], SHINGLE))
+    if len(hashed) and not long_enough[doc]:  # of a document in several pieces the first counts
       long_enough[doc] = True
       signatures[doc] = [(_mixed(hashed * factor) >> np.uint64(32)).min() for factor in factors]
   parent = np.arange(store.n_docs)
@@ -68,8 +68,7 @@ def overlaps(
   train: TokenStore, sets: dict[str, TokenStore], progress: Callable[[int], Any] = lambda n: None
 ) -> dict[str, Overlap]:
   """name -> how much of the set's text is in the training split."""
-  stretches = {name: [_rolling(tokens, STRETCH) for _, tokens in _documents(store)] for name, store in sets.items()}
-  wanted = np.unique(np.concatenate([np.zeros(0, np.uint64), *(h for found in stretches.values() for h in found)]))
+  wanted = _distinct(list(sets.values()))
   seen = np.zeros(len(wanted), bool)
   for start in range(0, train.n_tokens, _CHUNK):
     stop = min(start + _CHUNK + STRETCH - 1, train.n_tokens)
@@ -80,31 +79,61 @@ def overlaps(
     hit[hit] = wanted[at[hit]] == hashed[hit]
     seen[at[hit]] = True
     progress(min(_CHUNK, train.n_tokens - start))
-  return {name: _overlap(found, wanted, seen) for name, found in stretches.items()}
+  return {name: _overlap(store, wanted, seen) for name, store in sets.items()}
 
 
-def _overlap(stretches: list[np.ndarray], wanted: np.ndarray, seen: np.ndarray) -> Overlap:
-  hits = [seen[np.searchsorted(wanted, hashed)] for hashed in stretches if len(hashed)]
-  total = sum(map(len, hits))
+def _distinct(stores: list[TokenStore]) -> np.ndarray:
+  """The hashes of all stretches, sorted, each once; in the memory for all of them and little more."""
+  lengths = [np.maximum(np.diff(store.offsets) - STRETCH, 0) for store in stores]
+  hashed = np.empty(int(sum(n.sum() for n in lengths)), np.uint64)
+  end = 0
+  for store in stores:
+    for _, tokens in _documents(store, STRETCH):
+      found = _rolling(tokens, STRETCH)
+      hashed[end : end + len(found)] = found
+      end += len(found)
+  hashed.sort()
+  end, last = 0, None
+  for first in range(0, len(hashed), _CHUNK):
+    found = np.unique(hashed[first : first + _CHUNK])
+    found = found[1:] if last is not None and found[0] == last else found
+    hashed[end : end + len(found)] = found
+    end, last = end + len(found), found[-1] if len(found) else last
+  return hashed[:end]
+
+
+def _overlap(store: TokenStore, wanted: np.ndarray, seen: np.ndarray) -> Overlap:
+  totals, hits = np.zeros(store.n_docs, np.int64), np.zeros(store.n_docs, np.int64)
+  for doc, tokens in _documents(store, STRETCH):
+    found = seen[np.searchsorted(wanted, _rolling(tokens, STRETCH))]
+    totals[doc] += len(found)
+    hits[doc] += found.sum()
+  long_enough = totals > 0
   return Overlap(
-    documents=len(stretches),
-    too_short=len(stretches) - len(hits),
-    touched=sum(bool(hit.any()) for hit in hits),
-    mostly=sum(bool(hit.mean() >= 0.5) for hit in hits),
-    share=float(sum(hit.sum() for hit in hits) / total) if total else 0.0,
+    documents=store.n_docs,
+    too_short=int((~long_enough).sum()),
+    touched=int((hits > 0).sum()),
+    mostly=int((2 * hits >= totals)[long_enough].sum()),
+    share=float(hits.sum() / totals.sum()) if totals.any() else 0.0,
   )
 
 
-def _documents(store: TokenStore) -> Iterator[tuple[int, np.ndarray]]:
-  """(number, tokens of its text) of each document; read a chunk at a time."""
+def _documents(store: TokenStore, n: int) -> Iterator[tuple[int, np.ndarray]]:
+  """(number, tokens of its text) of each document; long ones in pieces that share n - 1 tokens."""
   first = 0
   while first < store.n_docs:
     last = max(first + 1, int(np.searchsorted(store.offsets, store.offsets[first] + _CHUNK)))
     last = min(last, store.n_docs)
-    tokens = store.read(int(store.offsets[first]), int(store.offsets[last]))
-    for doc in range(first, last):
-      a, b = store.offsets[doc : doc + 2] - store.offsets[first]
-      yield doc, store.text_of(tokens[a:b])
+    start, stop = int(store.offsets[first]), int(store.offsets[last])
+    if last == first + 1:
+      stop -= int(store.end_id is not None and store.read(stop - 1, stop)[0] == store.end_id)
+      for at in range(start + 1, max(start + 2, stop - n + 1), _CHUNK):
+        yield first, store.read(at, min(at + _CHUNK + n - 1, stop))
+    else:
+      tokens = store.read(start, stop)
+      for doc in range(first, last):
+        a, b = store.offsets[doc : doc + 2] - start
+        yield doc, store.text_of(tokens[a:b])
     first = last
 
 

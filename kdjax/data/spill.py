@@ -44,10 +44,11 @@ class Spill:
     name = self._name(docs)
     try:
       about = files.read_json(self._folder / f'{name}.json')
-      tokens = np.load(self._folder / f'{name}.npy', mmap_mode='r')
+      # Nothing cannot be mapped: documents may have no tokens.
+      tokens = np.load(self._folder / f'{name}.npy', mmap_mode='r' if any(about['lengths']) else None)
     except (StoreDamaged, OSError, ValueError):
       return False
-    if tokens.dtype != self._dtype or zlib.crc32(tokens.tobytes()) != about['crc']:
+    if tokens.dtype != self._dtype or zlib.crc32(tokens.data) != about['crc']:
       return False
     self._groups[name] = tokens, about
     first = 0
@@ -59,9 +60,10 @@ class Spill:
   def add(self, docs: Sequence[str], tokens: Sequence[np.ndarray], n_bytes: Sequence[int], cut: Sequence[bool]) -> None:
     """Writes a group."""
     name = self._name(docs)
-    joined = np.concatenate([*tokens, np.zeros(0, np.int32)]).astype(self._dtype)
+    joined = np.concatenate(tokens, dtype=self._dtype, casting='unsafe') if len(tokens) != 1 else tokens[0]
+    joined = joined.astype(self._dtype, copy=False)
     about = {
-      'crc': zlib.crc32(joined.tobytes()),
+      'crc': zlib.crc32(joined.data),
       'lengths': [len(t) for t in tokens],
       'n_bytes': list(n_bytes),
       'cut': list(cut),

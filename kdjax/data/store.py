@@ -42,6 +42,7 @@ _DTYPES: dict[str, np.dtype] = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<
 # How ArrayRecord's reader reports what it cannot make sense of.
 _DAMAGE = (RuntimeError, ValueError, IndexError, MemoryError)
 
+_SLICE = 1 << 20  # tokens of a document that are written at once
 COUNTED_TOKENS = 50_000_000  # that are read to know how frequent tokens are
 
 
@@ -316,9 +317,13 @@ def _streams(
   end = np.array([tokenizer.end_id]) if tokenizer.roles.closes else none
   for doc_id, n_bytes, tokens in docs:
     _check_ids(doc_id, tokens, tokenizer)
-    stream = np.concatenate([first, tokens, none if doc_id in cut else end]).astype(dtype)
-    rows.append((doc_id, n_bytes, len(stream)))
-    yield stream
+    last = none if doc_id in cut else end
+    rows.append((doc_id, n_bytes, 1 + len(tokens) + len(last)))
+    yield first.astype(dtype)
+    for at in range(0, len(tokens), _SLICE):
+      yield tokens[at : at + _SLICE].astype(dtype)
+    if len(last):
+      yield last.astype(dtype)
 
 
 def _check_ids(doc_id: str, tokens: np.ndarray, tokenizer: Tokenizer) -> None:

@@ -18,6 +18,7 @@ from kdjax import paths
 from kdjax.data import foreign, tokenizer_json
 from kdjax.data import roles as roles_lib
 from kdjax.data.files import StoreDamaged, canonical, check_files, describe, digest, read_json, write_json
+from kdjax.data.pieces import Cutter, Encoder
 from kdjax.data.roles import Roles
 from kdjax.data.tokenizer_json import SEPARATOR
 from kdjax.errors import UserError
@@ -119,6 +120,11 @@ class Tokenizer:
     pieces = [piece[~np.isin(piece, [*edges, *others])] for piece in np.split(ids, at)]
     return [piece for piece in pieces if len(piece)]
 
+  @functools.cached_property
+  def _encoder(self) -> Encoder:
+    assert self._model is not None
+    return Encoder(self._model)
+
   @property
   def is_bytes(self) -> bool:
     return self._model is None
@@ -181,8 +187,8 @@ class Tokenizer:
     roles = [] if plain else [self.roles.as_dict()]
     return [self.fingerprint, *roles, *([] if self._text.changes_little else ['measured'])]
 
-  def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
-    """One int32 array of token ids for each text. None is added. A special token's name in a text is that token if `special`, else plain text.
+  def encode_batch(self, texts: Sequence[str], special: bool = False, dtype: Any = np.int32) -> list[np.ndarray]:
+    """One array of token ids for each text. None is added. A special token's name in a text is that token if `special`, else plain text.
 
     Raises:
       UserError: the separator or the end token is an ordinary token, which text can contain.
@@ -192,16 +198,15 @@ class Tokenizer:
       model.no_truncation()
       model.no_padding()
       encoded = model.encode_batch(list(texts), add_special_tokens=False)
-      return [np.asarray(e.ids, np.int32) for e in encoded]
+      return [np.asarray(e.ids, dtype) for e in encoded]
     if self._model is None:
-      return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+      return [np.frombuffer(text.encode(), np.uint8).astype(dtype) for text in texts]
     try:
-      encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+      ids = self._encoder.encode(texts, dtype)
     except (
       Exception
     ) as error:  # the class that `tokenizers` raises, where a model without an unknown token meets an unknown word
       raise UserError(f'{self._name}: it cannot encode the text ({error}); set data.tokenizer to another one') from None
-    ids = [np.asarray(e.ids, np.int32) for e in encoded]
     for what, edge in (('separator', self.separator_id), ('end token', self.end_id)):
       if any((i == edge).any() for i in ids):
         token = self._model.id_to_token(edge)
@@ -254,7 +259,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
     show_progress=False,
   )
-  model.train_from_iterator(texts, trainer)
+  cutter = Cutter(json.loads(model.to_str()))
+  model.train_from_iterator((piece for text in texts for piece in cutter.pieces(text)), trainer)
   return Tokenizer(model.to_str(), SEPARATOR, 'bpe')
 
 
