@@ -179,7 +179,7 @@ def _within(part: list[str], words: list[str]) -> bool:
 
 
 def _attended(c: ModelConfig, seq_len: int) -> float:
-  """Keys that a token attends to, summed over the layers, on average in a window: half of it, or less in a local layer.
+  """Count the keys that a token attends to, summed over the layers, on average in a window: half of it, or less in a local layer.
 
   A local layer's mask is a band of width w below the diagonal: its area is w n - w^2 / 2 of the n^2 scores.
   """

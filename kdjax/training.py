@@ -113,12 +113,12 @@ def run_config(
 
 
 def nucleus_identity(loss: LossConfig) -> dict[str, str]:
-  """What tells a run apart from an older one whose nucleus was cut at temperature 1; empty where that is the same."""
+  """Mark a run whose nucleus older versions cut at temperature 1; empty where the result is the same."""
   return {'nucleus': 'tempered'} if loss.teacher_top_p < 1 and loss.temperature != 1 else {}
 
 
 def schedule_identity(section: TeacherConfig | StudentConfig, data: DataConfig) -> dict[str, str]:
-  """What tells a run apart from an older one whose warm-up and decay did not fit into it; empty where the rates are the same."""
+  """Mark a run whose rates differ from those of older versions: warm-up and decay did not fit into it. Empty for any other."""
   return {'phases': 'fitted'} if phases_overrun(section.optimizer, config_lib.n_steps(section, data)) else {}
 
 

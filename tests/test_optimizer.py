@@ -105,15 +105,17 @@ def test_every_run_rises_to_the_peak_at_most_once_and_ends_at_the_final_rate(sch
   assert (np.diff(rates[: top + 1]) >= 0).all() and (np.diff(rates[top:]) <= 0).all()
 
 
-def test_only_runs_whose_rates_have_changed_are_told_apart_from_older_ones():
+def test_only_runs_whose_rates_have_changed_get_another_identity():
   data = DataConfig(seq_len=128)
-  told = lambda **fields: bool(
+  marked = lambda **fields: bool(
     training.schedule_identity(StudentConfig(tokens=7 * 8 * 128, optimizer=OptimizerConfig(**fields)), data)
   )
   assert (
-    not told() and not told(warmup_fraction=0.9) and not told(schedule='wsd', warmup_fraction=0.5, decay_fraction=0.2)
+    not marked()
+    and not marked(warmup_fraction=0.9)
+    and not marked(schedule='wsd', warmup_fraction=0.5, decay_fraction=0.2)
   )
-  assert told(warmup_fraction=1.0) and told(schedule='wsd', warmup_fraction=0.5, decay_fraction=0.5)
+  assert marked(warmup_fraction=1.0) and marked(schedule='wsd', warmup_fraction=0.5, decay_fraction=0.5)
   config = Config(student=StudentConfig(optimizer=OptimizerConfig(warmup_fraction=1.0)))
   assert 'phases' in training.experiment(config)['student']['optimizer']
   assert 'phases' not in training.experiment(config)['teacher']['optimizer']

@@ -143,5 +143,5 @@ def _open(folder: pathlib.Path) -> Corpus:
 
 @functools.lru_cache
 def vocab_size(data: DataConfig) -> int:
-  """Tokens of a config's tokenizer, before any text is read: a bpe's as many as it is asked to have. Raises UserError for a bad file."""
+  """Count the tokens of a config's tokenizer before any text is read. A bpe has as many as it is asked for. Raises UserError for a bad file."""
   return data.vocab_size if data.tokenizer == 'bpe' else given_tokenizer(data, data.tokenizer).vocab_size

@@ -311,14 +311,17 @@ def _equal_compute(
 
 
 def sized(grid: GridConfig, name: str) -> ModelConfig:
-  """A named model with the grid's vocabulary: its FLOPs need no corpus."""
+  """Build a named model's config with the grid's vocabulary; no corpus is needed."""
   model = named(name)
   return model if model.vocab_size else dataclasses.replace(model, vocab_size=vocab_size(grid))
 
 
 def vocab_size(grid: GridConfig) -> int:
-  """Tokens of the grid's tokenizer. Raises UserError where its file cannot be read."""
-  return grid.vocab_size or corpus.vocab_size(grid.base.data)
+  """Count the tokens of the grid's tokenizer. Raises UserError where its file cannot be read."""
+  try:
+    return grid.vocab_size or corpus.vocab_size(grid.base.data)
+  except UserError as e:
+    raise UserError(f'{e}; to plan before the file is there, set vocab_size to its number of tokens') from None
 
 
 def _model(base: ModelConfig, name: str) -> ModelConfig:

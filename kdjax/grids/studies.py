@@ -7,6 +7,7 @@ import ml_collections
 from kdjax import config as config_lib
 from kdjax import scales
 from kdjax.grids.config import SCENARIOS, GridConfig, HardwareConfig
+from kdjax.grids.names import exact_number
 
 STUDIES = (
   'main',
@@ -86,7 +87,10 @@ def _tested_often(config: ml_collections.ConfigDict, scan: tuple[int, ...]) -> t
   """Filters: the whole product with the seeds of a scan, and what the contrasts test with all of them."""
   plain = '&temperature=1&top_k=0&mixing=normalised'
   declared = zip(config.teacher, config.declared_alpha, strict=True)
-  return (f'seed={"|".join(map(str, scan))}', *(f'teacher={name}&alpha={alpha:g}{plain}' for name, alpha in declared))
+  return (
+    f'seed={"|".join(map(str, scan))}',
+    *(f'teacher={name}&alpha={exact_number(alpha)}{plain}' for name, alpha in declared),
+  )
 
 
 def _main(scale: str) -> dict[str, object]:

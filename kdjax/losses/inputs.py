@@ -148,8 +148,8 @@ def _check_labels(labels_BxT: np.ndarray, counts_BxT: np.ndarray, vocab_size: in
   if wrong_BxT.any():
     first = tuple(int(i) for i in np.argwhere(wrong_BxT)[0])
     raise UserError(
-      f'labels_BxT: {wrong_BxT.sum()} labels are outside of the vocabulary of {vocab_size} tokens, '
-      f'the first is {labels_BxT[first]} at {list(first)}; {advice}'
+      f'labels_BxT: {wrong_BxT.sum()} of {wrong_BxT.size} outside of the vocabulary of {vocab_size} tokens, '
+      f'first {labels_BxT[first]} at {list(first)}; {advice}'
     )
 
 

@@ -107,14 +107,14 @@ def test_a_value_that_is_not_finite_is_never_chosen():
   assert 'NaN' not in json.dumps(outcome, allow_nan=False)
 
 
-def test_curves_without_a_finite_value_are_told():
+def test_curves_without_a_finite_value_are_refused():
   with pytest.raises(
     UserError, match=r'pilot: no run of x/t, x/tuned has a finite likelihood .* lower the learning rate'
   ):
     runner.choose({'x/t': {'0': 2.0, '0.2': NAN}, 'x/tuned': {'a': NAN}, 'x/u': {'0.2': 1.0}})
 
 
-def test_a_diverged_run_of_the_pilot_is_told_and_written_down(grid, folder, tmp_path, monkeypatch, caplog):
+def test_a_diverged_run_of_the_pilot_is_logged_and_recorded(grid, folder, tmp_path, monkeypatch, caplog):
   bits = runner.results.bits_per_byte
   values = iter([bits, lambda _: NAN, lambda _: 2.0])  # the baseline's, then of the first alpha, and of all others
   value_of = lambda table: next(values, lambda _: 2.5)(table)
@@ -154,7 +154,7 @@ def test_an_alpha_of_more_digits_is_chosen_with_all_of_them(grid, folder):
 
 
 def test_a_report_needs_no_tokenizer_file(grid, tmp_path):
-  """What the grid's FLOPs need of it is written down when the grid starts."""
+  """The grid's folder records the size of the vocabulary when the grid starts."""
   path = tokenizer_file(tmp_path, 300)
   base = dataclasses.replace(grid.base, data=dataclasses.replace(grid.base.data, tokenizer=str(path)))
   of_file = dataclasses.replace(grid, base=base)

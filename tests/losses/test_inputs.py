@@ -272,7 +272,7 @@ def test_evaluation_temperatures_that_are_none_are_refused(temperatures, message
 def test_a_label_that_is_no_token_is_refused_where_its_token_counts(call, label):
   message = refuse(call, labels=LABELS.at[1, 2].set(label))
   assert message == (
-    f'labels_BxT: 1 labels are outside of the vocabulary of {V} tokens, the first is {label} at [1, 2]; '
+    f'labels_BxT: 1 of 6 outside of the vocabulary of {V} tokens, first {label} at [1, 2]; '
     'give a token without a label the weight 0'
   )
   good = GOOD['dense' if call == 'dense' else 'fused'] | {'labels': LABELS.at[1, 2].set(label)}
