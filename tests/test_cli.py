@@ -246,6 +246,16 @@ def test_a_name_that_would_lead_out_of_the_runs_folder_is_refused_with_all_other
   assert [p for p in e.value.problems if p.startswith('name: must ')]
 
 
+@pytest.mark.parametrize('runs', ['a\0b', 'caf\udce9'])
+def test_a_runs_folder_that_no_checkpoint_can_be_written_to_is_refused(runs):
+  assert load_error(CONFIG, {'runs': runs}) == [f'runs: must be UTF-8 text without NUL characters, got {runs!r}']
+
+
+def test_a_workdir_that_is_not_utf_8_is_refused(capsys):
+  (line,) = main_error([f'--config={CONFIG}', '--workdir=caf\udce9'], capsys)
+  assert line.startswith("error: argument --workdir: must be UTF-8 text, got 'caf\\udce9'")
+
+
 @pytest.mark.parametrize('name', ['weak2strong', 'it is [v1], two', '.hidden', '-x', 'ünï', '~x', 'x' * 150])
 def test_any_other_name_is_taken(name):
   assert cli.load_config(CONFIG, {'name': name}).name == name

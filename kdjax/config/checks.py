@@ -104,6 +104,8 @@ def problems(config: Config) -> Iterator[str]:
   yield from folder_problems('name', config.name)
   if not config.runs.strip():
     yield 'runs: must name a folder'
+  if re.search(r'[\x00\ud800-\udfff]', config.runs):
+    yield f'runs: must be UTF-8 text without NUL characters, got {config.runs!r}'
   if data.separator and data.tokenizer in ('bpe', 'bytes'):
     yield f'data.separator: the tokenizer {data.tokenizer} has a separator of its own; leave it empty'
   for key, alpha in (('student.alpha', student.alpha), ('student.alpha_schedule.final', student.alpha_schedule.final)):
