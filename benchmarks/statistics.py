@@ -315,7 +315,7 @@ def measure(n: int, run) -> dict[str, list[dict[str, Any]]]:
 
 def markdown(tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
   """The tables of docs/STATISTICS.md, by name."""
-  return {name: _table(rows) for name, rows in tables.items()}
+  return {name: _table(rows) for name, rows in tables.items() if rows}
 
 
 def write_page(tables: Mapping[str, list[dict[str, Any]]]) -> None:
