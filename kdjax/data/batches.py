@@ -66,7 +66,7 @@ class Windows:
   def window(self, i: int) -> dict[str, np.ndarray]:
     """Window `i`: int32[T] `tokens`, `labels` (the next token, -1: none), `segment_ids` (from 1; 0: padding).
 
-    A document's beginning token is no label where another token ends the document before: nothing foretells it.
+    Where documents end with a token of their own, a beginning token is no label: scores do not predict it either.
     """
     if not 0 <= i < len(self):
       raise IndexError(f'window {i} of {len(self)}')
