@@ -73,7 +73,7 @@ def overlaps(
   for start in range(0, train.n_tokens, _CHUNK):
     stop = min(start + _CHUNK + STRETCH - 1, train.n_tokens)
     # A stretch with a separator in it is of two documents; no set's stretch has one.
-    hashed = _rolling(train.read(start, stop), STRETCH)
+    hashed = np.sort(_rolling(train.read(start, stop), STRETCH))  # looking up in order is many times faster
     at = np.searchsorted(wanted, hashed)
     hit = at < len(wanted)
     hit[hit] = wanted[at[hit]] == hashed[hit]
@@ -105,7 +105,7 @@ def _distinct(stores: list[TokenStore]) -> np.ndarray:
 def _overlap(store: TokenStore, wanted: np.ndarray, seen: np.ndarray) -> Overlap:
   totals, hits = np.zeros(store.n_docs, np.int64), np.zeros(store.n_docs, np.int64)
   for doc, tokens in _documents(store, STRETCH):
-    found = seen[np.searchsorted(wanted, _rolling(tokens, STRETCH))]
+    found = seen[np.searchsorted(wanted, np.sort(_rolling(tokens, STRETCH)))]
     totals[doc] += len(found)
     hits[doc] += found.sum()
   long_enough = totals > 0
@@ -122,8 +122,7 @@ def _documents(store: TokenStore, n: int) -> Iterator[tuple[int, np.ndarray]]:
   """(number, tokens of its text) of each document; long ones in pieces that share n - 1 tokens."""
   first = 0
   while first < store.n_docs:
-    last = max(first + 1, int(np.searchsorted(store.offsets, store.offsets[first] + _CHUNK)))
-    last = min(last, store.n_docs)
+    last = max(first + 1, int(np.searchsorted(store.offsets, store.offsets[first] + _CHUNK, 'right')) - 1)
     start, stop = int(store.offsets[first]), int(store.offsets[last])
     if last == first + 1:
       stop -= int(store.end_id is not None and store.read(stop - 1, stop)[0] == store.end_id)
