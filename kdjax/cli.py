@@ -52,11 +52,12 @@ def load_as(kind: type[T], check: Callable[[T], Iterable[str]], spec: str, overr
     raise ConfigError(
       [f'{path} is no config for this command: it knows nothing of {", ".join(sorted(unknown)[:4])}, ...']
     )
-  problems = config_lib.override(config, overrides, kind)
-  try:
-    resolved = config_lib.resolve_as(kind, check, config)
-  except ConfigError as e:
-    raise ConfigError(problems + e.problems) from None
+  with config_file.errors_of(path):  # references between fields are followed only here
+    problems = config_lib.override(config, overrides, kind)
+    try:
+      resolved = config_lib.resolve_as(kind, check, config)
+    except ConfigError as e:
+      raise ConfigError(problems + e.problems) from None
   if problems:
     raise ConfigError(problems)
   return resolved

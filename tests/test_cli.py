@@ -233,6 +233,52 @@ def get_config(arg=None):
   assert cli.load_config(str(write(tmp_path / 'a:b.py', text))).student.alpha == 0.3
 
 
+@pytest.mark.parametrize(
+  ('body', 'words'),
+  [
+    ('c.student.tokens = config_dict.required_placeholder(int)', 'RequiredValueError: '),
+    ('c.student.tokens = config_dict.placeholder(int)', 'student.tokens: expected a whole number, got None'),
+    ('c.student.tokens = 1000 // config_dict.FieldReference(0)', 'line 6: ZeroDivisionError: '),
+    ('with c.unlocked(), c.ignore_type(): c.student.model = c', 'student.model.'),
+    (
+      'with c.unlocked(), c.ignore_type(): c.student.alpha = lambda step: 1',
+      'student.alpha: expected a number, got <function',
+    ),
+  ],
+)
+def test_references_and_values_that_are_no_config_are_lines(tmp_path, body, words):
+  text = f'from kdjax import config\nfrom ml_collections import config_dict\ndef get_config(arg=None):\n  c = config.default()\n\n  {body}\n  return c'
+  path = write(tmp_path / 'mine.py', text)
+  for overrides in ({}, {'student.seed': '1'}):
+    problems = load_error(path, overrides)
+    assert all('\n' not in problem for problem in problems) and any(
+      words in p or 'RecursionError' in p for p in problems
+    )
+
+
+def test_a_field_that_a_config_file_requires_may_come_from_the_command_line(tmp_path):
+  text = 'from kdjax import config\nfrom ml_collections import config_dict\ndef get_config(arg=None):\n  c = config.default()\n  c.student.tokens = config_dict.required_placeholder(int)\n  return c'
+  path = write(tmp_path / 'mine.py', text)
+  assert cli.load_config(str(path), {'student.tokens': '2e6'}).student.tokens == 2_000_000
+
+
+def test_a_frozen_config_and_numpys_numbers_are_taken(tmp_path):
+  text = """
+import ml_collections
+import numpy as np
+from kdjax import config
+
+def get_config(arg=None):
+  c = config.default()
+  with c.ignore_type():
+    c.student.tokens, c.student.alpha = np.int64(2**21), np.float64(0.25)
+  return ml_collections.FrozenConfigDict(c)
+"""
+  config = cli.load_config(str(write(tmp_path / 'mine.py', text)), {'student.seed': '7'})
+  assert (config.student.tokens, config.student.alpha, config.student.seed) == (2**21, 0.25, 7)
+  assert type(config.student.tokens) is int and type(config.student.alpha) is float
+
+
 LEAVES = ['../../x', '/abs', '', ' ', '.', '..', 'a/b', 'a\\b', 'a\0b', 'a\nb', 'x' * 300, 'é' * 100, 'a\udce9b']
 
 

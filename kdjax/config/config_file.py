@@ -1,11 +1,13 @@
 """Config files: Python that a user wrote, read and run."""
 
+import contextlib
 import difflib
 import inspect
 import os
 import pathlib
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
@@ -18,6 +20,7 @@ EXAMPLE = 'write def get_config(arg=None), as configs/weak2strong.py does'
 
 def split(spec: str) -> tuple[pathlib.Path, str]:
   """(file, argument) of `configs/weak2strong.py:scale=paper`. A file that is there is taken by its whole name, colons and all."""
+  spec = os.path.expanduser(spec)  # which the shell does not do after `--config=`
   name, _, arg = (spec, '', '') if os.path.isfile(spec) else spec.partition(':')
   return pathlib.Path(name), arg
 
@@ -28,19 +31,26 @@ def read(path: pathlib.Path, arg: str) -> ml_collections.ConfigDict:
   module = types.ModuleType(f'kdjax_config_{path.stem}')
   module.__file__ = str(path)
   sys.modules[module.__name__] = module  # dataclasses look for their module there
-  try:
+  with errors_of(path):
     # Not by importlib: its cache takes a file for the one before it where both have the same size and second.
     exec(compile(path.read_bytes(), str(path), 'exec'), module.__dict__)
     config = _function(module, path)(arg or None)
-  except UserError:
-    raise
-  except (Exception, SystemExit) as e:  # a config file is the user's code: whatever it raises is the user's to correct
-    raise ConfigError([f'{path}: {_line(e, path)}{type(e).__name__}: {" ".join(str(e).split())}']) from None
   if not isinstance(config, ml_collections.ConfigDict):
     raise ConfigError(
       [f'{path}: get_config returned {type(config).__name__}, not a ConfigDict; start from kdjax.config.default()']
     )
-  return config
+  return ml_collections.ConfigDict(config) if isinstance(config, ml_collections.FrozenConfigDict) else config
+
+
+@contextlib.contextmanager
+def errors_of(path: pathlib.Path) -> Iterator[None]:
+  """Raise what a config file raises as a ConfigError that names its line. It is the user's code: that may be any exception."""
+  try:
+    yield
+  except UserError:
+    raise
+  except (Exception, SystemExit) as e:
+    raise ConfigError([f'{path}: {_line(e, path)}{type(e).__name__}: {" ".join(str(e).split())}']) from None
 
 
 def _check_name(path: pathlib.Path) -> None:

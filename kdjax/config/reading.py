@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from kdjax.config import checks
 from kdjax.config.schema import Config, ModelConfig, as_dict
@@ -126,6 +127,8 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str
 
 def _convert(value: Any, annotation: Any) -> Any:
   """A value from a config file as the field's type; ValueError where it is of another."""
+  if isinstance(value, np.generic):
+    value = value.item()
   origin = typing.get_origin(annotation)
   if origin is tuple:
     arguments = typing.get_args(annotation)
