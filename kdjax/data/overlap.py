@@ -92,6 +92,7 @@ def _distinct(stores: list[TokenStore]) -> np.ndarray:
       found = _rolling(tokens, STRETCH)
       hashed[end : end + len(found)] = found
       end += len(found)
+  hashed = hashed[:end]  # a document's end token, where it has one, starts no stretch
   hashed.sort()
   end, last = 0, None
   for first in range(0, len(hashed), _CHUNK):
