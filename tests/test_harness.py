@@ -338,7 +338,7 @@ def test_the_answers_of_one_run_are_written_as_json(experiment, tasks, tmp_path)
   [
     (['--tasks', 'mymc_c'], 'error: unknown tasks: mymc_c (did you mean mymc_'),
     (['--tasks', 'mymc_a', '--limit', '-1'], '--limit: must be at least 1, got -1'),
-    (['--tasks', 'mymc_a', '--seed', '99999999999999999999'], '--seed: must be between 0 and 4294967295'),
+    (['--tasks', 'mymc_a', '--seed', '99999999999999999999'], '--seed: must be below 4,294,967,296'),
     (['--tasks', 'mymc_a', 'mymc_b', '--step'], 'argument --step: expected one argument'),
     (['--tasks', 'mymc_a', '--step', '7'], 'has no checkpoint of step 7; it has 8, 12'),
     (['--tasks', 'mymc_a', '--max-length', '99999'], 'error: --max-length 99999: the model sees at most 8192'),

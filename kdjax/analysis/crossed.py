@@ -275,7 +275,7 @@ def with_checkpoint_noise(
     raise ValueError(f'checkpoint noise is for effects of one seed; this one has {effect.n_seeds}')
   known = math.inf if n is None else n - 1
   documents = math.nan if math.isinf(effect.error) else effect.error**2
-  variances, dfs = [documents, *np.square(spreads)], [effect.df, *[known] * len(spreads)]
+  variances, dfs = [documents, float(np.square(spreads).sum())], [effect.df, known]
   (low, high, error, df, p), parts = _interval(effect.estimate, variances, dfs, level)
   over = 'documents and checkpoints'
   return effect._replace(low=low, high=high, error=error, df=df, p=p, over=over, parts=parts)

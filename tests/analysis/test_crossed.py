@@ -506,6 +506,13 @@ def test_no_checkpoint_noise_changes_nothing_but_the_name():
   assert found.over == 'documents and checkpoints' and len(found.parts) == 1
 
 
+def test_the_checkpoint_noise_of_many_runs_is_one_part_of_the_error():
+  effect = crossed_effect([Paired(np.array([[3.0, -1.0, 4.0, 2.0]]), np.ones(4))])
+  found = crossed.with_checkpoint_noise(effect, [0.1] * 20, n=3)
+  assert len(found.parts) == 2 and found.error == pytest.approx(math.sqrt(effect.error**2 + 0.2))
+  assert minimum_detectable_effect(found) > minimum_detectable_effect(effect)
+
+
 def test_checkpoint_noise_does_not_make_one_document_a_sample():
   effect = crossed_effect([Paired(np.array([[3.0]]), np.ones(1))])
   assert crossed.with_checkpoint_noise(effect, (0.1, 0.1)).high == math.inf
