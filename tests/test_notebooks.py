@@ -22,7 +22,7 @@ def test_02_reads_the_committed_grid(tmp_path, monkeypatch):
   done = notebooks.execute('02_read_a_grid.ipynb', tmp_path, monkeypatch)
   text = notebooks.printed(done)
   assert notebooks.pictures(done) == 3
-  assert 'Use tiny-0.1m' in text and 'Does a weak teacher help?' in text
+  assert 'No teacher: train the LM-only student on' in text and 'Does a weak teacher help?' in text
 
 
 @pytest.mark.parametrize('path', sorted(notebooks.FOLDER.glob('*.ipynb')), ids=lambda path: path.stem)
