@@ -271,7 +271,7 @@ def test_text_and_tokenizer_may_lie_in_the_store(store, tmp_path):
   (paths.Path(STORE) / 'tokenizer.json').write_bytes(file.read_bytes())
   same = Tokenizer.from_file(f'{STORE}/tokenizer.json', tokenizer.separator)
   assert same.vocab_size == tokenizer.vocab_size
-  with pytest.raises(UserError, match=r'only a tokenizer.json is read; copy this one to a disk'):
+  with pytest.raises(UserError, match=r'only a tokenizer.json can be read from an object store'):
     Tokenizer.from_file(f'{STORE}/a.model')
 
 
@@ -307,7 +307,7 @@ def test_a_run_in_a_folder_with_brackets_is_trained_and_found_again(tmp_path):
 
 
 def test_a_backslash_in_the_name_of_runs_is_refused(tmp_path):
-  with pytest.raises(UserError, match='takes the backslash for a slash'):
+  with pytest.raises(UserError, match='reads a backslash as a slash'):
     paths.check(f'{tmp_path}/a\\b')
 
 
@@ -316,7 +316,7 @@ def test_a_backslash_in_the_name_of_runs_is_refused(tmp_path):
 
 @pytest.fixture
 def at_home(tmp_path, monkeypatch) -> pathlib.Path:
-  """A home folder; the current one is another, which must stay empty."""
+  """A home folder. The current folder is another one, which must stay empty."""
   (tmp_path / 'home').mkdir()
   (tmp_path / 'here').mkdir()
   monkeypatch.setenv('HOME', str(tmp_path / 'home'))

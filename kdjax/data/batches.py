@@ -25,7 +25,7 @@ _PADDING = {'tokens': 0, 'labels': -1, 'segment_ids': 0}
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-  """A store's range of tokens as windows of `seq_len`; each token is in exactly one window, each token of a text is predicted once.
+  """A store's range of tokens as windows of `seq_len`. Each token is in exactly one window; each token of a text is predicted once.
 
   Args:
     slice: which part of the documents, as fractions [begin, end); slices that do not overlap share no document.
@@ -64,9 +64,9 @@ class Windows:
     return math.ceil(self.n_tokens / self.seq_len)
 
   def window(self, i: int) -> dict[str, np.ndarray]:
-    """Window `i`: int32[T] `tokens`, `labels` (the next token, -1: none), `segment_ids` (from 1; 0: padding).
+    """Return window `i`: int32[T] `tokens`, `labels` (the next token, -1: none), `segment_ids` (from 1; 0: padding).
 
-    Where documents end with a token of their own, a beginning token is no label: scores do not predict it either.
+    If documents have their own end token, a begin token is never a label; evaluation does not predict it either.
     """
     if not 0 <= i < len(self):
       raise IndexError(f'window {i} of {len(self)}')

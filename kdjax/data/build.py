@@ -1,7 +1,7 @@
-"""The second pass over the text: tokens and stores. What another corpus in the same place holds already is taken from it.
+"""The second pass over the text: tokenise it and write the stores. Parts that a neighbouring corpus already holds are linked, not rebuilt.
 
-What is tokenised goes to disk in groups (spill.py): a build that is killed resumes with them. What is held in memory is the text of a group
-and of the test split.
+Tokens are written to disk in groups (spill.py), so a killed build resumes from the last group. Memory holds the text of one group and of the
+test split.
 """
 
 import contextlib
@@ -27,28 +27,28 @@ from kdjax.errors import UserError
 
 log = logging.getLogger('kdjax')
 
-GROUP_BYTES = 1 << 23  # of text that is tokenised between two writes
+GROUP_BYTES = 1 << 23  # of text tokenised between two writes
 OOD_SPLITS = ('validation', 'test')
 
 
 class Builder:
-  """Builds one corpus: each part, the splits of data.source and the out-of-domain sets, is taken from another corpus or made.
+  """Builds one corpus. Each part (the splits of data.source, every out-of-domain set) is linked from another corpus or built.
 
   Args:
-    folder: the new corpus's, there and empty.
-    spilled: where a build that is killed leaves what it has tokenised.
+    folder: the new corpus's folder; it exists and is empty.
+    spilled: where a killed build leaves its tokens.
     wanted: what to build.
-    home: where other corpora are.
+    home: the folder of all corpora.
   """
 
   def __init__(self, folder: pathlib.Path, spilled: pathlib.Path, wanted: Wanted, home: pathlib.Path, progress: bool):
     self._folder, self._spilled, self._wanted, self._progress = folder, spilled, wanted, progress
     self._known = known_corpora(home)
     self._meta: dict[str, Any] = {'ood': list(wanted.evals.ood), 'counts': {}, 'parts': {}}
-    self._fidelity: dict[str, dict[str, float]] = {}  # part -> what its tokens keep of its text
+    self._fidelity: dict[str, dict[str, float]] = {}  # part -> shares of its text that tokenising loses
 
   def build(self) -> None:
-    """Write everything. Raises UserError where a source cannot be read, or a split or set is empty."""
+    """Write everything. Raises UserError if a source cannot be read, or a split or set is empty."""
     wanted = self._wanted
     _check_names(wanted.evals.ood)
     if not self._take_known(MAIN, wanted.main_key):
@@ -84,7 +84,7 @@ class Builder:
     tokenizer.save(self._folder / 'tokenizer')
     texts, self._fidelity[MAIN] = _write_splits(self._folder, self._spilled, plan, tokenizer, self._progress)
     self._meta['xz9_bits_per_byte'] = xz9_bits_per_byte(texts)
-    self._note(MAIN, wanted.main_key, digest, plan.counts)
+    self._record(MAIN, wanted.main_key, digest, plan.counts)
 
   def _build_set(self, name: str, key: str, tokenizer: Tokenizer, train: TokenStore) -> None:
     wanted = self._wanted
@@ -95,32 +95,32 @@ class Builder:
     if not self._take_same(name, key, digest, plan):
       target = self._folder / 'ood' / name
       _, self._fidelity[name] = _write_splits(target, self._spilled, plan, tokenizer, self._progress)
-      self._note(name, key, digest, plan.counts)
+      self._record(name, key, digest, plan.counts)
 
-  def _note(self, part: str, key: str, digest: str, counts: dict[str, int]) -> None:
+  def _record(self, part: str, key: str, digest: str, counts: dict[str, int]) -> None:
     self._meta['counts'][part] = counts
     self._meta['parts'][part] = {'key': key, 'plan': digest, 'signature': self._wanted.marks[part]}
 
   def _take_known(self, part: str, key: str) -> bool:
-    """Take a part that was made from the same files, without reading them."""
+    """Link a part that was built from the same files, without reading them."""
     for other, meta in self._known:
       for name, about in meta['parts'].items():
-        if about['key'] == key and self._linked(part, other, name, meta, {}):
-          self._note(part, key, about['plan'], meta['counts'][name])
+        if about['key'] == key and self._try_link(part, other, name, meta, {}):
+          self._record(part, key, about['plan'], meta['counts'][name])
           return True
     return False
 
   def _take_same(self, part: str, key: str, digest: str, plan: Plan) -> bool:
-    """Take a part that holds the very documents that a plan asks for: files that were touched or copied need no new tokens."""
+    """Link a part that holds exactly the plan's documents: files that were merely touched or copied are not tokenised again."""
     for other, meta in self._known:
       for name, about in meta['parts'].items():
-        if about['plan'] == digest and self._linked(part, other, name, meta, _facts(plan)):
-          self._note(part, key, digest, plan.counts)
+        if about['plan'] == digest and self._try_link(part, other, name, meta, _facts(plan)):
+          self._record(part, key, digest, plan.counts)
           return True
     return False
 
-  def _linked(self, part: str, other: pathlib.Path, name: str, meta: dict, facts: dict[str, Any]) -> bool:
-    """Whether another corpus's part could be taken: a damaged one is passed over."""
+  def _try_link(self, part: str, other: pathlib.Path, name: str, meta: dict, facts: dict[str, Any]) -> bool:
+    """Link another corpus's part; return False if that part is damaged."""
     where = lambda folder, part: folder if part == MAIN else folder / 'ood' / part
     source, target = where(other, name), where(self._folder, part)
     try:
@@ -130,21 +130,21 @@ class Builder:
         Tokenizer.load(source / 'tokenizer').save(self._folder / 'tokenizer')
         self._meta['xz9_bits_per_byte'] = meta['xz9_bits_per_byte']
     except (StoreDamaged, FileNotFoundError) as error:
-      log.warning('%s: not taken from another corpus: %s', part, error)
+      log.warning('%s: cannot reuse the tokens of another corpus: %s', part, error)
       for split in SPLITS:
         with contextlib.suppress(FileNotFoundError):
           files.discard(target / split)
       return False
     if name in meta.get('fidelity', {}):
       self._fidelity[part] = meta['fidelity'][name]
-    log.info('%s: its tokens are those of %s', part, other)
+    log.info('%s: reusing the tokens of %s', part, other)
     return True
 
 
 def xz9_bits_per_byte(texts: Iterable[str]) -> float:
-  """Bits that `xz -9` needs for each byte of the texts, one after the other."""
+  """Compress the concatenated texts as `xz -9` does; return bits per byte of text."""
   text = ''.join(texts).encode()
-  # The dictionary of preset 9 is 64 MiB, for which xz takes 700 MB; one as large as the text finds the same matches.
+  # Preset 9 has a dictionary of 64 MiB, which takes xz 700 MB of memory. One as large as the text finds the same matches.
   size = min(64 << 20, max(4096, len(text)))
   filters = [{'id': lzma.FILTER_LZMA2, 'preset': 9, 'dict_size': size}]
   return 8 * len(lzma.compress(text, format=lzma.FORMAT_XZ, filters=filters)) / len(text)
@@ -153,7 +153,9 @@ def xz9_bits_per_byte(texts: Iterable[str]) -> float:
 def _check_names(ood: dict[str, str]) -> None:
   for name in ood:
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]*', name):
-      raise UserError(f'eval.ood has a set named {name!r}; use letters, digits, "_", "-" and "." (it names a folder)')
+      raise UserError(
+        f'eval.ood has a set named {name!r}; use letters, digits, "_", "-" and "." (the name becomes a folder)'
+      )
 
 
 def _train_tokenizer(data: DataConfig, plan: Plan) -> Tokenizer:
@@ -167,7 +169,7 @@ def _train_tokenizer(data: DataConfig, plan: Plan) -> Tokenizer:
 def _write_splits(
   folder: pathlib.Path, spilled: pathlib.Path, plan: Plan, tokenizer: Tokenizer, progress: bool
 ) -> tuple[list[str], dict[str, float]]:
-  """Tokenise the plan's documents and write a store for each split. Returns the test texts, and what the tokens keep of all."""
+  """Tokenise the plan's documents and write a store for each split. Returns the test texts and the shares of text lost."""
   wanted = {doc: n for docs in plan.splits.values() for doc, n in docs.items()}
   dtype = token_dtype(tokenizer.vocab_size)
   spill = Spill(spilled, dtype)
@@ -202,17 +204,17 @@ def _write_splits(
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
-  """What a store notes of where its text came from."""
+  """Return the source and document counts that a store records."""
   return {'source': plan.reading.source, 'counts': plan.counts}
 
 
 def _cut(text: str, max_bytes: int) -> str:
-  """The text's first `max_bytes` bytes (0: all), less a character that would be cut in two; its first character at least."""
+  """Return the whole characters within the first `max_bytes` bytes (0: all), but at least the first character."""
   return (text.encode()[:max_bytes].decode(errors='ignore') or text[:1]) if max_bytes else text
 
 
 def _groups(plan: Plan, wanted: dict[str, int]) -> Iterator[dict[str, str]]:
-  """The texts of the wanted documents, each once, in groups of GROUP_BYTES or one document more."""
+  """Yield the texts of the wanted documents, each once, in groups of at least GROUP_BYTES (the last one may be smaller)."""
   group, size = {}, 0
   for text in plan.reading.texts():
     doc = splits_lib.content_hash(text)

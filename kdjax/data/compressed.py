@@ -1,4 +1,4 @@
-"""Open files of text that may be compressed, and diagnose those that are damaged or misnamed."""
+"""Open text files that may be compressed, and diagnose damaged or misnamed ones."""
 
 import contextlib
 import gzip
@@ -15,9 +15,9 @@ from kdjax import paths
 from kdjax.errors import UserError
 
 Lines = BinaryIO | gzip.GzipFile | lzma.LZMAFile | io.BufferedReader
-File: TypeAlias = pathlib.Path | paths.Path  # on a disk, in an object store
-MAX_WINDOW = 1 << 31  # bytes: the largest window that zstd's own library decompresses
-_READ = 1 << 16  # bytes of a zstd file at once; a block of four bytes can stand for 128 KiB of text
+File: TypeAlias = pathlib.Path | paths.Path  # on a local disk, in an object store
+MAX_WINDOW = 1 << 31  # bytes: the largest window that the zstd library decompresses
+_READ = 1 << 16  # bytes of a zstd file read at once; a block of four bytes can decompress to 128 KiB of text
 _DAMAGE = (gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError, zlib.error, EOFError)
 OPENERS: dict[str, Callable[[BinaryIO], Lines]] = {
   '': lambda file: file,
@@ -26,7 +26,7 @@ OPENERS: dict[str, Callable[[BinaryIO], Lines]] = {
   '.zst': lambda file: io.BufferedReader(_ZstdFile(file), 1 << 16),
 }
 _ZSTD = b'\x28\xb5\x2f\xfd'
-# How files begin: (bytes, name, suffix that kdjax reads it by).
+# Magic bytes: (bytes, name of the format, the suffix kdjax expects; '': not supported).
 _KNOWN = (
   (b'\x1f\x8b', 'gzip', '.gz'),
   (b'\xfd7zXZ\x00', 'xz', '.xz'),
@@ -38,7 +38,7 @@ _KNOWN = (
 
 
 class _ZstdFile(io.RawIOBase):
-  """Decompresses frame after frame. `zstandard`'s own reader takes a truncated file for a short one, in silence."""
+  """Decompresses frame after frame. `zstandard`'s own reader silently accepts a truncated file."""
 
   def __init__(self, file: BinaryIO):
     self._file = file
@@ -53,7 +53,7 @@ class _ZstdFile(io.RawIOBase):
       data = self._frame.unused_data if self._frame and self._frame.eof else b''
       if not data and not (data := self._file.read(_READ)):
         if self._frame and not self._frame.eof:
-          raise EOFError('it ends in mid-frame')
+          raise EOFError('it ends in the middle of a frame')
         return 0
       if self._frame is None or self._frame.eof:
         self._frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
@@ -68,14 +68,14 @@ class _ZstdFile(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def opened(path: File, compression: str) -> Iterator[Lines]:
-  """Open a file of text for reading, decompressed.
+def open_text(path: File, compression: str) -> Iterator[Lines]:
+  """Open a text file and decompress it while it is read.
 
   Args:
     compression: a key of OPENERS.
 
   Raises:
-    UserError: the file is damaged or cannot be read, or its content is not what its name says.
+    UserError: the file is damaged or cannot be read, or its content does not match its suffix.
   """
   try:
     with path.open('rb') as file, OPENERS[compression](file) as f:
@@ -83,7 +83,7 @@ def opened(path: File, compression: str) -> Iterator[Lines]:
   except _DAMAGE as error:
     raise UserError(f'{path}: {_damage(path, compression, error)}') from error
   except PermissionError as error:
-    raise UserError(f'{path}: cannot be read ({error.strerror}); mend its permissions') from error
+    raise UserError(f'{path}: cannot be read ({error.strerror}); correct its permissions') from error
   except UserError as error:
     if misnamed := _misnamed(path, compression):
       raise UserError(f'{path}: {misnamed}') from error
@@ -93,31 +93,33 @@ def opened(path: File, compression: str) -> Iterator[Lines]:
 def _damage(path: File, compression: str, error: BaseException) -> str:
   head = _head(path)
   if compression == '.zst' and head.startswith(_ZSTD) and (window := _window(head)) > MAX_WINDOW:
-    return f'it needs a window of {window:,} bytes and zstd reads up to {MAX_WINDOW:,}; compress it with --long=31'
+    return (
+      f'it needs a window of {window:,} bytes, but zstd supports at most {MAX_WINDOW:,}; compress it with --long=31'
+    )
   if compression == '.zst' and 'ictionary' in str(error):
-    return 'it was compressed with a dictionary, which is not in it; compress it without one'
+    return 'it was compressed with a dictionary that it does not contain; compress it without one'
   if misnamed := _misnamed(path, compression):
-    return f'the compressed file is damaged, or misnamed: {misnamed}'
+    return f'the compressed file is damaged or misnamed: {misnamed}'
   return f'the compressed file is damaged ({error}); fetch it again'
 
 
 def _window(head: bytes) -> int:
-  """The bytes that a zstd frame asks its reader to keep (RFC 8878, 3.1.1.1.2); 0 where its content is its window."""
+  """Return a zstd frame's window size in bytes (RFC 8878, 3.1.1.1.2); 0 for a single-segment frame, which has none."""
   single, descriptor = head[4] & 0x20, head[5]
   return 0 if single else (1 << 10 + (descriptor >> 3)) * (8 + (descriptor & 7)) // 8
 
 
 def _misnamed(path: File, compression: str) -> str:
-  """What a file's first bytes say where its name says something else; '' where they agree or say nothing."""
+  """Explain how a file's first bytes contradict its suffix; '' if they do not."""
   head = _head(path)
   found = next(((name, suffix) for begin, name, suffix in _KNOWN if head.startswith(begin)), None)
   if found is None:
     is_text = compression and head and all(byte >= 0x20 or byte in b'\t\r\n' for byte in head)
-    return f'it begins as plain text; fetch it again, or take {compression} off its name' if is_text else ''
+    return f'it begins with plain text; fetch it again, or remove {compression} from its name' if is_text else ''
   name, suffix = found
   if compression and suffix == compression:
     return ''
-  return f'it begins as a {name} file; ' + (f'name it ...{suffix}' if suffix else 'unpack it first')
+  return f'it begins like a {name} file; ' + (f'name it ...{suffix}' if suffix else 'unpack it first')
 
 
 def _head(path: File) -> bytes:

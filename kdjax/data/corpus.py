@@ -6,8 +6,8 @@ documents is then a random sample of the split, and one contiguous range of toke
 
     <cache>/<key>/corpus.json  tokenizer/  train/  validation/  test/  ood/<name>/validation/  ood/<name>/test/
 
-The text is streamed, two times (three to train a tokenizer); it is read on one thread while it is tokenised on all cores (plan.py, build.py).
-A corpus whose text is gone is still found and opened; of one that differs from another in a part, only that part is made (wanted.py).
+The text is streamed twice (three times to train a tokenizer). One thread reads while all cores tokenise (plan.py, build.py).
+A corpus can still be opened after its text is gone. If a new corpus differs from another in one part, only that part is built (wanted.py).
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from kdjax.data.build import Builder
 from kdjax.data.files import StoreDamaged
 from kdjax.data.store import COUNTED_TOKENS, TokenStore
 from kdjax.data.tokenizer import Tokenizer
-from kdjax.data.wanted import META, VERSION, Origin, Wanted, given_tokenizer, look
+from kdjax.data.wanted import META, VERSION, Origin, Wanted, given_tokenizer, inspect_sources
 from kdjax.errors import UserError
 
 log = logging.getLogger('kdjax')
@@ -64,12 +64,12 @@ class Corpus:
 
   @property
   def losses(self) -> dict[str, float]:
-    """What the tokenizer does not give back of the texts (`fidelity.worst`); {}: all comes back, and bits per byte are those of the text."""
+    """Return the shares of text that the tokenizer loses (`fidelity.worst`); {}: none is lost, so bits per byte are valid."""
     return fidelity.worst(self.meta.get('fidelity', {}))
 
   @property
   def tasks(self) -> pathlib.Path:
-    """Where the items of downstream tasks are kept, for when their files are gone."""
+    """The folder that keeps the items of downstream tasks, in case their files disappear."""
     return self.folder.parent / 'tasks'
 
   @property
@@ -79,23 +79,23 @@ class Corpus:
 
 
 def prepare(data: DataConfig, evals: EvalConfig, runs: str, progress: bool = True, origin: Origin = Origin()) -> Corpus:
-  """Open the corpus of a config, and build it first if it is not there, or is damaged.
+  """Open the corpus of a config. Build it first if it is missing or damaged.
 
-  Any number of processes may call this at once: each builds in a place of its own, the first to end wins, the others
-  use what it built.
+  Any number of processes may call this at once: each builds in its own folder, the first to finish wins, and the others
+  use its corpus.
 
   Args:
-    runs: the corpus is kept in `data.cache`, or in `<runs>/stores`; where `runs` is in an object store, in ~/.cache/kdjax/stores.
-    progress: show a bar while building.
-    origin: where an earlier start found its text.
+    runs: the corpus is kept in `data.cache`, or in `<runs>/stores`; if `runs` is in an object store, in ~/.cache/kdjax/stores.
+    progress: show a progress bar while building.
+    origin: where an earlier start of the run found its text.
 
   Raises:
-    UserError: the source cannot be read, a split or set is empty, the disk is full.
+    UserError: a source cannot be read, a split or set is empty, or the disk is full.
   """
   local = '~/.cache/kdjax' if paths.is_remote(runs) else runs
   cache = paths.seen_from(origin.folder, data.cache) if data.cache else ''
   home = pathlib.Path(cache or paths.expand(os.path.join(local, 'stores')))
-  wanted = look(data, evals, home, origin)
+  wanted = inspect_sources(data, evals, home, origin)
   folder = home / wanted.key
   if folder.exists():
     try:
@@ -122,7 +122,7 @@ def _build(folder: pathlib.Path, wanted: Wanted, progress: bool) -> None:
   except UserError as error:
     if not isinstance(
       error.__cause__, OSError
-    ):  # of no use to a build that is corrected; a full disk's resumes with it
+    ):  # a corrected config cannot use the spilled groups; a build that ran out of disk space resumes from them
       shutil.rmtree(spilled, ignore_errors=True)
     raise
   shutil.rmtree(spilled, ignore_errors=True)
@@ -143,5 +143,5 @@ def _open(folder: pathlib.Path) -> Corpus:
 
 @functools.lru_cache
 def vocab_size(data: DataConfig) -> int:
-  """Count the tokens of a config's tokenizer before any text is read. A bpe has as many as it is asked for. Raises UserError for a bad file."""
+  """Return the vocabulary size of a config's tokenizer before any text is read; for bpe, the requested size. Raises UserError for a bad file."""
   return data.vocab_size if data.tokenizer == 'bpe' else given_tokenizer(data, data.tokenizer).vocab_size

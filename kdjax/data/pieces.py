@@ -1,13 +1,13 @@
-"""Cut a long text into pieces whose tokens, one after the other, are those of the whole: a tokenizer needs 120 or more bytes a character.
+"""Cut a long text into pieces whose concatenated tokens equal the tokens of the whole text: a tokenizer needs 120 or more bytes a character.
 
-A text is cut only where that is known to change nothing. Around each place it is verified, on the text as it is there, that
+A text is cut only where the cut cannot change its tokens. At each candidate place, the actual text around it must satisfy:
 
-- the normalizer and the pre-tokenizer make of both sides together what they make of each, from wherever the pre-tokenizer comes, and
-- the pre-tokenizer splits there, so that the model never sees both sides at once; or, where it splits nowhere, the model is a BPE whose
-  vocabulary has no entry with those two characters next to one another: no merge can then join the sides, whatever is merged first;
-- no added token has those two characters next to one another.
+- The normalizer and the pre-tokenizer give the same result for both sides together as for each side alone, wherever the pre-tokenizer starts.
+- The pre-tokenizer splits there, so the model never sees both sides at once. Or, if it splits nowhere, the model is a BPE whose vocabulary
+  has no entry with those two characters adjacent, so no merge can join the sides in any order.
+- No added token has those two characters adjacent.
 
-Where a component is of another kind than those that depend on nearby characters alone, or no such place is found, a text is left whole.
+A text is not cut if no such place is found, or if the tokenizer has a component that is not known to depend on nearby characters only.
 """
 
 import functools
@@ -22,12 +22,26 @@ import numpy as np
 import tokenizers
 
 SIZE = 1 << 16  # characters of a piece, or a few more
-GROUP = 1 << 20  # characters that are encoded at once, on all cores
-Span = tuple[int, int, int]  # which text, its first character, the one after the last
-_AROUND = 256  # characters on each side that are looked at
-_TRIED = 8  # places of each kind in a stretch of SIZE characters
-_STARTS = (1, 2, 3, 4, 6, 9, 14, 21, 33, 50, 76, 115, 175)  # how far before a cut the pre-tokenizer may come from
-# The ends of words come first: most pre-tokenizers split there.
+GROUP = 1 << 20  # characters encoded at once, on all cores
+Span = tuple[int, int, int]  # (index of the text, first character, end)
+_AROUND = 256  # characters checked on each side
+_TRIED = 8  # places tried of each kind in a stretch of SIZE characters
+_STARTS = (
+  1,
+  2,
+  3,
+  4,
+  6,
+  9,
+  14,
+  21,
+  33,
+  50,
+  76,
+  115,
+  175,
+)  # distances before a cut at which the pre-tokenizer may start
+# Ends of words come first: most pre-tokenizers split there.
 _PLACES = tuple(re.compile(place) for place in (r'(?<=\S)(?= )', r'(?<=\S)(?=\n)', r"(?<=\w)(?=[^\w\s'’])"))
 _NORMALIZERS = (
   'NFC',
@@ -44,24 +58,24 @@ _NORMALIZERS = (
 _PRE_TOKENIZERS = (
   'ByteLevel', 'Metaspace', 'Digits', 'Punctuation', 'Whitespace', 'WhitespaceSplit', 'BertPreTokenizer', 'CharDelimiterSplit',
 )  # fmt: skip
-_SPACES = ' {2,}'  # the one regular expression of normalizers that is known
-# What a regular expression may look at beyond its match: the next character, or the digits that follow.
+_SPACES = ' {2,}'  # the only regular expression of a normalizer known to be local
+# The look-aheads that are allowed: at the next character, or at the digits that follow.
 _NEARBY = (r'(?!\S)', r'(?=(\d{3})+(?!\d))', r'(?=(?:\d{3})+(?!\d))')
 _FAR = re.compile(r'\(\?<?[=!]|\{\d{3,}|\{\d*,\d{3,}|\\G')
 
 
 class Encoder:
-  """Encodes texts of any length, in memory for a group of pieces and for the ids.
+  """Encodes texts of any length. Memory: one group of pieces, and the ids.
 
   Args:
-    model: takes special tokens in a text for text.
+    model: must encode special tokens in a text as plain text.
   """
 
   def __init__(self, model: tokenizers.Tokenizer):
     self._model = model
 
   def encode(self, texts: Sequence[str], dtype: Any = np.int32) -> list[np.ndarray]:
-    """The ids of each text, without any that a post-processor adds."""
+    """Return the ids of each text, without tokens that a post-processor adds."""
     parts: list[list[np.ndarray]] = [[] for _ in texts]
     for model, group in self._groups(texts):
       pieces = [texts[k][first:last] for k, first, last in group]
@@ -70,7 +84,7 @@ class Encoder:
     return [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]
 
   def _groups(self, texts: Sequence[str]) -> Iterator[tuple[tokenizers.Tokenizer, list[Span]]]:
-    """All pieces in their order, in groups of about GROUP characters that one model encodes."""
+    """Yield all pieces in order, in groups of about GROUP characters, each with the model that encodes it."""
     group: list[Span] = []
     size, model = 0, self._model
     for k, text in enumerate(texts):
@@ -101,13 +115,13 @@ class Encoder:
 
 
 class Cutter:
-  """Finds the places where texts of a tokenizer can be cut.
+  """Finds where a text can be cut without changing its tokens.
 
   Args:
-    parsed: the JSON of its `tokenizers` file.
+    parsed: the JSON of a `tokenizers` file.
 
   Attributes:
-    rest: the file's JSON for all pieces but a text's first, which lack what a normalizer puts before a text.
+    rest: the JSON for all pieces but a text's first: without the prefix that a normalizer prepends to a text.
   """
 
   def __init__(self, parsed: dict[str, Any]):
@@ -117,12 +131,12 @@ class Cutter:
     self._can_cut = _is_local(parsed, self.has_rest)
 
   def spans(self, text: str) -> list[tuple[int, int]]:
-    """The pieces of a text, (first character, the one after the last); the whole where it is short or cannot be cut."""
+    """Return the pieces of a text as (first character, end). A text that is short or cannot be cut is one piece."""
     cuts = [0, *(self._cuts(text) if self._can_cut and len(text) >= 2 * SIZE else ()), len(text)]
     return list(itertools.pairwise(cuts))
 
   def pieces(self, text: str) -> Iterator[str]:
-    """The same as texts."""
+    """Yield the text of each piece."""
     return (text[first:last] for first, last in self.spans(text))
 
   def _cuts(self, text: str) -> Iterator[int]:
@@ -139,7 +153,7 @@ class Cutter:
     left, right = text[max(0, place - _AROUND) : place], text[place : place + _AROUND]
     before, after, both = self._split(left), self._split(right), self._split(left + right)
     if before and after and both == before + after:
-      # Wherever it comes from, it splits here and goes on in the same way.
+      # Wherever the pre-tokenizer starts, it splits here and then continues in the same way.
       return all(self._split(left[-n:] + right) == self._split(left[-n:]) + after for n in _STARTS)
     if not self._pairs or [len(before), len(after), len(both)] != [1, 1, 1] or both[0] != before[0] + after[0]:
       return False
@@ -147,7 +161,7 @@ class Cutter:
     return one + two not in self._pairs and one in self._pairs and two in self._pairs
 
   def _split(self, text: str) -> list[str]:
-    """What the model sees of a text, each by itself."""
+    """Normalize and pre-tokenize a text: return the parts that the model sees separately."""
     model = self._model
     normal = model.normalizer.normalize_str(text) if model.normalizer else text
     if model.pre_tokenizer is None:
@@ -160,7 +174,7 @@ class Cutter:
 
   @functools.cached_property
   def _glued(self) -> frozenset[str]:
-    """Neighbours in added tokens, which are found before or after the text is normalized."""
+    """Adjacent characters in added tokens, which match either the raw or the normalized text."""
     contents = [token['content'] for token in self._parsed.get('added_tokens') or []]
     normalizer = self._model.normalizer
     contents += [normalizer.normalize_str(content) for content in contents] if normalizer else []
@@ -168,7 +182,7 @@ class Cutter:
 
   @functools.cached_property
   def _pairs(self) -> frozenset[str]:
-    """Neighbours in the entries of a BPE's vocabulary, and the entries of one character; nothing for other models."""
+    """Adjacent characters in the entries of a BPE's vocabulary, and its entries of one character; empty for other models."""
     model = self._parsed['model']
     if model.get('type') != 'BPE' or model.get('continuing_subword_prefix') or model.get('end_of_word_suffix'):
       return frozenset()
@@ -181,17 +195,17 @@ def _neighbours(text: str) -> Iterator[str]:
 
 
 def _places(text: str, first: int) -> Iterator[int]:
-  """Where a text may be cut, from `first` on: the likeliest places, not too many."""
+  """Yield candidate places for a cut from `first` on, the likeliest first, at most _TRIED of each kind."""
   for kind in _PLACES:
     found = (match.start() for match in kind.finditer(text, first, min(first + SIZE, len(text) - SIZE)))
-    # No mark that combines with what is before it.
+    # Skip combining marks, which belong to the character before.
     yield from itertools.islice(
       (k for k in found if text[k].isascii() or unicodedata.category(text[k])[0] in 'PZ'), _TRIED
     )
 
 
 def _is_local(parsed: dict[str, Any], has_prepend: bool) -> bool:
-  """Whether every component of a tokenizer makes of a place in the text what it does by the characters nearby."""
+  """Return whether every component of a tokenizer depends on nearby characters only."""
   added = [token for token in parsed.get('added_tokens') or [] if not token.get('special')]
   if any(token.get(flag) for token in added for flag in ('lstrip', 'rstrip', 'single_word')) or (added and has_prepend):
     return False
@@ -228,7 +242,7 @@ def _is_local_pre_tokenizer(component: dict[str, Any]) -> bool:
 
 
 def _without_prepend(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
-  """The normalizer of a text that goes on, and does not begin."""
+  """Return the normalizer for pieces after a text's first: without Prepend."""
   if normalizer is None or normalizer.get('type') == 'Prepend':
     return None
   if normalizer.get('type') != 'Sequence':

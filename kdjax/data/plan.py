@@ -1,6 +1,6 @@
-"""The first pass over a source's text: which documents go into which split, in which order.
+"""The first pass over a source's text: decide which documents go into which split, and in which order.
 
-What is held in memory is 400 or so bytes for each document.
+Memory: about 400 bytes a document.
 """
 
 import collections
@@ -27,36 +27,36 @@ SPLITS = ('train', 'validation', 'test')
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """A source of text and how its documents are read from it."""
+  """A source of text and how to read its documents."""
 
   source: str
   text_field: str = 'text'
-  nulls: str = 'refuse'  # of records without text: refuse | skip
-  tokenizer: Tokenizer | None = None  # of token ids
+  nulls: str = 'refuse'  # records without text: refuse | skip
+  tokenizer: Tokenizer | None = None  # decodes sources of token ids
 
   def texts(self, source: str = '', left_out: Callable[[NullText], Any] = lambda _: None) -> Iterator[str]:
-    """Stream the texts of the source, or of one part of it; `left_out` is called for each record that has none."""
+    """Stream the texts of the source, or of one part of it. With nulls='skip', call `left_out` for each record without text."""
     on_null = left_out if self.nulls == 'skip' else None
     return documents(source or self.source, self.text_field, self.tokenizer, on_null)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Which documents of a source go where: split -> {content hash: bytes}, in the order in which they are stored."""
+  """The splits of a source: split -> {content hash: bytes}, in the order in which documents are stored."""
 
   reading: Reading
   splits: dict[str, dict[str, int]]
   counts: dict[str, int]
-  max_document_bytes: int = 0  # of the documents that are not for training
+  max_document_bytes: int = 0  # validation and test documents are cut to this; 0: no limit
 
   def digest(self, tokenizer: list) -> str:
-    """Tells plans apart by what is stored of them: the documents' content, their order, and the key of their tokenizer."""
+    """Hash what is stored: the documents' content and order, and the tokenizer's key."""
     splits = {split: list(docs) for split, docs in self.splits.items()}
     return files.digest(files.canonical([splits, self.max_document_bytes, tokenizer]))
 
 
 def plan_splits(data: DataConfig, evals: EvalConfig, reading: Reading, progress: bool) -> Plan:
-  """Split the documents of data.source. Raises UserError where a split gets none."""
+  """Split the documents of data.source. Raises UserError if a split is empty."""
   shares = {'test': data.test_fraction, 'validation': data.validation_fraction}
   parts, counts = _scan_parts(reading, progress)
   splits = _split(reading.source, parts, shares, 'train', data.split_seed)
@@ -75,7 +75,7 @@ def plan_splits(data: DataConfig, evals: EvalConfig, reading: Reading, progress:
 def plan_ood(
   name: str, evals: EvalConfig, seed: int, train_ids: frozenset[str], reading: Reading, progress: bool
 ) -> Plan:
-  """Split the documents of an out-of-domain set, less those that are in the training split. Raises UserError where a split gets none."""
+  """Split the documents of an out-of-domain set, except those in the training split. Raises UserError if a split is empty."""
   try:
     parts, counts = _scan_parts(reading, progress)
   except UserError as e:
@@ -88,7 +88,7 @@ def plan_ood(
     if not docs:
       raise UserError(
         f'the {split} split of eval.ood.{name} ({reading.source!r}) is empty '
-        f'({_n_documents(distinct)} distinct documents that are not in the training split); '
+        f'({_n_documents(distinct)} distinct documents outside the training split); '
         'give more documents, or change eval.ood_validation_fraction or data.split_seed'
       )
   counts |= {'in_training_split': _n_documents(parts) - _n_documents(distinct)}
@@ -103,7 +103,7 @@ def _n_documents(parts: list[dict[str, int]]) -> int:
 def _split(
   source: str, parts: list[dict[str, int]], shares: dict[str, float], rest: str, seed: int
 ) -> dict[str, dict[str, int]]:
-  """The splits of a source's parts, each mixed by the parts' weights."""
+  """Split each part of a source, and mix the parts' splits by their weights."""
   names, weights = zip(*mixture(source), strict=True)
   by_part = [splits_lib.split(part, shares, rest, seed) for part in parts]
   splits = {split: splits_lib.mixed([part[split] for part in by_part], list(weights)) for split in by_part[0]}
@@ -113,7 +113,7 @@ def _split(
 
 
 def _scan_parts(reading: Reading, progress: bool) -> tuple[list[dict[str, int]], dict[str, int]]:
-  """(for each part: content hash -> bytes of each document that no earlier part has; counts of what was read and dropped)."""
+  """Scan all parts. Returns (for each part: content hash -> bytes, without documents of earlier parts; counts of documents read and dropped)."""
   parts: list[dict[str, int]] = []
   counts: collections.Counter[str] = collections.Counter()
   for name, _ in mixture(reading.source):
@@ -125,7 +125,7 @@ def _scan_parts(reading: Reading, progress: bool) -> tuple[list[dict[str, int]],
 
 
 def _scan(reading: Reading, source: str, progress: bool) -> tuple[dict[str, int], dict[str, int]]:
-  """Content hash -> bytes of each distinct document, and the counts of what was dropped."""
+  """Scan one part. Returns (content hash -> bytes of each distinct document; counts of documents read and dropped)."""
   found: dict[str, int] = {}
   counts = collections.Counter(read=0, empty=0)
   with bar(f'reading {source}', progress) as shown:
@@ -137,7 +137,7 @@ def _scan(reading: Reading, source: str, progress: bool) -> tuple[dict[str, int]
         counts['empty'] += 1
       else:
         found.setdefault(doc, n_bytes)
-      del text  # a document may be a good part of the memory there is: it is held once
+      del text  # a document may fill much of the memory: keep one copy
   nulls = counts['nulls']
   left_out = f'{nulls:,} record{"s" * (nulls > 1)} without text' if nulls else ''
   if left_out:
@@ -145,7 +145,7 @@ def _scan(reading: Reading, source: str, progress: bool) -> tuple[dict[str, int]
   if not found:
     empty = f'{counts["empty"]} of {counts["read"]} documents are empty'
     what = ', '.join(filter(None, (empty, left_out)))
-    raise UserError(f'data source {source!r} holds no text ({what}); give another one')
+    raise UserError(f'data source {source!r} holds no text ({what}); use another source')
   return found, dict(counts) | {'duplicates': counts['read'] - counts['empty'] - len(found)}
 
 
@@ -153,9 +153,9 @@ def _report_mixture(names: tuple[str, ...], parts: list[dict[str, int]], mixed: 
   total = max(1, sum(mixed.values()))
   for name, part in zip(names, parts, strict=True):
     taken, whole = sum(n for doc, n in part.items() if doc in mixed), max(1, sum(part.values()))
-    log.info('mixture: %s is %.1f%% of it, %.1f%% of what there is', name, 100 * taken / total, 100 * taken / whole)
+    log.info('mixture: %.1f%% is from %s (%.1f%% of its text is used)', 100 * taken / total, name, 100 * taken / whole)
 
 
 def bar(title: str, progress: bool, total: int | None = None) -> tqdm.tqdm:
-  """A progress bar of bytes."""
+  """Show a progress bar that counts bytes."""
   return progress_lib.bar(title, total, unit='B', unit_scale=True, enabled=progress, leave=False)

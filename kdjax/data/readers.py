@@ -1,4 +1,4 @@
-"""Files of documents, by suffix: text, JSON lines, Parquet, ArrayRecord; the first two also compressed."""
+"""Read files of documents by suffix: text, JSON lines, Parquet, ArrayRecord; the first two may be compressed."""
 
 import collections
 import functools
@@ -27,11 +27,11 @@ _KINDS = {
 }
 _COMPRESSED = ('.txt', '.jsonl')
 SUFFIXES = '.txt, .jsonl or .json (each also with .gz, .xz or .zst), .parquet, .array_record'
-_RECORDS = 256  # of an ArrayRecord file that are read at once
+_RECORDS = 256  # records of an ArrayRecord file read at once
 
 
 def kind(path: File) -> tuple[str, str]:
-  """('.txt' | '.jsonl' | '.parquet' | '.array_record', compression's suffix or ''). Raises UserError for another suffix."""
+  """Return ('.txt' | '.jsonl' | '.parquet' | '.array_record', suffix of the compression or ''). Raises UserError for any other suffix."""
   compression = path.suffix if path.suffix in OPENERS else ''
   found = _KINDS.get(pathlib.Path(path.stem).suffix if compression else path.suffix, '')
   if not found or (compression and found not in _COMPRESSED):
@@ -40,7 +40,7 @@ def kind(path: File) -> tuple[str, str]:
 
 
 def texts(path: File, text_field: str) -> Iterator[str | NullText]:
-  """Stream the documents of a file, in its order; NullText for a record that holds none."""
+  """Stream the documents of a file in order; a record without text becomes a NullText."""
   found = kind(path)[0]
   if found == '.parquet':
     yield from parquet.texts(path, text_field)
@@ -52,39 +52,41 @@ def texts(path: File, text_field: str) -> Iterator[str | NullText]:
       del record
       yield text
   else:
-    with compressed.opened(path, kind(path)[1]) as file:
+    with compressed.open_text(path, kind(path)[1]) as file:
       yield decoded(file.read(), path)
 
 
 def token_texts(path: File, tokenizer: Tokenizer, cut: collections.Counter | None = None) -> Iterator[str]:
-  """The texts of ArrayRecord records that hold token ids, little-endian, two bytes each (four above 65,536 tokens).
+  """Decode ArrayRecord records of token ids: little-endian, two bytes each (four if the vocabulary exceeds 65,536 tokens).
 
-  A record may hold several documents, with their beginning, end or separator tokens: each is a text of its own. Special tokens are no text.
+  A record may hold several documents, delimited by begin, end or separator tokens; each becomes a text. Other special tokens are dropped.
 
   Args:
-    cut: counts the characters of which a record's edge left a part; these are left out.
+    cut: counts characters that are cut by a record's edge; they are dropped.
   """
   if kind(path)[0] != '.array_record':
-    raise UserError(f'{path}: token ids are read from .array_record files alone')
+    raise UserError(
+      f'{path}: only .array_record files can hold token ids; convert the file, or remove tokens: from the source'
+    )
   cut = collections.Counter() if cut is None else cut
   dtype = token_dtype(tokenizer.vocab_size)
   for number, record in enumerate(_array_records(path)):
     if len(record) % dtype.itemsize:
-      raise UserError(f'{path}, record {number}: {len(record)} bytes are no whole number of {dtype.name} token ids')
+      raise UserError(f'{path}, record {number}: {len(record)} bytes is not a whole number of {dtype.name} token ids')
     ids = np.frombuffer(record, dtype)
     if len(ids) and ids.max() >= tokenizer.vocab_size:
       raise UserError(
-        f'{path}, record {number}: token {ids.max()} is not in the vocabulary of {tokenizer.vocab_size}; data.tokenizer must be the one that made them'
+        f'{path}, record {number}: token {ids.max()} is outside the vocabulary of {tokenizer.vocab_size}; set data.tokenizer to the tokenizer that produced these ids'
       )
     for piece in tokenizer.split(ids) or [ids[:0]]:
       yield _whole_characters(tokenizer, piece, cut)
 
 
 def _whole_characters(tokenizer: Tokenizer, ids: np.ndarray, cut: collections.Counter) -> str:
-  """The text of token ids, less the parts of characters at its edges, which are counted."""
+  """Decode token ids; drop and count incomplete characters at both edges."""
   text = tokenizer.decode(ids.tolist())
   kept = text.strip('\ufffd')
-  if kept == text or np.array_equal(tokenizer.encode_batch([text])[0], ids):  # a text may hold that character itself
+  if kept == text or np.array_equal(tokenizer.encode_batch([text])[0], ids):  # the text itself may contain U+FFFD
     return text
   for edge in (text[: len(text) - len(text.lstrip('\ufffd'))], text[len(text.rstrip('\ufffd')) :] if kept else ''):
     cut['characters'] += bool(edge)
@@ -92,13 +94,13 @@ def _whole_characters(tokenizer: Tokenizer, ids: np.ndarray, cut: collections.Co
 
 
 def json_records(path: File) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Stream the objects of a file of JSON lines, each with its place (`path:line`) for messages."""
-  with compressed.opened(path, kind(path)[1]) as lines:
+  """Stream the objects of a JSON lines file, each with its position (`path:line`) for messages."""
+  with compressed.open_text(path, kind(path)[1]) as lines:
     yield from jsonl.read(lines, path)
 
 
 def _array_record_texts(path: File, text_field: str) -> Iterator[str | NullText]:
-  """Records that are text, or all of them JSON objects: the first one tells."""
+  """Stream records that are all text or all JSON objects; the first record decides which."""
   as_text: Callable[[bytes, str], str | NullText] | None = None
   for number, record in enumerate(_array_records(path)):
     where = f'{path}, record {number}'
@@ -113,12 +115,12 @@ def _json_text(text_field: str, record: bytes, where: str) -> str | NullText:
 
 def _array_records(path: File) -> Iterator[bytes]:
   if not isinstance(path, pathlib.Path):
-    raise UserError(f'{path}: an ArrayRecord file must be on a disk; copy it there')
+    raise UserError(f'{path}: an ArrayRecord file must be on a local disk; copy it there')
   try:
     reader = ArrayRecordReader(str(path), 'readahead_buffer_size:0')
     total = reader.num_records()
-    if not reader.ok():  # it says so in no other way where a file is cut at certain places
-      raise RuntimeError('it is not whole')
+    if not reader.ok():  # the only sign of some truncations
+      raise RuntimeError('it is incomplete')
     for first in range(0, total, _RECORDS):
       yield from reader.read(list(range(first, min(first + _RECORDS, total))))
   except (RuntimeError, ValueError, IndexError) as error:  # UserErrors are not raised in here

@@ -1,8 +1,8 @@
-"""Roles of a tokenizer's special tokens: beginning, end, separator, padding.
+"""Roles of a tokenizer's special tokens: begin, end, separator, padding.
 
-They are four roles, and a tokenizer may give them to one token or to four. Each is read from the first of these that names it: what the
-tokenizer's post-processor puts around a text, tokenizer_config.json (and special_tokens_map.json, its older form), config.json,
-generation_config.json, and last the usual names.
+One token may have all four roles, or each role its own token. A role is read from the first of these sources that names it: the tokens that
+the tokenizer's post-processor puts around a text, tokenizer_config.json (and its older form, special_tokens_map.json), config.json,
+generation_config.json, and finally a list of common token names.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ log = logging.getLogger('kdjax')
 POST_PROCESSOR, TOKENIZER_CONFIG, MODEL_CONFIG, GENERATION_CONFIG = (
   'the post-processor', 'tokenizer_config.json', 'config.json', 'generation_config.json'
 )  # fmt: skip
-# Which field of each file names a role's token, in the order in which the files are asked.
+# The field of each file that names a role's token, in order of precedence.
 FIELDS = {
   TOKENIZER_CONFIG: '{}_token',
   'special_tokens_map.json': '{}_token',
@@ -32,7 +32,7 @@ FIELDS = {
 }
 _SHORT = {'begin': 'bos', 'end': 'eos', 'padding': 'pad'}
 _SHARED = '<|endoftext|>'
-# (begin, end) by name, the likeliest first; the one that is shared ends a document by starting the next.
+# Common (begin, end) names, the likeliest first. A shared token ends a document by starting the next one.
 _PAIRS = (
   (_SHARED, _SHARED),
   ('<|begin_of_text|>', '<|end_of_text|>'),
@@ -62,14 +62,14 @@ _PROBES = ('a', '0', 'A', ' a', '一', '!')
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-  """The token of each role; '' where there is none.
+  """The token of each role; '' if there is none.
 
   Attributes:
-    separator: starts each document in a store: `begin`, or where there is none the token that separates documents.
-    end: ends a text. Where it is the separator too, the next document's start is the end of the one before.
+    separator: starts each document in a store: `begin`, or without one the token that separates documents.
+    end: ends a text. If it equals the separator, the start of the next document ends a document.
     begin: begins a text.
-    padding: fills up a batch.
-    stops: the tokens at which generation stops, `end` first.
+    padding: pads a batch.
+    stops: the tokens that stop generation, `end` first.
   """
 
   separator: str
@@ -83,12 +83,12 @@ class Roles:
 
   @property
   def closes(self) -> bool:
-    """Whether a document in a store ends with a token of its own."""
+    """Whether documents in a store have their own end token."""
     return self.end != self.separator
 
   @property
   def tokens(self) -> tuple[str, ...]:
-    """Every token that has a role."""
+    """All tokens that have a role."""
     return tuple(t for t in dict.fromkeys((self.separator, self.begin, self.padding, *self.stops)) if t)
 
   def as_dict(self) -> dict[str, Any]:
@@ -96,16 +96,16 @@ class Roles:
 
   def __str__(self) -> str:
     if self.closes:
-      told = f'documents start with {self.separator} and end with {self.end}'
+      line = f'documents start with {self.separator} and end with {self.end}'
     else:
-      told = f'documents start and end with {self.separator}'
-    told += '' if self.begin else ', no beginning token'
-    told += f', generation stops at {" ".join(self.stops)}' if len(self.stops) > 1 else ''
-    return f'{told}, padding {self.padding or "none"}'
+      line = f'documents start and end with {self.separator}'
+    line += '' if self.begin else ', no begin token'
+    line += f', generation stops at {" ".join(self.stops)}' if len(self.stops) > 1 else ''
+    return f'{line}, padding {self.padding or "none"}'
 
 
-def one_for_all(token: str, found: Roles | None = None, unmarked: Sequence[str] = ()) -> Roles:
-  """The roles where one token starts and ends documents. Padding and further stops are those `found`, less the `unmarked`."""
+def share_token(token: str, found: Roles | None = None, unmarked: Sequence[str] = ()) -> Roles:
+  """Return roles with one token that starts and ends documents. Take padding and further stops from `found`, except `unmarked` tokens."""
   if found is None:
     return Roles(token, token, token)
   padding = '' if found.padding in unmarked else found.padding
@@ -113,12 +113,12 @@ def one_for_all(token: str, found: Roles | None = None, unmarked: Sequence[str] 
 
 
 def read(model: tokenizers.Tokenizer, files: Mapping[str, Mapping[str, Any]], name: str) -> Roles | None:
-  """Reads the roles of a tokenizer; None where nothing names a token that begins or ends a text.
+  """Read the roles of a tokenizer; None if no source names a token that begins or ends a text.
 
   Args:
     model: without truncation and padding.
-    files: those of FIELDS that are beside the tokenizer.
-    name: what the log calls the tokenizer.
+    files: the files of FIELDS in the tokenizer's folder.
+    name: the tokenizer's name in log messages.
   """
   said = {role: list(_statements(role, model, files)) for role in _SHORT}
   for note in _missing(model, files):
@@ -137,8 +137,8 @@ def read(model: tokenizers.Tokenizer, files: Mapping[str, Mapping[str, Any]], na
   return Roles(separator, end, begin, _first(said['padding']) or names.padding, _stops(model, files))
 
 
-def beside(folder: str | paths.Path | None) -> dict[str, dict[str, Any]]:
-  """The files of a tokenizer's folder that may name roles. Raises UserError for one that is not a JSON object."""
+def read_files(folder: str | paths.Path | None) -> dict[str, dict[str, Any]]:
+  """Read the files of a tokenizer's folder that may name roles. Raises UserError if one is not a JSON object."""
   return {} if folder is None else {name: value for name in FIELDS if (value := _json(paths.Path(folder) / name))}
 
 
@@ -150,14 +150,14 @@ def _json(file: paths.Path) -> dict[str, Any] | None:
   except (ValueError, RecursionError) as e:
     raise UserError(f'{file}: not JSON ({e}); fetch it again') from None
   if not isinstance(value, dict):
-    raise UserError(f'{file}: a {type(value).__name__}, not an object with fields; fetch it again')
+    raise UserError(f'{file}: not a JSON object but a {type(value).__name__}; fetch it again')
   return value
 
 
 def _statements(
   role: str, model: tokenizers.Tokenizer, files: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-  """(who says it, the tokens) for each source that names the role's token, in their order."""
+  """Yield (source, its tokens) for each source that names the role's token, in order of precedence."""
   before, after = _around(model)
   around = {'begin': before, 'end': after}.get(role)
   if around:
@@ -175,12 +175,12 @@ def _by_files(
 
 
 def _denies_begin(files: Mapping[str, Mapping[str, Any]]) -> bool:
-  """Whether tokenizer_config.json says that there is no beginning token (Qwen), and not merely nothing."""
+  """Return whether tokenizer_config.json sets the begin token to null (Qwen), rather than omitting it."""
   return files.get(TOKENIZER_CONFIG, {}).get('bos_token', '') is None
 
 
 def _around(model: tokenizers.Tokenizer) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """The tokens that the post-processor puts before and after a text. Asked of the tokenizer itself: it knows every kind."""
+  """Find the tokens that the post-processor puts before and after a text, by encoding a probe: this works for every type of post-processor."""
   for probe in itertools.chain(_PROBES, _words(model)):
     plain, whole = (_encode(model, probe, special) for special in (False, True))
     at = next((i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain), None)
@@ -191,26 +191,26 @@ def _around(model: tokenizers.Tokenizer) -> tuple[tuple[str, ...], tuple[str, ..
 
 
 def _words(model: tokenizers.Tokenizer) -> Iterator[str]:
-  """A few entries of the vocabulary, for models that can encode nothing else."""
+  """Yield a few entries of the vocabulary, for models that cannot encode the probes."""
   yield from itertools.islice(model.get_vocab(with_added_tokens=False), 8)
 
 
 def _encode(model: tokenizers.Tokenizer, text: str, special: bool) -> list[int]:
   try:
     return model.encode(text, add_special_tokens=special).ids
-  except Exception:  # the class that `tokenizers` raises where a model without an unknown token meets an unknown word
+  except Exception:  # the class that `tokenizers` raises for an unknown word, if the model has no unknown token
     return []
 
 
 def _tokens(value: Any, model: tokenizers.Tokenizer) -> tuple[str, ...]:
-  """The tokens of the vocabulary that a field names: by content, by id, as an AddedToken's fields, or a list of these."""
+  """Return the tokens of the vocabulary that a field names: by content, by id, as the fields of an AddedToken, or a list of these."""
   if isinstance(value, Mapping):
     value = value.get('content')
   if isinstance(value, list):
     return tuple(dict.fromkeys(token for one in value for token in _tokens(one, model)))
   if type(value) is int:
     token = model.id_to_token(value) if 0 <= value < 1 << 32 else None
-    # An id that config.json has kept of another tokenizer is a piece of text in this one.
+    # config.json may have kept the id of another tokenizer, where this one has a piece of text.
     token = token if token in USUAL or token in _PADDINGS or token in _added(model) else None
   else:
     token = value if isinstance(value, str) and model.token_to_id(value) is not None else None
@@ -222,27 +222,27 @@ def _added(model: tokenizers.Tokenizer) -> set[str]:
 
 
 def _stops(model: tokenizers.Tokenizer, files: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-  """Where transformers stops: generation_config.json's end tokens, or without them config.json's; and the tokenizer's own."""
+  """Return the tokens at which transformers stops: the tokenizer's, and those of generation_config.json or else config.json."""
   known = dict(_by_files('end', model, files))
   return (*known.get(TOKENIZER_CONFIG, ()), *(known.get(GENERATION_CONFIG) or known.get(MODEL_CONFIG, ())))
 
 
 def _missing(model: tokenizers.Tokenizer, files: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-  """A line for each token that tokenizer_config.json names and the vocabulary lacks."""
+  """Yield a log line for each token that tokenizer_config.json names and the vocabulary lacks."""
   for short in ('bos', 'eos'):
     value = files.get(TOKENIZER_CONFIG, {}).get(f'{short}_token')
     if value and not _tokens(value, model):
-      yield f'{TOKENIZER_CONFIG} names the {short}_token {value!r}, which is not in the vocabulary; that is ignored'
+      yield f'{TOKENIZER_CONFIG} names the {short}_token {value!r}, which is not in the vocabulary; ignoring it'
 
 
 def _disagreements(role: str, said: Sequence[tuple[str, tuple[str, ...]]]) -> Iterator[str]:
-  """A line for each source that names another token than the first source does, which is used."""
-  # transformers stops at generation_config.json's end tokens, and looks at config.json's only where there are none.
+  """Yield a log line for each source that disagrees with the first source, which wins."""
+  # transformers stops at generation_config.json's end tokens, and reads config.json's only if there are none.
   ignored = {MODEL_CONFIG} if role == 'end' and any(who == GENERATION_CONFIG for who, _ in said) else set()
   for who, tokens in said[1:]:
     if said[0][1][0] not in tokens and who not in ignored:
       used = said[0][1][0]
-      yield f'{said[0][0]} names {used} as the {role} token, {who} names {" ".join(tokens)}; {used} is used'
+      yield f'{said[0][0]} names {used} as the {role} token, {who} names {" ".join(tokens)}; using {used}'
 
 
 def _first(said: Any) -> str:
@@ -250,7 +250,7 @@ def _first(said: Any) -> str:
 
 
 class _Names:
-  """The usual names that a vocabulary holds: those of special tokens count first."""
+  """Finds common token names in a vocabulary, special tokens first."""
 
   def __init__(self, model: tokenizers.Tokenizer):
     added = model.get_added_tokens_decoder().values()
@@ -266,7 +266,7 @@ class _Names:
     return next((name for name in _PADDINGS if name in self._special), '')
 
   def complete(self, begin: str, end: str, has_no_begin: bool) -> tuple[str, str]:
-    """(begin, end), with what is missing filled in by name: first the partner of the one that is known."""
+    """Return (begin, end) with a missing one filled in by name: preferably the usual partner of the known one."""
     if not begin and not end:
       return self._guess(has_no_begin)
     if not end:
@@ -286,7 +286,7 @@ class _Names:
     return '', ''
 
   def _pick(self, names: Sequence[str], special: Sequence[str] = ()) -> str:
-    """The first name of the special tokens, else of the vocabulary; those of `special` only where they are special."""
+    """Return the first of `names` that is a special token, else the first in the vocabulary. Names in `special` count only as special tokens."""
     found = next(filter(self._is_special, (*names, *special)), '')
     return found or next(filter(self._exists, names), '')
 

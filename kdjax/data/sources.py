@@ -1,12 +1,12 @@
-"""Where text comes from: a source's name -> a stream of documents.
+"""Sources of text: map a source's name to a stream of documents.
 
-    embedded:speeches            text that ordinary Python packages carry, so that a first run downloads nothing
-    wiki/*.jsonl.zst             a path or a glob: text, JSON lines, Parquet (these also in an object store: gs://bucket/*.jsonl.zst), ArrayRecord
+    embedded:speeches            text shipped with ordinary Python packages, so that a first run downloads nothing
+    wiki/*.jsonl.zst             a path or glob: text, JSON lines, Parquet (these also in an object store: gs://bucket/*.jsonl.zst), ArrayRecord
     tfds:wiki40b/en:train        a dataset that TFDS has prepared as ArrayRecord
     hf:folder-or-name:train      a dataset that Hugging Face's `datasets` reads
-    tokens:part-*.array_record   token ids, which are made text again, so that documents are told apart and bytes are counted; a record may
-                                 hold several documents
-    A@0.7, B@0.3                 several, with commas between them; with weights: shares of the text (corpus.py)
+    tokens:part-*.array_record   token ids, decoded to text so that documents can be hashed and bytes counted; a record may hold several
+                                 documents
+    A@0.7, B@0.3                 several sources, separated by commas; weights are shares of the text (corpus.py)
 
 A `.txt` file is one document; a `.jsonl` or `.json` file has one object a line. Files are read in the order of their paths, so the stream is
 the same every time.
@@ -40,13 +40,13 @@ _WEIGHT = re.compile(r'(.*\S)\s*@\s*(\d+(?:\.\d*)?|\.\d+)')
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-  """A file or a dataset: its documents, given the field that holds their text and the tokenizer of their tokens, and what tells of a change."""
+  """A file or a dataset. `texts` streams its documents, given the text field and the tokenizer of its token ids; `stamp` changes with the data."""
 
   name: str
   texts: Callable[[str, Tokenizer | None], Iterator[str | NullText]]
   stamp: Callable[[], tuple]
   file: File | None = None
-  cut: collections.Counter | None = None  # characters of which the edges of records left a part
+  cut: collections.Counter | None = None  # counts characters cut by the edges of records
 
 
 def documents(
@@ -55,16 +55,16 @@ def documents(
   tokenizer: Tokenizer | None = None,
   on_null: Callable[[NullText], Any] | None = None,
 ) -> Iterator[str]:
-  """Stream the documents' texts, in a fixed order.
+  """Stream the documents' texts in a fixed order.
 
   Args:
-    source: as above; weights are left to the caller (`mixture`).
+    source: as above; weights are ignored (the caller applies them, see `mixture`).
     text_field: the field or column that holds a document's text.
-    tokenizer: of token ids.
-    on_null: called for each record without text, which is then left out; None: such a record is an error.
+    tokenizer: decodes token ids.
+    on_null: called for each record without text, which is then skipped; None: such a record is an error.
 
   Raises:
-    UserError: a name, file or line that cannot be read, with where it is and how to fix it; no record has the field.
+    UserError: a name, file or line cannot be read, or no record has the field. The message says where and how to fix it.
   """
   missing, has_field = None, False
   parts = _resolve(source)
@@ -78,16 +78,16 @@ def documents(
       has_field = has_field or not isinstance(text, MissingField)
       if isinstance(text, str):
         yield text
-      del text  # a document may be a good part of the memory there is: it is held once
+      del text  # a document may fill much of the memory: keep one copy
   if missing is not None and not has_field:
-    raise missing  # a wrong name of the field, and not records without text
+    raise missing  # the field's name is wrong, rather than some records lacking text
   if n := sum(part.cut['characters'] for part in parts if part.cut):
     _log_cut(source, n)
 
 
 @functools.cache  # a corpus is read several times
 def _log_cut(source: str, n: int) -> None:
-  log.warning('%s: records begin or end inside a character %d times; its parts are left out', source, n)
+  log.warning('%s: records begin or end inside a character %d times; the partial characters are dropped', source, n)
 
 
 def records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -106,7 +106,7 @@ def records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def holds_tokens(source: str) -> bool:
-  """Whether a part of a source holds token ids."""
+  """Return whether any part of a source holds token ids."""
   return any(name.startswith(_TOKENS) for name in _parsed(source)[0])
 
 
@@ -126,12 +126,12 @@ def mixture(source: str) -> list[tuple[str, float]]:
 
 
 def is_weighted(source: str) -> bool:
-  """Whether the source is a mixture by shares."""
+  """Return whether the parts of a source have weights."""
   return bool(_parsed(source)[1])
 
 
 def seen_from(folder: str, source: str) -> str:
-  """The source with its relative paths, which are seen from `folder`, as ones from here; '' is the current folder."""
+  """Resolve a source's relative paths against `folder`; '' is the current folder."""
   if not folder:
     return source
   return ', '.join(_moved(part, folder) for part in _split(source, folder))
@@ -164,7 +164,7 @@ def _parsed(source: str) -> tuple[list[str], list[float]]:
 
 
 def _split(source: str, folder: str = '') -> list[str]:
-  """The source's parts. A comma is between two parts unless a file or folder has it in its name."""
+  """Split a source at its commas, except commas in the name of an existing file or folder."""
   pieces, parts = source.split(','), []
   while pieces:
     joined = [','.join(pieces[:n]).strip() for n in range(1, len(pieces) + 1)]
@@ -177,29 +177,29 @@ def _split(source: str, folder: str = '') -> list[str]:
 
 
 def _bare(part: str) -> str:
-  """A part's name without the weight that may follow it."""
+  """Return a part's name without its weight, if it has one."""
   match = _WEIGHT.fullmatch(part)
   return match[1] if match else part
 
 
 def _prefixed(name: str) -> tuple[str, str]:
-  """('hf:', 'tfds:', 'tokens:' or '', the rest of the name)."""
+  """Split a name into its prefix ('hf:', 'tfds:', 'tokens:' or '') and the rest."""
   prefix = next((p for p in (_TOKENS, hubs.HF, hubs.TFDS) if name.startswith(p)), '')
   return prefix, name.removeprefix(prefix)
 
 
 def _exists(name: str, folder: str = '') -> bool:
-  """Whether a name is that of a file or folder as it is: 'a[1],b@2.txt' is one, then."""
+  """Return whether a file or folder has exactly this name: 'a[1],b@2.txt' may be one."""
   prefix, path = _prefixed(name)
   if not path or paths.is_remote(path):
     return False
-  # What follows a dataset's folder: its config, version and split.
+  # A config, version and split may follow a dataset's folder.
   names = [path] if prefix not in (hubs.HF, hubs.TFDS) else [path.rsplit(':', n)[0] for n in range(3)]
   return any(os.path.exists(paths.seen_from(folder, one)) for one in names)
 
 
 def _matches(name: str, folder: str) -> bool:
-  """Whether a glob of files on a disk matches any, or the name is of another kind."""
+  """Return whether a local glob matches anything; True for names of other kinds (embedded, dataset, remote)."""
   prefix, path = _prefixed(name)
   if name.startswith(embedded.PREFIX) or prefix in (hubs.HF, hubs.TFDS) or paths.is_remote(path):
     return True
@@ -250,7 +250,9 @@ def _without_tokenizer(
 
 def _token_texts(path: File, cut: collections.Counter, text_field: str, tokenizer: Tokenizer | None) -> Iterator[str]:
   if tokenizer is None:
-    raise UserError(f'{path}: token ids need the tokenizer that made them: set data.tokenizer to its file, or to bytes')
+    raise UserError(
+      f'{path}: token ids need the tokenizer that produced them; set data.tokenizer to its file, or to bytes'
+    )
   return readers.token_texts(path, tokenizer, cut)
 
 
@@ -283,7 +285,7 @@ def _on_disk(pattern: str) -> list[File]:
 
 
 def _glob(pattern: str) -> list[str]:
-  """The files of a pattern. A folder that exists is taken as it is, whatever characters its name has; '[' elsewhere may be literal too."""
+  """Find the files of a pattern. Leading folders that exist are taken literally; after them, '[' may be a pattern or literal."""
   root, rest = '', pattern
   while '/' in rest and os.path.isdir(root + rest[: rest.index('/') + 1]):
     root, rest = root + rest[: rest.index('/') + 1], rest[rest.index('/') + 1 :]
@@ -296,7 +298,7 @@ def _glob(pattern: str) -> list[str]:
 def _in_store(pattern: str) -> list[File]:
   try:
     store, name = fsspec.core.url_to_fs(pattern)
-    # '[' may be literal: an object of that very name, then a folder's.
+    # '[' may be literal: try an object of exactly this name first, and escaped brackets last.
     found = {name: store.info(name)} if glob.has_magic(name) and store.isfile(name) else {}
     found = found or store.glob(name, detail=True) or store.glob(name.replace('[', '[[]'), detail=True)
     files: list[File] = [
@@ -308,5 +310,5 @@ def _in_store(pattern: str) -> list[File]:
   if is_folder:
     raise UserError(f'data source {pattern} is a folder; give a glob such as {pattern.rstrip("/")}/**/*.jsonl')
   if not files:
-    raise SourceGone(f'data source {pattern!r} matches no file; correct the name of the bucket, or the pattern')
+    raise SourceGone(f'data source {pattern!r} matches no file; correct the bucket or the pattern')
   return files

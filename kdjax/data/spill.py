@@ -44,7 +44,7 @@ class Spill:
     name = self._name(docs)
     try:
       about = files.read_json(self._folder / f'{name}.json')
-      # Nothing cannot be mapped: documents may have no tokens.
+      # An empty array cannot be memory-mapped: the documents of a group may have no tokens.
       tokens = np.load(self._folder / f'{name}.npy', mmap_mode='r' if any(about['lengths']) else None)
     except (StoreDamaged, OSError, ValueError):
       return False

@@ -57,7 +57,7 @@ def content_hash(text: str) -> str:
 
 
 def identify(text: str) -> tuple[str, int]:
-  """(content hash, bytes) of a document's text in UTF-8."""
+  """Return (content hash, number of bytes) of a document's text in UTF-8."""
   data = text.encode()
   return files.digest(data), len(data)
 

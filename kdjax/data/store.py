@@ -8,8 +8,8 @@
 
 A document is stored as `[separator] + tokens`. So each token of a text is predicted, the first one from the separator
 inside the document's own segment; and the label of a document's last token is the separator that follows: the end of
-the document. Where the tokenizer has an end token other than its beginning one (kdjax/data/roles.py) a document is
-`[beginning] + tokens + [end]`; one that was cut has no end. The beginning is then the label of nothing.
+the document. If the tokenizer's end token differs from its begin token (kdjax/data/roles.py), a document is
+`[begin] + tokens + [end]`, without the end if its text was cut. The begin token is then never a label.
 
 Nothing is trusted: sizes, small files and token files of up to 256 MiB are checked when a store is opened, and each
 block is checked each time that it is read.
@@ -42,7 +42,7 @@ _DTYPES: dict[str, np.dtype] = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<
 # How ArrayRecord's reader reports what it cannot make sense of.
 _DAMAGE = (RuntimeError, ValueError, IndexError, MemoryError)
 
-_SLICE = 1 << 20  # tokens of a document that are written at once
+_SLICE = 1 << 20  # tokens of a document written at once
 COUNTED_TOKENS = 50_000_000  # that are read to know how frequent tokens are
 
 
@@ -62,7 +62,7 @@ class TokenStore:
     offsets: int64[n_docs + 1], the place of each document's separator, and `n_tokens` at the end.
     n_bytes: int64[n_docs], the bytes of each document's text in UTF-8.
     doc_ids: S16[n_docs], the hash of each document's text.
-    cut: the ids of the documents that have no end, as their text was cut.
+    cut: the ids of documents whose text was cut, which have no end.
   """
 
   def __init__(self, folder: pathlib.Path, meta: dict, documents: np.ndarray, checksums: np.ndarray):
@@ -114,27 +114,27 @@ class TokenStore:
 
   @property
   def separator_id(self) -> int:
-    """The token that starts each document."""
+    """The id of the token that starts each document."""
     return self.meta['separator_id']
 
   @property
   def end_id(self) -> int | None:
-    """The token that ends each document; None where the next one's separator does."""
+    """The id of the token that ends each document; None if the next document's separator does."""
     return self.meta.get('end_id')
 
   def document(self, i: int) -> np.ndarray:
-    """A document from its separator to its end, both included, as int32; a cut one has no end."""
+    """Return a document from its separator to its end, inclusive, as int32; a cut document has no end."""
     tokens = self.read(int(self.offsets[i]), int(self.offsets[i + 1]))
     if self.end_id is None and self.doc_ids[i] not in self.cut:
       return np.append(tokens, self.separator_id)
     return tokens
 
   def text(self, i: int) -> np.ndarray:
-    """A document's text alone, as int32."""
+    """Return a document's tokens as int32, without separator and end."""
     return self.text_of(self.read(int(self.offsets[i]), int(self.offsets[i + 1])))
 
   def text_of(self, tokens: np.ndarray) -> np.ndarray:
-    """What is text of a document's part of the stream."""
+    """Strip separator and end from a document's tokens."""
     has_end = self.end_id is not None and tokens[-1] == self.end_id
     return tokens[1:-1] if has_end else tokens[1:]
 
@@ -154,7 +154,7 @@ class TokenStore:
     return tokens[start - first * BLOCK : stop - first * BLOCK].astype(np.int32)
 
   def counts(self, size: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """How often each of `size` tokens occurs as a label in [start, stop), by default in all of it; float64."""
+    """Count how often each of `size` tokens occurs as a label in [start, stop), by default in the whole stream; float64."""
     stop = self.n_tokens if stop is None else stop
     counts = np.zeros(size)
     for at in range(start, stop, 1 << 20):
@@ -218,7 +218,7 @@ def write_store(
     docs: for each document the hash of its text (16 hexadecimal digits), the bytes of its text in UTF-8, its token ids
       without separator and end.
     tokenizer: whose ids they are.
-    extra_meta: kept in `meta`, JSON values. `cut`: the hashes of the documents that get no end, as their text was cut.
+    extra_meta: kept in `meta`, JSON values. `cut`: the hashes of documents whose text was cut, which get no end.
 
   Raises:
     UserError: no documents, an id outside the vocabulary, a full disk.
@@ -234,15 +234,15 @@ def write_store(
 
 
 def link_store(source: str | os.PathLike, folder: str | os.PathLike, extra_meta: Mapping[str, Any]) -> None:
-  """Give a store a second folder, with the same files and other notes beside them.
+  """Create a second folder for a store: the same files, hard-linked or copied, with updated metadata.
 
   Args:
-    source: the folder of the store there is.
+    source: the folder of the existing store.
     folder: must not exist yet.
-    extra_meta: replaces what `source` notes under the same keys.
+    extra_meta: overrides the same keys of the metadata of `source`.
 
   Raises:
-    StoreDamaged: `source` is not whole.
+    StoreDamaged: `source` is damaged.
   """
   with files.building(folder) as temporary:
     meta = TokenStore.open(source).meta

@@ -11,7 +11,7 @@ def decoded(data: bytes, path: str | os.PathLike, position: int = 0) -> str:
   """Decode UTF-8.
 
   Args:
-    position: of the data's first byte in the file.
+    position: offset of the data's first byte in the file.
   """
   if not position and _is_utf16(data[:64]):
     raise UserError(f'{path}: not UTF-8 but UTF-16 or UTF-32; convert the file to UTF-8')
@@ -23,18 +23,18 @@ def decoded(data: bytes, path: str | os.PathLike, position: int = 0) -> str:
 
 
 def without_surrogates(text: str, where: str) -> str:
-  """Refuse half a character, which JSON can spell ("\\ud800") and no UTF-8 text can hold."""
+  """Return the text. Raises UserError for half a surrogate pair, which JSON can spell ("\\ud800") but UTF-8 cannot encode."""
   try:
     if not text.isascii():
       text.encode('utf-8')
   except UnicodeEncodeError as error:
     raise UserError(
-      f'{where}: character {error.start:,} of the text is half a surrogate pair; mend that line'
+      f'{where}: character {error.start:,} of the text is half a surrogate pair; correct that line'
     ) from None
   return text
 
 
 def _is_utf16(head: bytes) -> bool:
-  """By its mark, or, without one, by the zeros of Western text: they are at every second place, or at three of four."""
+  """Detect UTF-16 and UTF-32 by their byte order mark, or by the zeros of Western text: every second byte, or three of four."""
   zeros = head[::2].count(0), head[1::2].count(0)
   return head.startswith(_MARKS) or (len(head) >= 8 and abs(zeros[0] - zeros[1]) > len(head) // 5)

@@ -1,7 +1,7 @@
-"""Text <-> token ids: raw bytes, a byte-level BPE trained here, or any Hugging Face `tokenizers` file (others are turned into one).
+"""Text <-> token ids: raw bytes, a byte-level BPE trained here, or any Hugging Face `tokenizers` file (other formats are converted).
 
-A document's tokens never contain the tokens that start and end each document in a store, whatever its text says: special
-tokens that occur in text are encoded as plain text.
+A document's tokens never contain the tokens that start and end each document in a store: special tokens that occur in
+text are encoded as plain text.
 """
 
 import functools
@@ -24,7 +24,7 @@ from kdjax.data.tokenizer_json import SEPARATOR
 from kdjax.errors import UserError
 
 _FILE, _META = 'tokenizer.json', 'tokenizer_meta.json'
-_WITH_FILES = (_FILE, 'tokenizer.model')  # beside these there may be files that name roles
+_WITH_FILES = (_FILE, 'tokenizer.model')  # their folder may have files that name roles
 
 
 class Tokenizer:
@@ -32,19 +32,19 @@ class Tokenizer:
 
   Args:
     model_json: the text of a `tokenizers` file; None: bytes.
-    separator: one token that starts and ends documents; '': the tokens that have these roles (kdjax/data/roles.py).
-    name: what errors call it.
-    files: the files beside it that may name roles.
-    roles: those that it was saved with; read from the files where they are not given.
+    separator: one token that starts and ends documents; '': the tokens with these roles (kdjax/data/roles.py).
+    name: its name in error messages.
+    files: the files of its folder that may name roles.
+    roles: the roles it was saved with; None: read them from `files`.
 
   Attributes:
     separator, separator_id: the token that starts each document in a store.
-    end_id: the token that ends a text; the separator where one token does both.
-    begin_id, padding_id: the token that begins a text, and the one that fills up a batch; None: there is none.
-    stop_ids: the tokens at which generation stops, `end_id` first.
+    end_id: the token that ends a text; may equal the separator.
+    begin_id, padding_id: the token that begins a text, and the one that pads a batch; None: there is none.
+    stop_ids: the tokens that stop generation, `end_id` first.
 
   Raises:
-    UserError: not a `tokenizers` file, or nothing in it can start a document.
+    UserError: it is not a `tokenizers` file, or none of its tokens can start a document.
   """
 
   def __init__(
@@ -61,7 +61,7 @@ class Tokenizer:
       parsed = model_json = None  # bytes, as `to_json` wrote them
     self._model_json = model_json
     if parsed is None:
-      self._model, self.roles = None, roles_lib.one_for_all(SEPARATOR)
+      self._model, self.roles = None, roles_lib.share_token(SEPARATOR)
       self.vocab_size, self.fingerprint = 257, digest(b'bytes')
       self._text = tokenizer_json.TextKept(keeps_text=True, changes_little=True)
     else:
@@ -80,30 +80,30 @@ class Tokenizer:
 
   @property
   def keeps_text(self) -> bool:
-    """Whether every text can be read back from its tokens, by the tokenizer's design. Where not, it may all the same."""
+    """Whether the tokenizer's design guarantees that every text can be decoded from its tokens."""
     return self._text.keeps_text
 
   @property
   def unknown_id(self) -> int | None:
-    """The token of what the vocabulary lacks."""
+    """The id of the unknown token; None: there is none."""
     return self._text.unknown_id
 
   def _id(self, name: str) -> int:
     found = 256 if self._model is None else self._model.token_to_id(name)
     if found is None:
-      raise UserError(f'{self._name}: no token {name!r}, with which it was saved; restore the file')
+      raise UserError(f'{self._name}: token {name!r} is missing, but it was saved with it; restore the file')
     return found
 
   @functools.cached_property
   def special_ids(self) -> frozenset[int]:
-    """The tokens that no text contains: those that the file marks special, and those with a role."""
+    """The ids that no text contains: special tokens, and tokens with a role."""
     roles = map(self._id, self.roles.tokens)
     if self._model is None:
       return frozenset(roles)
     return frozenset([*roles, *(i for i, t in self._model.get_added_tokens_decoder().items() if t.special)])
 
   def tokens_beyond(self, n_rows: int) -> list[str]:
-    """The tokens of texts and documents that have no row in a weight table of `n_rows`. (Other special tokens need none.)"""
+    """Return the tokens of texts and documents that have no row in a table of `n_rows`. (Other special tokens need none.)"""
     if n_rows >= self.vocab_size:
       return []
     if self._model is None:
@@ -113,7 +113,7 @@ class Tokenizer:
     return [token for token, id_ in vocab if id_ >= n_rows and id_ not in needless]
 
   def split(self, ids: np.ndarray) -> list[np.ndarray]:
-    """The tokens of each document of a stream, cut at the tokens that start and end documents; other special tokens are left out."""
+    """Split a stream into documents at the tokens that start and end them; other special tokens are dropped."""
     edges = {self.separator_id, self.end_id, self.separator_id if self.begin_id is None else self.begin_id}
     at = np.flatnonzero(np.isin(ids, list(edges)))
     others = list(self.special_ids - edges)
@@ -131,11 +131,13 @@ class Tokenizer:
 
   @classmethod
   def from_file(cls, path: str | os.PathLike, separator: str = '') -> 'Tokenizer':
-    """Read a Hugging Face `tokenizer.json` or the folder that holds one; transformers reads other files (foreign.py)."""
+    """Load a Hugging Face `tokenizer.json` or the folder that holds one; foreign.py converts other formats."""
     file = paths.Path(paths.expand(path))
     in_store = paths.is_remote(file)
     if in_store and file.suffix in foreign.SUFFIXES:
-      raise UserError(f'tokenizer {path}: of an object store only a tokenizer.json is read; copy this one to a disk')
+      raise UserError(
+        f'tokenizer {path}: only a tokenizer.json can be read from an object store; copy this file to a local disk'
+      )
     try:
       file = file / _FILE if (file / _FILE).exists() else file
       if not in_store and (file.suffix in foreign.SUFFIXES or file.is_dir()):
@@ -143,8 +145,8 @@ class Tokenizer:
       else:
         text = file.read_bytes().decode('utf-8')
       folder = file if file.is_dir() else file.parent if file.name in _WITH_FILES else None
-      kept = _kept_roles(folder) if folder and not separator else {}
-      files = {} if kept else roles_lib.beside(folder)
+      kept = _saved_roles(folder) if folder and not separator else {}
+      files = {} if kept else roles_lib.read_files(folder)
     except paths.errors(file) as error:
       raise UserError(
         f'tokenizer {path} cannot be read ({paths.said(error)}); give bpe, bytes, a tokenizer.json, .model or .tiktoken file, or a folder'
@@ -160,7 +162,7 @@ class Tokenizer:
       return cls()
     check_files(folder, meta['files'])
     text = (folder / _FILE).read_text(encoding='utf-8')
-    tokenizer = cls(text, name=str(folder / _FILE), **kept_as(meta))
+    tokenizer = cls(text, name=str(folder / _FILE), **read_note(meta))
     if tokenizer.fingerprint != meta['fingerprint']:
       raise StoreDamaged(folder, 'the tokenizer is not the one that was saved')
     return tokenizer
@@ -177,18 +179,18 @@ class Tokenizer:
     write_json(folder / _META, meta)
 
   def note(self) -> dict[str, Any]:
-    """What is kept beside the file, for `kept_as` to read: its kind and its roles."""
+    """Return the metadata saved with the file, which `read_note` reads: kind and roles."""
     kind = 'bytes' if self.is_bytes else 'tokenizers'
     return {'kind': kind, 'separator': self.separator, 'roles': self.roles.as_dict()}
 
   def key(self) -> list[Any]:
-    """What a corpus is made with. Beside the fingerprint: roles other than one token for all, and that what it loses was measured."""
+    """Return the tokenizer's part of a corpus's key: the fingerprint; roles unless one token has all; 'measured' if losses are measured."""
     plain = not self.roles.closes and len(self.roles.stops) == 1
     roles = [] if plain else [self.roles.as_dict()]
     return [self.fingerprint, *roles, *([] if self._text.changes_little else ['measured'])]
 
   def encode_batch(self, texts: Sequence[str], special: bool = False, dtype: Any = np.int32) -> list[np.ndarray]:
-    """One array of token ids for each text. None is added. A special token's name in a text is that token if `special`, else plain text.
+    """Encode each text to an array of ids, without adding tokens. A special token's name in a text is that token if `special`, else plain text.
 
     Raises:
       UserError: the separator or the end token is an ordinary token, which text can contain.
@@ -205,13 +207,15 @@ class Tokenizer:
       ids = self._encoder.encode(texts, dtype)
     except (
       Exception
-    ) as error:  # the class that `tokenizers` raises, where a model without an unknown token meets an unknown word
-      raise UserError(f'{self._name}: it cannot encode the text ({error}); set data.tokenizer to another one') from None
+    ) as error:  # the class that `tokenizers` raises for an unknown word, if the model has no unknown token
+      raise UserError(
+        f'{self._name}: cannot encode the text ({error}); set data.tokenizer to another tokenizer'
+      ) from None
     for what, edge in (('separator', self.separator_id), ('end token', self.end_id)):
       if any((i == edge).any() for i in ids):
         token = self._model.id_to_token(edge)
         raise UserError(
-          f'{self._name}: the {what} {token!r} is an ordinary token, found inside a text; '
+          f'{self._name}: the {what} {token!r} is an ordinary token and occurs in a text; '
           'set data.separator to a special one'
         )
     return ids
@@ -223,12 +227,12 @@ class Tokenizer:
     return b''.join(SEPARATOR.encode() if i == self.separator_id else bytes([i]) for i in ids).decode(errors='replace')
 
   def decode_text(self, ids: Sequence[int]) -> str:
-    """Ids -> text, without the special and the unknown tokens among them."""
+    """Decode ids to text, without special and unknown tokens."""
     left_out = {*self.special_ids, self.unknown_id}
     return self.decode([i for i in map(int, ids) if i not in left_out])
 
   def as_others_read_it(self) -> tokenizers.Tokenizer:
-    """A `tokenizers` model of its own, which reads special tokens in a text as such."""
+    """Build a separate `tokenizers` model that recognises special tokens in a text, as other libraries do."""
     return tokenizer_json.build(json.loads(self.to_json()), (), self._name)
 
   def to_json(self) -> str:
@@ -270,35 +274,35 @@ def _read_roles(
   found = roles_lib.read(model, files, name)
   if separator:
     if model.token_to_id(separator) is None:
-      raise UserError(f'{name}: no token {separator!r}; {_name_one(parsed)}')
-    return roles_lib.one_for_all(separator, found, _unmarked(model, found))
+      raise UserError(f'{name}: has no token {separator!r}; {_name_one(parsed)}')
+    return roles_lib.share_token(separator, found, _unmarked(model, found))
   if found is None:
     usual = ' '.join(roles_lib.USUAL)
-    raise UserError(f'{name}: none of the usual separators ({usual}) is in it; {_name_one(parsed)}')
+    raise UserError(f'{name}: has none of the usual separators ({usual}); {_name_one(parsed)}')
   return found
 
 
-def kept_as(note: Mapping[str, Any]) -> dict[str, Any]:
-  """What `Tokenizer.note` kept, as arguments of Tokenizer. Before there were roles, one token started and ended documents."""
+def read_note(note: Mapping[str, Any]) -> dict[str, Any]:
+  """Convert the metadata of `Tokenizer.note` to arguments of Tokenizer. In older metadata, one token starts and ends documents."""
   if 'roles' not in note:
     return {'separator': note['separator']}
   return {'roles': Roles(**note['roles'] | {'stops': tuple(note['roles']['stops'])})}
 
 
-def _kept_roles(folder: paths.Path) -> dict[str, Any]:
-  """The same from a folder in which kdjax keeps a tokenizer; {} for any other."""
+def _saved_roles(folder: paths.Path) -> dict[str, Any]:
+  """Read the same arguments from a folder in which kdjax has saved a tokenizer; {} for any other folder."""
   for file in (folder / 'run.json', folder / _META):
     if not file.exists():
       continue
     known = paths.read_json(file) or {}
     note = known.get('tokenizer') if file.name == 'run.json' else known
     if isinstance(note, dict) and 'separator' in note:
-      return kept_as(note)
+      return read_note(note)
   return {}
 
 
 def _model(parsed: dict, unmarked: Sequence[str], name: str) -> tokenizers.Tokenizer:
-  """The model with the `unmarked` tokens as special ones: only these are kept out of text."""
+  """Build the model with the `unmarked` tokens made special: only special tokens are kept out of text."""
   model = tokenizer_json.build(parsed, unmarked, name)
   model.no_truncation()
   model.no_padding()
@@ -307,13 +311,13 @@ def _model(parsed: dict, unmarked: Sequence[str], name: str) -> tokenizers.Token
 
 
 def _unmarked(model: tokenizers.Tokenizer, roles: Roles | None) -> list[str]:
-  """The added tokens that have a role and that the file does not mark as special: some files leave the mark off."""
+  """Return the added tokens that have a role but are not marked special: some files omit the mark."""
   plain = {token.content for token in model.get_added_tokens_decoder().values() if not token.special}
   return [token for token in roles.tokens if token in plain] if roles else []
 
 
 def _fingerprint(parsed: dict, roles: Roles, unmarked: Sequence[str]) -> str:
-  """Of what the tokens of a document depend on."""
+  """Hash everything that a document's tokens depend on."""
   said = [tokenizer_json.content(parsed), roles.separator]
   said += [roles.end] if roles.closes else []
   others = sorted(set(unmarked) - {roles.separator, roles.end})

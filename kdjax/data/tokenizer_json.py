@@ -1,4 +1,4 @@
-"""The JSON of a `tokenizers` file: read, checked, and what follows from it."""
+"""Read and check the JSON of a `tokenizers` file, and derive the tokenizer's properties from it."""
 
 import dataclasses
 import functools
@@ -10,8 +10,8 @@ import tokenizers
 
 from kdjax.errors import UserError
 
-SEPARATOR = '<|endoftext|>'  # of our own tokenizers
-# What a BPE's file may leave out.
+SEPARATOR = '<|endoftext|>'  # of kdjax's own tokenizers
+# Fields that a BPE's file may omit.
 _BPE_DEFAULTS = {
   'dropout': None,
   'unk_token': None,
@@ -26,18 +26,18 @@ _KEEPING = ('ByteLevel', 'Digits', 'Split', 'Punctuation')
 
 
 def parse(model_json: str, name: str) -> dict:
-  """Parse a file's text. Raises UserError where it is not JSON with a vocabulary."""
+  """Parse a file's text. Raises UserError if it is not JSON with a vocabulary."""
   try:
     parsed = json.loads(model_json)
   except (ValueError, RecursionError) as error:
     raise UserError(f'{name}: not JSON ({error}); give the path of a Hugging Face tokenizer.json') from error
   if not isinstance(parsed, dict) or not isinstance(parsed.get('model'), dict) or 'vocab' not in parsed['model']:
-    raise UserError(f'{name}: no model with a vocabulary in it; give the path of a Hugging Face tokenizer.json')
+    raise UserError(f'{name}: has no model with a vocabulary; give the path of a Hugging Face tokenizer.json')
   return parsed
 
 
 def build(parsed: dict, unmarked: Sequence[str], name: str) -> tokenizers.Tokenizer:
-  """Build the model of a file's JSON, with the `unmarked` tokens as special ones. Raises UserError where the package cannot."""
+  """Build the model of a file's JSON, with the `unmarked` tokens made special. Raises UserError if `tokenizers` cannot use it."""
   added = [
     {**t, 'special': bool(t.get('special')) or t.get('content') in unmarked} if isinstance(t, dict) else t
     for t in added_tokens(parsed)
@@ -48,15 +48,15 @@ def build(parsed: dict, unmarked: Sequence[str], name: str) -> tokenizers.Tokeni
     raise UserError(f'{name}: the tokenizers package cannot read it ({error}); fetch it again') from error
   if not model.get_vocab(with_added_tokens=True):
     raise UserError(f'{name}: its vocabulary is empty; fetch it again')
-  if missing := list(_undefined(parsed.get('post_processor'))):  # the package would end the process at the first text
-    raise UserError(
-      f'{name}: its post-processor does not define {", ".join(missing)}, which it puts around a text; fetch it again'
-    )
+  if missing := list(
+    _undefined(parsed.get('post_processor'))
+  ):  # `tokenizers` would abort the process at the first text
+    raise UserError(f'{name}: its post-processor uses {", ".join(missing)} without defining it; fetch the file again')
   return model
 
 
 def _undefined(processor: Any) -> Iterator[str]:
-  """The tokens that a post-processor's templates use and do not define."""
+  """Yield the tokens that a post-processor's templates use but do not define."""
   if not isinstance(processor, dict):
     return
   for inner in processor.get('processors') or ():
@@ -68,12 +68,12 @@ def _undefined(processor: Any) -> Iterator[str]:
 
 
 def is_bytes(parsed: dict) -> bool:
-  """Whether it is the file that `bytes_json` gives, in whatever spelling."""
+  """Return whether it is equivalent to the file of `bytes_json`."""
   return parsed['model'].get('type') == 'BPE' and content(parsed) == content(json.loads(bytes_json()))
 
 
 def content(parsed: dict) -> dict:
-  """What the ids of a text depend on: two files that differ elsewhere, or in how they spell it, hold the same tokenizer."""
+  """Return what the ids of a text depend on, normalised: two files with equal content hold the same tokenizer."""
   model = parsed['model']
   if model.get('type') == 'BPE':
     model = _BPE_DEFAULTS | model
@@ -85,8 +85,8 @@ def content(parsed: dict) -> dict:
 
 @functools.cache
 def bytes_json() -> str:
-  """A BPE without merges whose ids are the bytes, and then the separator."""
-  # The byte-level alphabet, sorted: first the bytes that are printed as themselves, then the others, in order.
+  """Build a BPE without merges whose ids are the 256 bytes followed by the separator."""
+  # The byte-level alphabet, sorted: first the printable bytes, then the others, in order.
   printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = (byte for byte in range(256) if byte not in printed)
   characters = {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -99,12 +99,12 @@ def bytes_json() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TextKept:
-  """What a tokenizer keeps of a text by its design (kdjax/data/fidelity.py measures the rest).
+  """How a tokenizer's design preserves text (kdjax/data/fidelity.py measures the rest).
 
   Attributes:
-    keeps_text: every text can be read back.
-    changes_little: it changes at most how characters are composed (NFC). Corpora from before this was measured stay in use.
-    unknown_id: the token of what the vocabulary lacks; None: there is none.
+    keeps_text: every text can be decoded from its tokens.
+    changes_little: it is byte-level and changes at most how characters are composed (NFC). Corpora built before losses were measured stay valid.
+    unknown_id: the unknown token; None: there is none.
   """
 
   keeps_text: bool
@@ -122,7 +122,7 @@ def text_kept(parsed: dict, model: tokenizers.Tokenizer) -> TextKept:
 
 
 def _is_byte_level(parsed: dict) -> bool:
-  """Whether it is a BPE that has every byte, and whose pre-tokenizer drops nothing."""
+  """Return whether it is a BPE with every byte in its vocabulary and a pre-tokenizer that drops nothing."""
   model = parsed['model']
   if model.get('type') != 'BPE' or model.get('end_of_word_suffix') or model.get('continuing_subword_prefix'):
     return False
@@ -136,7 +136,7 @@ def _is_byte_level(parsed: dict) -> bool:
 
 
 def _steps(part: Any) -> Iterator[dict]:
-  """A pre-tokenizer's or decoder's steps, those of a sequence one by one."""
+  """Yield a pre-tokenizer's or decoder's steps, with sequences flattened."""
   if not isinstance(part, dict):
     return
   inner = [step for name in ('pretokenizers', 'decoders') for step in part.get(name) or ()]
@@ -147,13 +147,13 @@ def _steps(part: Any) -> Iterator[dict]:
 
 
 def _unknown_id(model: dict, known: tokenizers.Tokenizer) -> int | None:
-  """The id of the model's unknown token: its kinds name it in one of two ways."""
+  """Find the id of the model's unknown token, which some model types give by id and others by name."""
   if isinstance(model.get('unk_id'), int):
     return model['unk_id']
   return known.token_to_id(model['unk_token']) if isinstance(model.get('unk_token'), str) else None
 
 
 def added_tokens(parsed: dict) -> list:
-  """The entries of the added tokens."""
+  """Return the entries of the added tokens."""
   added = parsed.get('added_tokens') or []
-  return added if isinstance(added, list) else [added]  # no list: the package says so
+  return added if isinstance(added, list) else [added]  # not a list: `tokenizers` reports it

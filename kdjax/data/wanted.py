@@ -1,7 +1,7 @@
-"""What a corpus is made of, and its name: a digest of the config's fields and of the files behind its sources.
+"""Determine what a corpus is built from, and its name: a digest of the config's fields and of the sources' files.
 
-A source that is there is told by the names, sizes and times of its files. Of one that is gone the stores remember what it was: a config then
-names the corpus that was made of it, the one that the run used where it is known, else the newest.
+A source is identified by the names, sizes and modification times of its files. If a source is gone, the corpora built from it still record its
+identity. A config then selects such a corpus: the one that the run used, if known, else the newest.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ log = logging.getLogger('kdjax')
 
 VERSION = 2
 META = 'corpus.json'
-OWN = ('bpe', 'bytes')  # tokenizers that are no file
-TOKENIZER = ' tokenizer'  # beside the parts, whose names have no spaces
-MAIN = 'in-domain'  # the part that is data.source; the others are out-of-domain sets, by name
-# What a corpus is made from. The other fields say how it is read, and one corpus serves all their values.
+OWN = ('bpe', 'bytes')  # tokenizers that are not files
+TOKENIZER = ' tokenizer'  # a key next to the names of parts, which have no spaces
+MAIN = 'in-domain'  # the part of data.source; the other parts are out-of-domain sets, by name
+# The fields that determine a corpus. The other fields say how it is read; one corpus serves all their values.
 DATA_FIELDS = ('source', 'text_field', 'separator', 'validation_fraction', 'test_fraction', 'split_seed')
 CAPS = ('max_bytes', 'max_document_bytes', 'max_validation_bytes')
 EVAL_FIELDS = ('ood', 'ood_text_field', 'ood_validation_fraction', *CAPS)
@@ -39,8 +39,8 @@ class Origin:
   """Where an earlier start of a run found its text.
 
   Attributes:
-    folder: from which the config's relative paths are seen; '': the current one.
-    corpus: the name of its token stores; '': unknown.
+    folder: the folder that the config's relative paths refer to; '': the current one.
+    corpus: the name of its corpus; '': unknown.
   """
 
   folder: str = ''
@@ -49,14 +49,14 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-  """What is asked for.
+  """The corpus that a config asks for.
 
   Attributes:
-    data, evals: the config's sections as they are, which names are made of.
-    sources: part -> its source as it is read from here.
-    marks: part -> what tells of a change of its files; TOKENIZER -> what tells tokenizers apart before they are made.
-    tokenizer_file: where data.tokenizer is, seen from here.
-    remembered: the name of the corpus where an older one does not say what it was made of.
+    data, evals: the config's sections, unchanged; names are derived from them.
+    sources: part -> its source, with resolved paths.
+    marks: part -> the signature of its files; TOKENIZER -> a key that identifies the tokenizer before it is built.
+    tokenizer_file: the resolved path of data.tokenizer.
+    remembered: the name of an older corpus that does not record the signatures of its sources; '': none.
   """
 
   data: DataConfig
@@ -68,7 +68,7 @@ class Wanted:
 
   @property
   def data_fields(self) -> dict[str, Any]:
-    """The fields that `corpus.json` keeps, to be found by where a source is gone."""
+    """The fields recorded in `corpus.json`, which identify the corpus when a source is gone."""
     return _fields(self.data, (*DATA_FIELDS, 'tokenizer', 'vocab_size')) | self._nulls
 
   @property
@@ -85,19 +85,19 @@ class Wanted:
     fields['signatures'] = [self.marks[MAIN], {name: self.marks[name] for name in self.evals.ood}]
     fields['versions'] = [VERSION, STORE_VERSION]
     if weighted := [name for name, source in self.evals.ood.items() if sources.is_weighted(source)]:
-      fields['weighted'] = weighted  # earlier versions of kdjax left the weights of these out
+      fields['weighted'] = weighted  # earlier versions of kdjax ignored these weights
     if any(map(sources.holds_tokens, (self.data.source, *self.evals.ood.values()))):
-      fields['records'] = 'split'  # earlier versions took each record for one document
+      fields['records'] = 'split'  # earlier versions read each record as one document
     return files.digest(files.canonical(fields))
 
   @property
   def main_key(self) -> str:
-    """Tells the splits of data.source apart by what they are made of."""
+    """Hash everything that the splits of data.source depend on."""
     fields = _fields(self.data, DATA_FIELDS) | _fields(self.evals, CAPS) | self._nulls
     return files.digest(files.canonical([fields, self.marks[TOKENIZER], self.marks[MAIN], VERSION, STORE_VERSION]))
 
   def set_key(self, name: str, splits: list[str]) -> str:
-    """The same for an out-of-domain set; `splits`: fingerprints of the tokenizer and of the training split, whose documents it lacks."""
+    """Hash everything that an out-of-domain set depends on. `splits`: fingerprints of the tokenizer and of the excluded training split."""
     fields = _fields(self.evals, ('ood_text_field', 'ood_validation_fraction', *CAPS)) | self._nulls
     fields |= {'source': self.evals.ood[name], 'seed': self.data.split_seed}
     return files.digest(files.canonical([fields, splits, self.marks[name], VERSION, STORE_VERSION]))
@@ -111,14 +111,14 @@ class Wanted:
     return {} if self.data.nulls == 'refuse' else {'nulls': self.data.nulls}
 
 
-def look(data: DataConfig, evals: EvalConfig, home: pathlib.Path, origin: Origin = Origin()) -> Wanted:
-  """Look at the files of every source.
+def inspect_sources(data: DataConfig, evals: EvalConfig, home: pathlib.Path, origin: Origin = Origin()) -> Wanted:
+  """Read the signatures of all sources, and determine the wanted corpus.
 
   Args:
-    home: where corpora are.
+    home: the folder of all corpora.
 
   Raises:
-    UserError: a source cannot be read, or is gone and no corpus was made of it.
+    UserError: a source cannot be read, or is gone and no corpus was built from it.
   """
   named = {MAIN: data.source, **evals.ood}
   placed = {part: sources.seen_from(origin.folder, source) for part, source in named.items()}
@@ -138,31 +138,29 @@ def look(data: DataConfig, evals: EvalConfig, home: pathlib.Path, origin: Origin
   if gone:
     wanted = _remember(wanted, list(gone), home, origin)
   unknown = [] if wanted.remembered else [part for part in gone if part not in wanted.marks]
-  if unknown and origin.folder:  # what was there may have come here
-    return look(data, evals, home, Origin(corpus=origin.corpus))
+  if unknown and origin.folder:  # the run may have been moved here with its text
+    return inspect_sources(data, evals, home, Origin(corpus=origin.corpus))
   if unknown:
     raise gone[unknown[0]]
   for part in gone:
-    log.warning(
-      '%s is not there any more; using the tokens that were made of it, in %s', _described(wanted, part), home
-    )
+    log.warning('%s is gone; using the tokens that were built from it, in %s', _describe(wanted, part), home)
   return wanted
 
 
 def _remember(wanted: Wanted, gone: list[str], home: pathlib.Path, origin: Origin) -> Wanted:
-  """What is wanted, with what the corpora in `home` know of sources that are gone."""
+  """Fill in the signatures of missing sources from the corpora in `home`."""
   corpora = sorted(known_corpora(home), key=lambda known: known[0].name != origin.corpus)
   known = {part: [mark for _, meta in corpora if (mark := _mark(wanted, part, meta)) is not None] for part in gone}
   wanted = dataclasses.replace(wanted, marks=wanted.marks | {part: marks[0] for part, marks in known.items() if marks})
   if all(known.values()):
     return wanted
-  shares = any(map(sources.is_weighted, wanted.evals.ood.values()))  # which corpora of earlier versions do not have
+  shares = any(map(sources.is_weighted, wanted.evals.ood.values()))  # corpora of earlier versions ignored them
   same = lambda meta: meta['data'] == wanted.data_fields and meta['eval'] == wanted.eval_fields and not shares
   return dataclasses.replace(wanted, remembered=next((folder.name for folder, meta in corpora if same(meta)), ''))
 
 
 def _mark(wanted: Wanted, part: str, meta: dict) -> Any:
-  """What a corpus noted of a part when it was read; None where it was made of something else, or notes nothing."""
+  """Return the signature that a corpus recorded for a part; None if it was built from something else or recorded none."""
   about = meta['parts'].get(part)
   if part == TOKENIZER:
     same = all(meta['data'].get(name) == getattr(wanted.data, name) for name in ('tokenizer', 'separator'))
@@ -178,7 +176,7 @@ def _mark(wanted: Wanted, part: str, meta: dict) -> Any:
   return about['signature'] if about and same else None
 
 
-def _described(wanted: Wanted, part: str) -> str:
+def _describe(wanted: Wanted, part: str) -> str:
   if part == MAIN:
     return f'data.source {wanted.data.source!r}'
   if part == TOKENIZER:
@@ -187,7 +185,7 @@ def _described(wanted: Wanted, part: str) -> str:
 
 
 def known_corpora(home: pathlib.Path) -> list[tuple[pathlib.Path, dict]]:
-  """(folder, corpus.json) of the corpora in a folder, the newest first; damaged ones are passed over."""
+  """Return (folder, corpus.json) of the corpora in a folder, the newest first; skip damaged ones."""
   found = []
   for folder in home.glob('[!.]*'):
     with contextlib.suppress(StoreDamaged, OSError, KeyError):
@@ -198,7 +196,7 @@ def known_corpora(home: pathlib.Path) -> list[tuple[pathlib.Path, dict]]:
 
 
 def given_tokenizer(data: DataConfig, file: str) -> Tokenizer:
-  """The tokenizer that data.tokenizer names, which is not to be trained."""
+  """Load the tokenizer that data.tokenizer names (anything but bpe)."""
   return Tokenizer() if data.tokenizer == 'bytes' else Tokenizer.from_file(file, data.separator)
 
 

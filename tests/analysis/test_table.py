@@ -64,14 +64,14 @@ def test_differences_are_paired_by_document_against_the_baseline(text, arm):
 
 
 def test_where_the_tokenizer_loses_text_there_are_no_bits_per_byte(tmp_path):
-  """Bits are per token then, the yardstick per byte is left out, and the table says why."""
+  """Instead, bits are per token, the compressor's bits per byte are omitted, and the table says why."""
   lost = {'unknown': 0.0, 'lost': 0.002, 'changed': 0.041}
   change = lambda arm, identity: identity.update(facts=identity['facts'] | {'text_lost': lost})
   folder = experiment.write(tmp_path, change=change)
   text = table.write(folder)
   assert 'bits/byte' not in text and 'xz' not in text
   assert (
-    '(0.00% of the tokens unknown, 0.20% of the characters lost, 4.10% lost or rewritten): bits per byte would not'
+    '(0.00% of the tokens unknown, 0.20% of the characters lost, 4.10% lost or rewritten): bits per byte would be'
     in text
   )
   d = documents('distilled', 'far')

@@ -362,8 +362,8 @@ def test_a_mixture_has_its_shares_in_any_stretch_and_ends_with_the_part_that_run
   for store in (built.train, built.validation, built.test):
     found = shares(store, ['apple', 'bean'])
     assert np.abs(found[0, 10:] - 0.7).max() < 300 / store.n_bytes[:10].sum() + 0.02
-  assert any('apple.jsonl is 70.' in m and '100.0% of what there is' in m for m in caplog.messages) or any(
-    'bean.jsonl is 30.' in m and '100.0% of what there is' in m for m in caplog.messages
+  assert any(': 70.' in m and 'apple.jsonl (100.0% of its text is used)' in m for m in caplog.messages) or any(
+    ': 30.' in m and 'bean.jsonl (100.0% of its text is used)' in m for m in caplog.messages
   )
   again = prepare(data, EvalConfig(ood={}), str(tmp_path / 'elsewhere'), progress=False)
   assert again.fingerprint == built.fingerprint

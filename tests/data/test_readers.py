@@ -1,4 +1,4 @@
-"""Files of documents: what is read and what is refused, against readers that others wrote."""
+"""Files of documents: accepted and refused input, compared with other libraries' readers."""
 
 import gzip
 import io
@@ -31,7 +31,7 @@ def read_error(source, text_field='text') -> str:
 
 
 def skipping(source, text_field='text') -> tuple[list[str], int]:
-  """(texts, records left out)."""
+  """Return (texts, number of skipped records)."""
   nulls: list[UserError] = []
   return list(documents(str(source), text_field, on_null=nulls.append)), len(nulls)
 
@@ -40,7 +40,7 @@ def skipping(source, text_field='text') -> tuple[list[str], int]:
 
 
 def zstd_frame(data: bytes, window_log: int) -> bytes:
-  """A frame that asks for that window, as streams without a known size do."""
+  """Make a frame that requests this window, like a stream of unknown size."""
   parameters = zstandard.ZstdCompressionParameters(window_log=window_log, enable_ldm=True)
   compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
   frame = compressor.compress(data) + compressor.flush()
@@ -84,18 +84,21 @@ def with_dictionary() -> bytes:
   return zstandard.ZstdCompressor(dict_data=zstandard.train_dictionary(2048, samples)).compress(samples[0])
 
 
-WIDE = b'\x28\xb5\x2f\xfd\x00' + bytes([22 << 3]) + bytes([1, 0, 0])  # a frame of a window of 4 GiB, with nothing in it
+WIDE = b'\x28\xb5\x2f\xfd\x00' + bytes([22 << 3]) + bytes([1, 0, 0])  # an empty frame with a window of 4 GiB
 
 
 @pytest.mark.parametrize(
   ('damage', 'said'),
   [
-    (lambda b: b[: len(b) // 2], 'damaged (it ends in mid-frame); fetch it again'),
-    (lambda b: b[:-1], 'damaged (it ends in mid-frame)'),
+    (lambda b: b[: len(b) // 2], 'damaged (it ends in the middle of a frame); fetch it again'),
+    (lambda b: b[:-1], 'damaged (it ends in the middle of a frame)'),
     (lambda b: b[:40] + bytes([b[40] ^ 255]) + b[41:], 'the compressed file is damaged'),
     (lambda b: b + b'garbage', 'the compressed file is damaged'),
     (lambda b: b + bytes(64), 'the compressed file is damaged'),
-    (lambda b: WIDE, 'needs a window of 4,294,967,296 bytes and zstd reads up to 2,147,483,648; compress it with'),
+    (
+      lambda b: WIDE,
+      'needs a window of 4,294,967,296 bytes, but zstd supports at most 2,147,483,648; compress it with',
+    ),
     (lambda b: with_dictionary(), 'compressed with a dictionary'),
   ],
 )
@@ -116,12 +119,12 @@ def test_a_name_that_lies_about_compression_is_told_from_damage(tmp_path, suffix
   plain, packed = tmp_path / f'a{kind}', tmp_path / f'b{kind}{suffix}'
   plain.write_bytes(PACK[suffix](data))
   packed.write_bytes(data)
-  assert f'a{kind}: it begins as a {NAMES[suffix]} file; name it ...{suffix}' in read_error(plain)
-  assert f'misnamed: it begins as plain text; fetch it again, or take {suffix} off its name' in read_error(packed)
+  assert f'a{kind}: it begins like a {NAMES[suffix]} file; name it ...{suffix}' in read_error(plain)
+  assert f'misnamed: it begins with plain text; fetch it again, or remove {suffix} from its name' in read_error(packed)
   for other in set(PACK) - {suffix}:
     packed.write_bytes(PACK[other](data))
-    assert f'misnamed: it begins as a {NAMES[other]} file; name it ...{other}' in read_error(packed)
-  with pytest.raises(UserError, match='begins as a'):
+    assert f'misnamed: it begins like a {NAMES[other]} file; name it ...{other}' in read_error(packed)
+  with pytest.raises(UserError, match='begins like a'):
     list(records(str(write_as(tmp_path / 'c.jsonl', PACK[suffix](data)))))
 
 
@@ -313,7 +316,7 @@ def test_columns_whose_names_have_dots_or_are_there_twice(tmp_path):
   pq.write_table(pa.table([struct, pa.array(['outer'])], ['a', 'a.b']), tmp_path / 'a.parquet')
   assert list(documents(str(tmp_path / 'a.parquet'), 'a.b')) == ['outer']
   pq.write_table(pa.table([pa.array(['x']), pa.array(['y'])], ['text', 'text']), tmp_path / 'b.parquet')
-  assert "b.parquet: it has several columns named 'text'" in read_error(tmp_path / 'b.parquet')
+  assert "b.parquet: several columns are named 'text'" in read_error(tmp_path / 'b.parquet')
 
 
 # ---- records without text
@@ -321,9 +324,7 @@ def test_columns_whose_names_have_dots_or_are_there_twice(tmp_path):
 
 def test_a_null_is_an_error_or_left_out_and_counted(tmp_path):
   path = CASES / 'null.parquet'
-  assert "null.parquet, row 51: column 'text' is null; set data.nulls=skip to leave such records out" in read_error(
-    path
-  )
+  assert "null.parquet, row 51: column 'text' is null; set data.nulls=skip to skip such records" in read_error(path)
   expected = pd.read_parquet(path)['text'].dropna().tolist()
   assert skipping(path) == (expected, 1) and len(expected) == 59
   lines = [{'text': 'a'}, {'text': None}, {'id': 3}, {'text': ''}, {'text': 'b', 'id': None}]

@@ -1,4 +1,4 @@
-"""Which token begins a text, which ends it, which is padding: from every file that says so, in their order."""
+"""Begin, end and padding tokens, read from every file that names them, in order of precedence."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ LLAMA = Shape(('<unk>', '<s>', '</s>', '[PAD]', '<start>', '<stop>'), True, '', 
 
 
 def folder_of(tmp_path, shape=LLAMA, processor=None, **files) -> pathlib.Path:
-  """A folder with a tokenizer and, by name, the JSON files beside it."""
+  """Write a folder with a tokenizer and, by keyword, JSON files."""
   model = shapes.tokenizer(shape)
   if processor:
     model.post_processor = processor(model)
@@ -42,7 +42,7 @@ def roles(*args, **files) -> Roles:
 
 
 def around(before: str, after: str):
-  """A post-processor that puts these around a text."""
+  """Build a post-processor that puts these tokens around a text."""
 
   def make(model):
     ids = [(token, model.token_to_id(token)) for token in (before, after) if token]
@@ -63,7 +63,7 @@ def test_folders_in_the_shapes_of_published_models(name, tmp_path):
 
 
 def test_each_source_is_asked_in_its_turn(tmp_path):
-  """Each one names other tokens; the first that is there is believed."""
+  """Each source names other tokens; the first source present wins."""
   said = {
     'tokenizer_config': {'bos_token': '<s>', 'eos_token': '</s>'},
     'special_tokens_map': {'bos_token': {'content': '<start>'}, 'eos_token': {'content': '[PAD]'}},
@@ -123,7 +123,7 @@ def test_special_names_come_before_ordinary_ones_and_partners_before_strangers(t
   found = roles(tmp_path, odd)
   assert (found.begin, found.end, found.padding) == ('<bos>', '<eos>', '<pad>')
   assert Tokenizer(shapes.tokenizer(Shape(('<s>', '[SEP]'), True, '', {}, {})).to_str()).roles.end == '[SEP]'
-  assert Tokenizer(shapes.tokenizer(Shape(('<s>',), True, '', {}, {})).to_str()).roles == roles_lib.one_for_all('<s>')
+  assert Tokenizer(shapes.tokenizer(Shape(('<s>',), True, '', {}, {})).to_str()).roles == roles_lib.share_token('<s>')
 
 
 def test_files_that_disagree_are_logged_once_each(tmp_path, caplog):
@@ -136,13 +136,13 @@ def test_files_that_disagree_are_logged_once_each(tmp_path, caplog):
     for _ in range(2):
       assert roles(tmp_path, **said).stops == ('</s>', '<stop>')
   assert [record.getMessage() for record in caplog.records] == [
-    f'{tmp_path}: tokenizer_config.json names </s> as the end token, config.json names <stop>; </s> is used'
+    f'{tmp_path}: tokenizer_config.json names </s> as the end token, config.json names <stop>; using </s>'
   ]
-  caplog.clear()  # a list that holds the end token, and config.json where generation_config.json rules
+  caplog.clear()  # no warning: a list that contains the end token; config.json overruled by generation_config.json
   roles(tmp_path, **said, generation_config={'eos_token_id': [5, 2]})
   assert not caplog.records
   roles(tmp_path, tokenizer_config={'bos_token': '<s>', 'eos_token': '<|nowhere|>'})
-  assert "names the eos_token '<|nowhere|>', which is not in the vocabulary; that is ignored" in caplog.text
+  assert "names the eos_token '<|nowhere|>', which is not in the vocabulary; ignoring it" in caplog.text
 
 
 def test_generation_stops_where_transformers_does(tmp_path):
@@ -165,7 +165,7 @@ def test_fingerprints_change_where_documents_do_and_nowhere_else(tmp_path):
   text = shapes.tokenizer(LLAMA).to_str()
   both = Tokenizer(text)
   assert both.roles.closes and both.fingerprint != Tokenizer(text, '<s>').fingerprint
-  # As they were before there were roles.
+  # Fingerprints from before roles existed.
   assert Tokenizer(text, '<s>').fingerprint == 'ac18fb873ca8b800'
   shared = shapes.tokenizer(Shape(('<|endoftext|>', '<pad>'), True, '', {}, {})).to_str()
   assert Tokenizer(shared).fingerprint == Tokenizer(shared, '<|endoftext|>').fingerprint == '70bbc46a2c43d736'
@@ -195,14 +195,14 @@ def test_roles_are_kept_wherever_a_tokenizer_is(tmp_path):
   for copy in copies:
     assert (copy.roles, copy.fingerprint) == (tokenizer.roles, tokenizer.fingerprint)
     assert copy.stop_ids == tokenizer.stop_ids == (258, 256)
-  # A run from before there were roles: one token for both.
+  # A run from before roles existed: one token for both.
   (tmp_path / 'run/run.json').write_text(json.dumps({'tokenizer': {'kind': 'tokenizers', 'separator': '<|im_end|>'}}))
   assert Tokenizer.from_file(tmp_path / 'run').fingerprint == Tokenizer(tokenizer.to_json(), '<|im_end|>').fingerprint
 
 
 def test_our_own_tokenizers_have_one_token_for_all():
   for tokenizer in (Tokenizer(), train_bpe(['some text'], 270), Tokenizer(Tokenizer().to_json())):
-    assert tokenizer.roles == roles_lib.one_for_all('<|endoftext|>') and not tokenizer.roles.closes
+    assert tokenizer.roles == roles_lib.share_token('<|endoftext|>') and not tokenizer.roles.closes
     assert tokenizer.begin_id == tokenizer.end_id == tokenizer.separator_id and tokenizer.padding_id is None
 
 
@@ -265,7 +265,7 @@ def test_a_damaged_tokenizer_file_is_one_line_or_a_tokenizer(name, value, swap):
     Tokenizer(json.dumps(parsed), '', 'x').encode_batch(['some text <|eot_id|>'])
 
 
-# What the roles are for.
+# Uses of the roles.
 
 
 @pytest.fixture
@@ -328,5 +328,5 @@ def test_ordinary_tokens_with_a_role_are_refused_once_a_text_holds_them():
   )
   model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
   tokenizer = Tokenizer(model.to_str())
-  with pytest.raises(UserError, match=r"the end token '</s>' is an ordinary token, found inside a text"):
+  with pytest.raises(UserError, match=r"the end token '</s>' is an ordinary token and occurs in a text"):
     tokenizer.encode_batch(['a </s> a'])

@@ -246,19 +246,19 @@ def test_token_ids_become_their_text_again(tmp_path):
   ids = [np.concatenate([[tokenizer.separator_id], i]).astype('<u2') for i in tokenizer.encode_batch(texts)]
   path = 'tokens:' + write_array_record(tmp_path / 'a.array_record', [i.tobytes() for i in ids])
   assert list(documents(path, tokenizer=tokenizer)) == texts
-  with pytest.raises(UserError, match=r'token ids need the tokenizer that made them: set data\.tokenizer'):
+  with pytest.raises(UserError, match=r'token ids need the tokenizer that produced them; set data\.tokenizer'):
     list(documents(path))
-  with pytest.raises(UserError, match=r'record 0: token 2\d\d is not in the vocabulary of 257; data.tokenizer must be'):
+  with pytest.raises(UserError, match=r'record 0: token 2\d\d is outside the vocabulary of 257; set data.tokenizer to'):
     list(documents(path, tokenizer=Tokenizer()))
   odd = write_array_record(tmp_path / 'b.array_record', [b'abc'])
-  with pytest.raises(UserError, match='record 0: 3 bytes are no whole number of uint16 token ids'):
+  with pytest.raises(UserError, match='record 0: 3 bytes is not a whole number of uint16 token ids'):
     list(documents(f'tokens:{odd}', tokenizer=tokenizer))
-  with pytest.raises(UserError, match=r'read from \.array_record files alone'):
+  with pytest.raises(UserError, match=r'only \.array_record files can hold token ids'):
     list(documents(f'tokens:{write_jsonl(tmp_path / "a.jsonl", ["a"])}', tokenizer=tokenizer))
 
 
 def packed(path, tokenizer, *records) -> str:
-  """A source of token ids; a record is a list of texts and of token ids."""
+  """Write a source of token ids. Each record is a list of texts and token ids."""
   ids = lambda part: [part] if isinstance(part, int) else tokenizer.encode_batch([part])[0].tolist()
   rows = [np.asarray([i for part in record for i in ids(part)], '<u2').tobytes() for record in records]
   return f'tokens:{write_array_record(path, rows)}'
@@ -277,7 +277,7 @@ def test_a_packed_record_is_as_many_documents_as_it_has_separators(tmp_path):
 
 
 def test_special_tokens_are_never_text(tmp_path):
-  """The beginning and the end split records; padding, masks and unknown tokens are left out."""
+  """Begin and end tokens split records; padding, masks and unknown tokens are dropped."""
   shape = shapes.Shape(('<unk>', '<s>', '</s>', '[PAD]', '[MASK]'), True, '', {}, {}, ordinary=('<b>',))
   tokenizer = Tokenizer(shapes.tokenizer(shape).to_str())
   source = packed(
@@ -307,7 +307,7 @@ def test_characters_cut_by_a_record_are_left_out_and_counted_once(tmp_path, capl
   for _ in range(2):  # a corpus is read several times
     assert list(documents(source, tokenizer=tokenizer)) == ['kept \ufffd', 'smile ', ' after', 'ü', '']
   assert [record.getMessage() for record in caplog.records] == [
-    f'{source}: records begin or end inside a character 3 times; its parts are left out'
+    f'{source}: records begin or end inside a character 3 times; the partial characters are dropped'
   ]
 
 

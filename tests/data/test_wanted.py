@@ -1,4 +1,4 @@
-"""Corpora whose text is gone, moved or touched, and those that share parts: nothing is tokenised twice, and nothing stale is used."""
+"""Corpora that share parts, or whose text is gone, moved or touched: nothing is tokenised twice, and nothing stale is used."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ DATA = DataConfig(source='texts/main.jsonl', vocab_size=300)
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> pathlib.Path:
-  """A folder with texts in it, which is the current one."""
+  """The current folder, with texts in it."""
   (tmp_path / 'texts').mkdir()
   for seed, name in enumerate(('main', 'maths', 'talk', 'more')):
     write_jsonl(tmp_path / 'texts' / f'{name}.jsonl', texts(200 if seed == 0 else 50, seed))
@@ -35,7 +35,7 @@ def home(tmp_path, monkeypatch) -> pathlib.Path:
 
 @pytest.fixture
 def work(monkeypatch) -> dict[str, list[str]]:
-  """What is read and tokenised from now on, by the names of the files."""
+  """Records the names of files that are read and tokenised from now on."""
   done: dict[str, list[str]] = {'read': [], 'encoded': []}
   read, write = plan.documents, build._write_splits
 
@@ -93,7 +93,7 @@ def test_of_touched_or_changed_files_only_what_is_in_them_counts(home, work):
 
 
 def test_a_touched_set_that_now_overlaps_with_training_is_not_taken_from_before(home):
-  """What is in the training split is left out of a set: the set depends on that split."""
+  """A set excludes documents of the training split, so it depends on that split."""
   made()
   write_jsonl(home / 'texts' / 'main.jsonl', [*texts(200, 0), *texts(50, 1)[:20]])
   after, afresh = made(), made(runs='elsewhere')
@@ -121,7 +121,7 @@ def test_a_corpus_whose_text_is_gone_is_opened(home, tokenizer, caplog):
     os.rename('mine', 'not mine')
   with caplog.at_level('WARNING'):
     assert made(data).folder == first.folder
-  said = [message for message in caplog.messages if 'is not there any more; using the tokens' in message]
+  said = [message for message in caplog.messages if 'is gone; using the tokens' in message]
   assert len(said) == 3 + (tokenizer == 'file') and any("data.source 'texts/main.jsonl'" in m for m in said)
   with pytest.raises(SourceGone, match='matches no file'):
     made(dataclasses.replace(data, split_seed=1))
@@ -163,7 +163,7 @@ def test_relative_paths_are_seen_from_the_folder_of_the_first_start(home, tmp_pa
   made().tokenizer.save(home / 'mine')
   first = made(data, runs=runs)
   (elsewhere / 'texts').mkdir()
-  write_jsonl(elsewhere / 'texts' / 'main.jsonl', texts(30, 8))  # another text by the same relative name
+  write_jsonl(elsewhere / 'texts' / 'main.jsonl', texts(30, 8))  # another text with the same relative path
   monkeypatch.chdir(elsewhere)
   origin = Origin(str(home), first.folder.name)
   assert made(data, runs=runs, origin=origin).folder == home / first.folder
@@ -175,7 +175,7 @@ def test_relative_paths_are_seen_from_the_folder_of_the_first_start(home, tmp_pa
   monkeypatch.chdir(home)
   shutil.copytree(elsewhere / 'texts', home / 'new' / 'texts')
   monkeypatch.chdir(home / 'new')
-  plain = made(DATA, sets={}, origin=Origin('/no/such/folder'))  # a run that was copied here with its text
+  plain = made(DATA, sets={}, origin=Origin('/no/such/folder'))  # a run copied here with its text
   assert plain.train.n_docs < 30
 
 
@@ -202,10 +202,10 @@ def test_a_damaged_part_is_made_again_and_never_taken(home, caplog):
   damage(first.folder / 'train' / 'tokens.array_record')
   damage(first.folder / 'ood' / 'talk' / 'test' / 'documents.npy')
   second = made(sets=SETS | {'more': 'texts/more.jsonl'})
-  assert sum('not taken from another corpus' in message for message in caplog.messages) >= 2
+  assert sum('cannot reuse the tokens of another corpus' in message for message in caplog.messages) >= 2
   for store in all_stores(second):
     store.verify()
-  assert made().fingerprint == fingerprint  # the damaged one is rebuilt, and the files it shares with others are not
+  assert made().fingerprint == fingerprint  # only the damaged corpus is rebuilt, not the files it shares with others
   for name, store in zip(itertools.count(), all_stores(made()), strict=False):
     assert store.verify() is None, name
 
@@ -281,7 +281,7 @@ def test_weights_of_a_set_are_its_shares_of_bytes(home):
       assert 0 < store.n_bytes.sum() <= 8000
     stores[weights['apple']] = found.test.fingerprint
   assert len(set(stores.values())) == 3
-  # The same shares in other words are the same set.
+  # Equivalent weights give the same set.
   assert mixed(home, {'apple': 9, 'bean': 1}, max_bytes=8000).test.fingerprint == stores[0.9]
 
 
