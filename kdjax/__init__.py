@@ -1,6 +1,6 @@
 """Language models pretrained with distillation, in JAX.
 
-Importing the package imports no library. `python -m kdjax.COMMAND` prepares its process here, before the seconds of imports that follow.
+Importing the package imports no other library. `python -m kdjax.COMMAND` prepares its process here, before its imports, which take seconds.
 """
 
 from kdjax.runtime import startup

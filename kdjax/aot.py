@@ -36,13 +36,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--topology', required=True, help='v4-128, v5litepod-256, v5p-64, v6e-64, or a shape: v6e:8x8')
     parser.add_argument(
-      '--num-slices', type=cli.machines, default=1, help="slices of that kind, joined by the data centre's network"
+      '--num-slices',
+      type=cli.machines,
+      default=1,
+      help='number of slices of that kind, joined by the data centre network',
     )
-    parser.add_argument('--vocab-size', type=cli.count, default=0, help='of models that leave it to their tokenizer')
+    parser.add_argument('--vocab-size', type=cli.count, default=0, help='for models that take it from their tokenizer')
     parser.add_argument(
       '--search', action='store_true', help='try meshes, remats and microbatches; about a minute each'
     )
-    parser.add_argument('--json', type=paths.expand, metavar='FILE', help='write the figures there too')
+    parser.add_argument('--json', type=paths.expand, metavar='FILE', help='also write the figures to this file')
     config, args = cli.parse(parser, sys.argv[1:] if argv is None else argv, cli.load_config)
     config = pretrained.adopted(config)
     slice_ = parse(args.topology, args.num_slices)

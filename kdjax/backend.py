@@ -21,18 +21,18 @@ def name() -> str:
 
 
 def devices() -> list[jax.Device]:
-  """All devices of all processes. Raises UserError where JAX finds none that it may use: JAX_PLATFORMS names others, or XLA_FLAGS is wrong."""
+  """Return all devices of all processes. Raises UserError if JAX finds none: JAX_PLATFORMS names a missing platform, or XLA_FLAGS is wrong."""
   environment.check_xla_flags()
   try:
     return jax.devices()
   except (RuntimeError, AssertionError) as e:
-    # JAX_PLATFORMS=cuda without a GPU is an AssertionError without a word.
+    # JAX_PLATFORMS=cuda without a GPU raises an AssertionError without a message.
     reason = (str(e).splitlines() or ['this machine has none'])[0].partition(' (set JAX_PLATFORMS')[0][:200]
     asked = jax.config.jax_platforms  # type: ignore[attr-defined]
     if not asked:
-      raise UserError(f'JAX finds no device ({reason}); JAX_PLATFORMS=cpu uses the CPU') from None
+      raise UserError(f'JAX finds no device ({reason}); set JAX_PLATFORMS=cpu to use the CPU') from None
     raise UserError(
-      f'JAX_PLATFORMS={asked}: JAX cannot use such a device here ({reason}); unset it, or name one that is here, as JAX_PLATFORMS=cpu'
+      f'JAX_PLATFORMS={asked}: JAX cannot use this platform here ({reason}); unset it, or name an available platform, e.g. JAX_PLATFORMS=cpu'
     ) from None
 
 

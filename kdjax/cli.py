@@ -1,8 +1,8 @@
-"""What all commands share: reading the config off the command line, types of options, reporting errors as one line.
+"""Shared by all commands: read the config from the command line, define option types, report errors as one line.
 
-`--config=FILE[:ARG]` names a Python file with `get_config(arg)`; `--config.a.b=VALUE` changes a field. What is left goes to argparse.
-Exit codes (kdjax/errors.py): 0 done; 1 a run cannot continue; 2 the command line, the config or a file is wrong; 75 work is left, and the
-same command resumes it: SIGTERM, or another process is gone; 130 stopped by Ctrl-C; 141 nobody reads the output.
+`--config=FILE[:ARG]` names a Python file with `get_config(arg)`; `--config.a.b=VALUE` changes a field. argparse handles the other options.
+Exit codes (kdjax/errors.py): 0 done; 1 a run cannot continue; 2 the command line, the config or a file is wrong; 75 unfinished after SIGTERM
+or the loss of another process, and the same command resumes it; 130 stopped by Ctrl-C; 141 nobody reads the output.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def load_as(kind: type[T], check: Callable[[T], Iterable[str]], spec: str, overr
     raise ConfigError(
       [f'{path} is no config for this command: it knows nothing of {", ".join(sorted(unknown)[:4])}, ...']
     )
-  with config_file.errors_of(path):  # references between fields are followed only here
+  with config_file.errors_of(path):  # references between fields are resolved only here
     problems = config_lib.override(config, overrides, kind)
     try:
       resolved = config_lib.resolve_as(kind, check, config)
@@ -97,7 +97,7 @@ def parse(
 
 
 def set_up_logging() -> None:
-  """Print what kdjax logs, as plain lines, and of its libraries only errors. For commands and notebooks."""
+  """Print log messages of kdjax as plain lines, and only errors of other libraries. For commands and notebooks."""
   logging.basicConfig(level=logging.INFO, format='%(message)s', handlers=[progress.Handler()])
   log.setLevel(logging.INFO)  # these two, where a library has set up the root logger before
   for handler in logging.getLogger().handlers:
@@ -111,12 +111,16 @@ def user_errors(resumable: bool = False) -> Iterator[None]:
   """Print a user's mistakes as lines on stderr, without a traceback, and exit with their code.
 
   Args:
-    resumable: the command leaves on disk what it has done, and resumes it: SIGTERM ends it with TEMPORARY.
+    resumable: the command saves its progress and can be resumed, so SIGTERM ends it with TEMPORARY.
   """
   set_up_logging()
   streams.make_printable()
   sys.unraisablehook = _unraisable
-  with interrupts.raising(preemption.terminated() if resumable else None), _reporting(), streams.ending_with_reader():
+  with (
+    interrupts.raise_on_signals(preemption.termination_error() if resumable else None),
+    _reporting(),
+    streams.exit_without_reader(),
+  ):
     yield
 
 
@@ -133,7 +137,7 @@ def _reporting() -> Iterator[None]:
   except ImportError as e:
     if not paths.missing_extra(e):
       raise
-    _exit(UserError(f'an object store is named, and {paths.said(e)}'), WRONG)
+    _exit(UserError(f'a path is in an object store, but {paths.said(e)}'), WRONG)
   except OSError as e:
     if e.errno is None:
       raise
@@ -169,7 +173,7 @@ def _exit_lost(error: Exception) -> None:
 
 
 def _exit(error: UserError, code: int) -> None:
-  with contextlib.suppress(BrokenPipeError):  # nobody reads it: the code is all that is left to say
+  with contextlib.suppress(BrokenPipeError):  # nobody reads it: only the exit code matters
     for line in str(error).splitlines():
       print(line if line.startswith('config error') else f'error: {line}', file=sys.stderr)
     sys.stderr.flush()

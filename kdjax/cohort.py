@@ -65,5 +65,5 @@ class Cohort:
   profile: Window | None = None
 
   def saves_at(self, step: int) -> bool:
-    """Whether a checkpoint is due at a step. Those of the period are saved even where it is no multiple of `checkpoint_every`."""
+    """Return whether a checkpoint is due at a step. `keep_period` need not be a multiple of `checkpoint_every`."""
     return step in self.keep_steps or any(n and step % n == 0 for n in (self.checkpoint_every, self.keep_period))

@@ -112,10 +112,10 @@ def compile_step(config: Config, slice_: Slice, vocab_size: int = 0) -> Report:
     student = build(_with_vocabulary(config.student.model, vocab_size))
     targets = tuple(training.TARGETS[arm] for arm in config.student.arms)
     teacher = build(_with_vocabulary(config.teacher.model, vocab_size)) if 'teacher' in targets else None
-    if teacher and (config.teacher.run or config.student.init):  # as `train` cuts their tables to one tokenizer
+    if teacher and (config.teacher.run or config.student.init):  # `train` cuts their tables to the shared tokenizer
       shared = min(student.config.vocab_size, teacher.config.vocab_size)
       student = build(teachers.over(student.config, shared))
-      teacher = build(teachers.beside(teacher.config, student.config))
+      teacher = build(teachers.match_student(teacher.config, student.config))
     preflight.check_models(config, mesh, student, teacher, teacher_learns=False)
     recipe = training.recipe_of(config, config.student, student, targets, teacher)
     states, placed = _states(config, recipe, mesh)

@@ -62,7 +62,7 @@ def watch() -> None:
 
 
 def _pass_on(child: subprocess.Popen, times: Iterator[int], number: int, frame: FrameType | None) -> None:
-  """Hand SIGTERM to the child, whose runtime keeps quiet about it."""
+  """Forward SIGTERM to the child. Report the first one here, because the child's runtime does not."""
   if next(times) == 0:
     interrupts.report(preemption.STOPPING)
   child.terminate()
@@ -80,8 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   group = parser.add_argument_group('several processes (on a TPU pod --distributed is enough)')
   group.add_argument('--distributed', action='store_true', help='join the processes that the environment describes')
   group.add_argument('--coordinator', metavar='HOST:PORT', help='address of process 0')
-  group.add_argument('--processes', type=options.machines, help='how many there are')
-  group.add_argument('--process', type=options.count, help='which one this is, from 0')
+  group.add_argument('--processes', type=options.machines, help='number of processes')
+  group.add_argument('--process', type=options.count, help='index of this process, from 0')
 
 
 def check_environment(joins: bool, environment: Mapping[str, str], addresses: Sequence[str]) -> None:
@@ -200,7 +200,7 @@ def leaving_at_once() -> Iterator[None]:
     if not isinstance(e, SystemExit):
       traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):
-      with contextlib.suppress(OSError):  # nobody reads it any more
+      with contextlib.suppress(OSError):  # the reader is gone
         stream.flush()
     os._exit(e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1)
 

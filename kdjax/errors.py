@@ -1,14 +1,14 @@
-"""Errors that a user can cause, and the codes that commands exit with. Commands print an error as one line."""
+"""Errors that a user can cause, and the exit codes of commands. Commands print an error as one line."""
 
-FAILED = 1  # a run cannot continue; nothing is gained by starting it again as it is
+FAILED = 1  # a run cannot continue; restarting it unchanged does not help
 WRONG = 2  # the command line, the config or a file is wrong
-TEMPORARY = 75  # EX_TEMPFAIL: work is left, and the same command resumes it
+TEMPORARY = 75  # EX_TEMPFAIL: unfinished; the same command resumes it
 STOPPED = 130  # 128 + SIGINT: stopped by the user
 NO_READER = 141  # 128 + SIGPIPE: nobody reads the output
 
 
 class UserError(Exception):
-  """What is wrong, where, and how to fix it, in one line."""
+  """Says in one line what is wrong, where, and how to fix it."""
 
 
 class ConfigError(UserError):
@@ -20,7 +20,7 @@ class ConfigError(UserError):
 
 
 class SourceGone(UserError):
-  """A source of text cannot be found now: moved, deleted, not mounted, not fetched."""
+  """A source of text cannot be found: it was moved or deleted, or is not mounted or downloaded."""
 
 
 class TrainingError(UserError):

@@ -1,8 +1,8 @@
 """What a run costs, by arithmetic: parameters, FLOPs a token, the distillation ledger, and the devices' peaks.
 
 These are model FLOPs: two for each multiply-add of a matrix product, the backward pass twice the forward, nothing for
-recomputation. The causal attention term counts the scores that the mask keeps: half of them, and in a local layer those
-inside its window. A vocabulary counts as it is stored: padded.
+recomputation. The causal attention term counts the scores that the mask keeps: half of them, or in a local layer those
+inside its window. The vocabulary is counted with its padding.
 """
 
 import dataclasses
@@ -10,10 +10,10 @@ import re
 
 from kdjax.config import ModelConfig
 
-# Dense bf16 FLOP/s of one `jax.Device`. A name is matched word by word, so that 'H1000' is no 'H100'; the first match counts. A
-# TPU7x chip (2,307e12) is two devices. Sources: docs.cloud.google.com/tpu/docs, the page of each generation; NVIDIA's data sheets of
-# each card (their figures with sparsity, halved) and for the GeForce cards the GA102 and Ada white papers (bf16 with fp32 accumulation).
-# Cards without bf16 units (T4, V100) have no such peak.
+# Dense bf16 FLOP/s of one `jax.Device`. Names are matched word by word, so 'H1000' does not match 'H100'; the first match counts. A
+# TPU7x chip (2,307e12) is two devices. Sources: docs.cloud.google.com/tpu/docs, the page of each generation; NVIDIA's data sheet of
+# each card (figures with sparsity, halved); for GeForce cards the GA102 and Ada white papers (bf16 with fp32 accumulation).
+# Cards without bf16 units (T4, V100) are not listed.
 PEAKS = (
   ('TPU v4 lite', 138e12),
   ('TPU v4', 275e12),
@@ -21,7 +21,7 @@ PEAKS = (
   ('TPU v5litepod', 197e12),
   ('TPU v5e', 197e12),
   ('TPU v5p', 459e12),
-  ('TPU v5', 459e12),  # what JAX calls a v5p
+  ('TPU v5', 459e12),  # JAX's name for a v5p
   ('TPU v6 lite', 918e12),
   ('TPU v6e', 918e12),
   ('TPU trillium', 918e12),
@@ -157,20 +157,20 @@ def pair_tokens(
   count_logits: bool,
   count_pretraining: bool,
 ) -> float:
-  """Student tokens on which a teacher-student pair spends `total` FLOPs; 0 where its teacher alone costs more."""
+  """Return the student tokens for which a teacher-student pair costs `total` FLOPs; 0 if the teacher alone costs more."""
   one = ledger(student, teacher, 1.0, teacher_tokens, seq_len)
   left = total - count_pretraining * one.pretraining
   return max(0.0, left / one.total(count_logits=count_logits, count_pretraining=False))
 
 
 def peak_flops(device: str) -> float | None:
-  """Dense bf16 FLOP/s of one device, by its `device_kind` or its usual name (v5p, L4); None where it is not known (a CPU, say)."""
+  """Return the dense bf16 FLOP/s of one device, by its `device_kind` or usual name (v5p, L4); None if unknown (e.g. a CPU)."""
   words = _words(device)
   return next((peak for name, peak in PEAKS if _within(_words(name), words)), None)
 
 
 def _words(name: str) -> list[str]:
-  """'NVIDIA A100-SXM4-80GB' -> ['nvidia', 'a100', 'sxm4', '80gb']. 'TPU' says nothing that 'v5p' does not."""
+  """Split a name: 'NVIDIA A100-SXM4-80GB' -> ['nvidia', 'a100', 'sxm4', '80gb']. 'TPU' is dropped: 'v5p' implies it."""
   return [word for word in re.split(r'[^a-z0-9]+', name.lower()) if word not in ('', 'tpu')]
 
 
@@ -179,9 +179,9 @@ def _within(part: list[str], words: list[str]) -> bool:
 
 
 def _attended(c: ModelConfig, seq_len: int) -> float:
-  """Count the keys that a token attends to, summed over the layers, on average in a window: half of it, or less in a local layer.
+  """Count the keys that a token attends to, averaged over a sequence and summed over the layers.
 
-  A local layer's mask is a band of width w below the diagonal: its area is w n - w^2 / 2 of the n^2 scores.
+  A layer with full attention gives seq_len / 2. A local layer's mask is a band of width w below the diagonal: w n - w^2 / 2 of the n^2 scores.
   """
   window = min(c.local_window, seq_len) if c.local_window else seq_len
   n_local = c.n_layers - c.n_layers // c.global_every if c.local_window else 0

@@ -345,7 +345,7 @@ class _Report:
     tokens = {'tok/s': f'{rates["tokens_per_second"]:,.0f}'} if 'tokens_per_second' in rates else {}
     try:
       self._bar.update(n, **tokens, **losses, **kd)
-    except BrokenPipeError:  # Ctrl-C ends `| tee` too, before this run has saved
+    except BrokenPipeError:  # Ctrl-C also ends `| tee`, before this run has saved
       self._asked_to_stop.ask(NO_READER)
     for name, m in zip(names, metrics, strict=True):
       if m['skipped_in_row'][:n].max() >= self._cohort.max_skipped:

@@ -138,7 +138,7 @@ def memory_gib() -> float:
 
 
 class Progress:
-  """A bar with rate, ETA and losses; where stderr is not a terminal, a line now and then."""
+  """Shows rate, ETA and losses: a bar on a terminal, otherwise a line every 30 seconds."""
 
   def __init__(self, title: str, total: int, initial: int = 0, unit: str = 'step', enabled: bool = True):
     self._bar = progress.bar(title, total, initial=initial, unit=unit, enabled=enabled and jax.process_index() == 0)
@@ -153,7 +153,7 @@ class Progress:
     try:
       self._bar.update(n)
     except BrokenPipeError:
-      self._bar.disable = True  # or its end would raise once more
+      self._bar.disable = True  # otherwise close() would raise again
       raise
 
   def close(self) -> None:

@@ -11,11 +11,11 @@ from kdjax.sharding import path_name
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> Callable[[jax.Array], jax.Array]:
-  """step -> learning rate: linear warm-up from 0, then cosine, or WSD (constant, then a linear decay), to `final_fraction` of the peak.
+  """Return step -> learning rate: linear warm-up from 0, then cosine, or WSD (constant, then linear decay), to `final_fraction` of the peak.
 
-  Step s of n uses the rate at (s + 1) / n, so that the first step moves and the last reaches the final rate. The last step is never part
-  of the warm-up, and where warm-up and decay together, in whole steps, are longer than the run, the decay starts when the warm-up ends.
-  A run of one step has the final rate.
+  Step s of n uses the rate at (s + 1) / n, so the first step is not 0 and the last step has the final rate. The last step is never part of
+  the warm-up. If warm-up and decay, in whole steps, together exceed the run, the decay starts when the warm-up ends. A run of one step uses
+  the final rate.
   """
   peak, final = config.learning_rate, config.learning_rate * config.final_fraction
   warmup, decay = _phases(config, total_steps)
@@ -32,13 +32,13 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> Callable[[jax.Ar
 
 
 def phases_overrun(config: OptimizerConfig, total_steps: int) -> bool:
-  """Whether warm-up and decay, in whole steps, leave the run no last step or no room for each other."""
+  """Return whether the warm-up, in whole steps, fills the run, or warm-up and decay together exceed it."""
   warmup, decay = _phases(config, total_steps)
   return warmup >= total_steps or (config.schedule == 'wsd' and warmup + decay > total_steps)
 
 
 def _phases(config: OptimizerConfig, total_steps: int) -> tuple[int, int]:
-  """Steps of the warm-up and of the decay, as the fractions ask."""
+  """Return the steps of the warm-up and of the decay, from their fractions."""
   return round(config.warmup_fraction * total_steps), max(1, round(config.decay_fraction * total_steps))
 
 

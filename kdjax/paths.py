@@ -37,7 +37,7 @@ _library_glob = type(Path()).glob
 
 
 def _glob(folder: Path, pattern: str) -> Iterator[Path]:
-  """Match names in a folder, whose own name is no pattern: as pathlib does, and epath, which Orbax uses too, does not."""
+  """Match names in a folder, taking the folder's own name literally. pathlib does so; epath, which Orbax also uses, does not."""
   return _library_glob(type(folder)(glob.escape(os.fspath(folder))), pattern)
 
 
@@ -49,12 +49,12 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def expand(path: str | os.PathLike) -> str:
-  """The path with a leading '~' or '~NAME' as the home folder it stands for: shells leave it alone after '='."""
+  """Expand a leading '~' or '~NAME' to the home folder: shells do not after '='."""
   return os.fspath(path) if is_remote(path) else os.path.expanduser(path)
 
 
 def seen_from(folder: str, path: str | os.PathLike) -> str:
-  """The path, where it is relative to `folder`, as one from here; '' is the current folder."""
+  """Resolve a relative path against `folder`; '' is the current folder."""
   return expand(path) if is_remote(path) else os.path.join(folder, expand(path))
 
 
@@ -67,7 +67,7 @@ def of_runs(path: str | os.PathLike) -> Path:
       'name a folder in a bucket of gs://, or on a disk that all hosts see'
     )
   if '\\' in os.fspath(path):
-    raise UserError(f'{os.fspath(path)}: TensorStore takes the backslash for a slash; name a folder without one')
+    raise UserError(f'{os.fspath(path)}: TensorStore reads a backslash as a slash; use a folder name without one')
   return Path(expand(path))
 
 

@@ -1,4 +1,4 @@
-"""Stop a run on request: of a signal, or of the notice that a preempted machine gives."""
+"""Stop a run on a signal or on the preemption notice of a machine."""
 
 import contextlib
 import itertools
@@ -22,8 +22,8 @@ _ASKED = itertools.count(1)  # how often this process has asked for a preemption
 
 
 class Preempted(BaseException):
-  """A command was asked to stop, and has work left, which the same command resumes. Like KeyboardInterrupt it is no error: `except
-  Exception` must not swallow it.
+  """A command was asked to stop before it was done; the same command resumes it. Like KeyboardInterrupt, this is not an error: `except
+  Exception` must not catch it.
 
   Attributes:
     code: the exit code of the command.
@@ -35,35 +35,35 @@ class Preempted(BaseException):
 
 
 class StopRequest(Protocol):
-  """`request(first, n)` says, after the call of n steps from `first`, whether to stop; all processes get the same answer."""
+  """`request(first, n)` returns, after a call of n steps from `first`, whether to stop; all processes get the same answer."""
 
   @property
   def code(self) -> int:
-    """The code that the command is to exit with."""
+    """The exit code for the command."""
 
   def __call__(self, first: int, n: int) -> bool: ...
 
   def ask(self, code: int) -> None:
-    """Ask for a stop, and exit with `code`, where there is no other process that would have to stop too."""
+    """Request a stop with exit code `code`. Has no effect with several processes, which must stop together."""
 
 
-def terminated() -> Preempted:
-  """What SIGTERM raises where a command is not in the middle of training."""
+def termination_error() -> Preempted:
+  """Return the exception that SIGTERM raises while a command is not training."""
   return Preempted(interrupts.TERMINATED)
 
 
 def check_notice() -> None:
-  """Raise Preempted where a process of several has been told to stop. Called by all of them, between two pieces of work."""
+  """Raise Preempted if one of several processes has been asked to stop. All processes must call this, between two units of work."""
   if jax.process_count() > 1 and _Notice()(0, 0):
-    raise terminated()
+    raise termination_error()
 
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[StopRequest]:
-  """Yield what says whether the run has been asked to stop.
+  """Yield a StopRequest for a run.
 
-  One process: a handler for SIGTERM and SIGINT; a second SIGINT stops at once. Several: JAX's own preemption notice, which a handler of
-  ours would switch off.
+  A single process handles SIGTERM and SIGINT; a second SIGINT stops at once. Several processes use JAX's preemption notice, which a signal
+  handler of kdjax would disable.
   """
   if jax.process_count() > 1:
     yield _Notice()
@@ -74,7 +74,7 @@ def stop_signal() -> Iterator[StopRequest]:
     return
   before = {number: signal.signal(number, signals.take) for number in SIGNALS}
   try:
-    with interrupts.hearing(signals.hear):
+    with interrupts.forward_signals(signals.hear):
       yield signals
   finally:
     for number, handler in before.items():
@@ -84,8 +84,8 @@ def stop_signal() -> Iterator[StopRequest]:
 class _Notice:
   """JAX's preemption notice.
 
-  The processes agree on the number after the greatest that any of them has asked about, and a number that is never asked about is missed. So
-  the count is of all questions of a process, whatever its runs and their steps.
+  The processes agree to stop at the step after the greatest one that any of them has asked about, and miss a step that is never asked about.
+  So the step passed to JAX counts all calls in a process, across its runs.
   """
 
   code = TEMPORARY
@@ -98,7 +98,7 @@ class _Notice:
 
 
 class _Signals:
-  """The signals that have come: as the main thread takes them, and as another one hears them, at once."""
+  """Records the signals received by the main thread's handler (delayed) and by the listening thread (immediate)."""
 
   def __init__(self) -> None:
     self._taken: list[int] = []
@@ -120,12 +120,12 @@ class _Signals:
   def take(self, number: int, frame) -> None:
     """Handle a signal in the main thread."""
     self._taken.append(number)
-    # Of two that came while the main thread was in the compiler, Python hands over one.
+    # If two arrive while the main thread is in the compiler, Python calls the handler once.
     if number == signal.SIGINT and max(self._taken.count(number), self._heard.count(number)) > 1:
       raise KeyboardInterrupt
 
   def hear(self, number: int) -> None:
-    """Report a signal. In a thread of its own: a handler may not print."""
+    """Report a signal. Runs in the listening thread, because a signal handler must not print."""
     if number in SIGNALS:
       self._heard.append(number)
       if len(self._heard) == 1:

@@ -26,12 +26,12 @@ def check(config: Config, corpus: Corpus, mesh: Mesh) -> None:
   teacher = None
   if 'distilled' in config.student.arms:
     known = teachers.with_vocabulary(config.teacher.model, corpus.tokenizer, 'teacher')
-    teacher = build(teachers.beside(known, student.config))
+    teacher = build(teachers.match_student(known, student.config))
   check_models(config, mesh, student, teacher)
   check_memory(config, mesh, student, teacher)
   if config.deterministic and backend.name() == 'gpu' and not environment.is_deterministic():
     log.warning(
-      'warning: XLA_FLAGS names a file, which is left alone; add --%s=true to it, or two runs of one config differ in their last bits',
+      'warning: XLA_FLAGS names a file, which kdjax does not edit; add --%s=true to that file, or two runs of one config differ in their last bits',
       environment.DETERMINISTIC,
     )
 

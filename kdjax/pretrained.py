@@ -37,14 +37,14 @@ class Opened:
 
   @property
   def prefix_id(self) -> int:
-    """What an empty text begins with: where the model was not trained here as transformers has it, the beginning token, else the end token."""
+    """The token that an empty text begins with: the separator, or for imported models the begin or else the end token, as in transformers."""
     known = self.tokenizer
     if not self.imported:
       return known.separator_id
     return known.end_id if known.begin_id is None else known.begin_id
 
   def check_ids(self, ids: Sequence[int]) -> None:
-    """Raises UserError for tokens that the model's table has no row for: added special ones, which only a text that names them has."""
+    """Raise UserError for tokens without a row in the model's table: added special tokens, which a text contains only by name."""
     beyond = [i for i in ids if i >= self.model.config.vocab_size]
     if beyond:
       name = self.tokenizer.decode(beyond[:1])
@@ -77,9 +77,9 @@ def adopted(config: Config) -> Config:
 
 
 def n_tokens(config: Config, tokenizer: Tokenizer) -> int:
-  """Over how many tokens an adopted config's students compute: the tokenizer's, or fewer where the table of a folder has no rows for some.
+  """Return the vocabulary size of an adopted config's students: the tokenizer's, or less if an imported model's table has fewer rows.
 
-  Those are special tokens that no text contains (`Tokenizer.tokens_beyond`).
+  The tokens without a row are special tokens that no text contains (`Tokenizer.tokens_beyond`).
   """
   named = (
     (config.teacher.run and 'distilled' in config.student.arms, config.teacher),

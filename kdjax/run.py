@@ -100,7 +100,7 @@ class RunFolder:
       paths.write_json(self.path / 'run.json', known)
 
   def keep_tokenizer(self, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Keep the tokenizer in the folder; return the note of it that run.json is to have: its kind and the roles of its tokens."""
+    """Save the tokenizer in the folder; return its metadata for run.json: kind and token roles."""
     if self.writes and not tokenizer.is_bytes:
       paths.write_text(self._tokenizer, tokenizer.to_json())
     return tokenizer.note()
@@ -131,9 +131,9 @@ class RunFolder:
   def claim(self, timeout: float) -> None:
     """Makes this process the folder's owner.
 
-    A live owner is one whose heartbeat moves, or whose process this one can see and still runs. Raises OwnedError for a live one; waits up
-    to `timeout` seconds for the heartbeat of one on another host, or in another container, to stop. Of several that claim at the same
-    moment one creates the file and the others fail: creating a file that must not exist is atomic where file locks are not to be had.
+    An owner is alive if its heartbeat changes, or if its process is visible from here and running. Raises OwnedError if the owner is alive;
+    for an owner on another host or in another container, waits up to `timeout` seconds for its heartbeat to stop. If several processes claim
+    at once, one creates the file and the others fail: exclusive creation is atomic even without file locks.
     """
     self._token = uuid.uuid4().hex
     if not self.writes:
@@ -289,13 +289,13 @@ def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
 
 
 def _this_process() -> dict[str, Any]:
-  """What tells this process from all others, and says who can see it."""
+  """Return what identifies this process, and from where it is visible."""
   where = {'host': socket.gethostname(), 'boot': boot_id(), 'pids': _pid_namespace()}
   return where | {'pid': os.getpid(), 'started': _start_time(os.getpid())}
 
 
 def _pid_namespace() -> str:
-  """Name the set of processes that this one can see: two containers of one host may have the same name, and each a process 1."""
+  """Return the PID namespace: two containers on one host may share a host name, and each have a process 1."""
   with contextlib.suppress(OSError):
     return os.readlink('/proc/self/ns/pid')
   return ''

@@ -62,7 +62,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None, flags
 
 def one_device() -> Mesh:
   """A mesh of this process's first device."""
-  backend.devices()  # says what is wrong where there is none
+  backend.devices()  # raises a clear error if there is none
   return make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
 
 

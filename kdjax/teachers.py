@@ -26,12 +26,12 @@ FREE = ('dtype', 'param_dtype', *RUN_AS)
 
 
 def with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, name: str, n_tokens: int = 0) -> ModelConfig:
-  """Give a model the tokenizer's vocabulary. Rows of its table beyond that stay, and are masked as padding is.
+  """Give a model the tokenizer's vocabulary. Further rows of its table are kept and masked like padding.
 
   Args:
-    n_tokens: how many of the tokenizer's tokens; 0: all.
+    n_tokens: number of the tokenizer's tokens to use; 0: all.
 
-  Raises UserError where the config names a table that is too small.
+  Raises UserError if the config asks for a table that is too small.
   """
   n_tokens = n_tokens or tokenizer.vocab_size
   if not model.vocab_size:
@@ -44,19 +44,19 @@ def with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, name: str, n_token
 
 
 def over(model: ModelConfig, n_tokens: int) -> ModelConfig:
-  """The model over its first `n_tokens` tokens alone, its table as large as it was."""
+  """Restrict a model to its first `n_tokens` tokens; its table keeps its size."""
   if model.vocab_size <= n_tokens:
     return model
   return with_rows(dataclasses.replace(model, vocab_size=n_tokens), model.padded_vocab_size)
 
 
 def with_rows(model: ModelConfig, n_rows: int) -> ModelConfig:
-  """The model with so many rows in its table."""
+  """Give a model's table `n_rows` rows."""
   return model if model.padded_vocab_size == n_rows else dataclasses.replace(model, pad_vocab_to=n_rows)
 
 
-def beside(teacher: ModelConfig, student: ModelConfig) -> ModelConfig:
-  """A teacher as it runs beside a student: over the student's tokens, with as many rows in its table."""
+def match_student(teacher: ModelConfig, student: ModelConfig) -> ModelConfig:
+  """Give a teacher the student's vocabulary and number of table rows."""
   return with_rows(dataclasses.replace(teacher, vocab_size=student.vocab_size), student.padded_vocab_size)
 
 
@@ -113,7 +113,7 @@ def check_tokenizer(what: str, known: str | None, tokenizer: Tokenizer) -> None:
   if known != tokenizer.fingerprint:
     raise UserError(
       f"{what} learned with another tokenizer (fingerprint {known}, the student's is {tokenizer.fingerprint}); "
-      'distillation needs the same one, with the same tokens around a document: --config.data.tokenizer names its file or folder'
+      'distillation needs the same tokenizer, with the same tokens around a document; set --config.data.tokenizer to its file or folder'
     )
 
 
@@ -162,20 +162,20 @@ def cast(params, dtype: str, mesh: Mesh, layout: str):
   return jax.jit(convert, out_shardings=sharding.param_shardings(wanted, mesh, layout))(params)
 
 
-def fit_beside(model: Model, params, student: ModelConfig, mesh: Mesh, layout: str) -> tuple[Model, Any]:
-  """Cut or pad a teacher's tables to a student's rows. What is beyond the student's tokens is masked: it is never a label."""
+def fit_to_student(model: Model, params, student: ModelConfig, mesh: Mesh, layout: str) -> tuple[Model, Any]:
+  """Cut or pad a teacher's tables to the student's rows. Rows beyond the student's tokens are masked: they are never labels."""
   n_rows = student.padded_vocab_size
-  fitted = build(beside(model.config, student))
+  fitted = build(match_student(model.config, student))
   if model.config.padded_vocab_size == n_rows:
     return fitted, params
-  tables = {name: params[name] for name in ('embed', 'head') if name in params}  # the rest stays where it is
+  tables = {name: params[name] for name in ('embed', 'head') if name in params}  # other weights stay in place
   shapes = jax.eval_shape(functools.partial(_resize, n_rows=n_rows), tables)
   placed = sharding.param_shardings(shapes, mesh, layout)
   return fitted, params | jax.jit(_resize, static_argnums=1, out_shardings=placed)(tables, n_rows)
 
 
 def _resize(tables, n_rows: int):
-  """An embedding [V, D] and perhaps a head [D, V] with `n_rows` for V: cut, or filled up with zeros."""
+  """Cut or zero-pad V to `n_rows`, in an embedding [V, D] and optionally a head [D, V]."""
 
   def resize(path, x):
     axis = 0 if path[0].key == 'embed' else 1

@@ -100,7 +100,7 @@ class Csv:
 
 
 class Wandb:
-  """A run of Weights & Biases, with the folder's own id, so that a restart continues it. WANDB_PROJECT, WANDB_MODE and the like apply."""
+  """A Weights & Biases run with the folder's id, so a restart continues it. WANDB_PROJECT, WANDB_MODE and similar variables apply."""
 
   def __init__(self, folder: pathlib.Path, step: int, about: dict[str, Any]):
     wandb = importlib.import_module('wandb')
@@ -114,7 +114,7 @@ class Wandb:
         config=known,
         dir=str(folder),
         resume='allow',
-        reinit='create_new',  # the students of a cohort are runs side by side
+        reinit='create_new',  # the students of a cohort are concurrent runs
       )
     self._run.define_metric('*', step_metric='step')  # a step that is done again after a restart may be told again
 
@@ -128,13 +128,13 @@ class Wandb:
     self._run.finish()
 
 
-WITHOUT_KEY = ('offline', 'dryrun', 'disabled')  # modes
+WITHOUT_KEY = ('offline', 'dryrun', 'disabled')  # modes that need no API key
 KEY = 'run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline, which keeps the records on this machine'
 KINDS: dict[str, type] = {'tensorboard': TensorBoard, 'csv': Csv, 'wandb': Wandb}
 
 
 def check(names: Sequence[str]) -> None:
-  """Raise UserError where a tracker cannot work: before anything is built or trained. Only process 0 has trackers, and so needs a key."""
+  """Raise UserError if a tracker cannot work, before anything is built or trained. Only process 0 has trackers and needs a key."""
   if 'wandb' in names:
     try:
       wandb = importlib.import_module('wandb')
@@ -145,7 +145,7 @@ def check(names: Sequence[str]) -> None:
 
 
 def _check_login(wandb: Any) -> None:
-  """Ask wandb itself for its key (environment, netrc, settings) and its server whether the key is good. No prompt: a job has nobody to answer."""
+  """Let wandb find its key (environment, netrc, settings) and verify it with the server. No prompt: nobody answers one in a job."""
   with _wandb_errors(wandb):
     if wandb.setup().settings.mode in WITHOUT_KEY:
       return
@@ -159,7 +159,7 @@ def _check_login(wandb: Any) -> None:
 def _wandb_errors(wandb: Any) -> Iterator[None]:
   try:
     yield
-  except (wandb.Error, ValueError) as e:  # its settings are checked by pydantic, whose error is a ValueError
+  except (wandb.Error, ValueError) as e:  # wandb's settings use pydantic, whose error is a ValueError
     raise UserError(f'trackers: wandb cannot be used ({" ".join(str(e).split())[:200]}); {KEY}') from None
 
 

@@ -59,11 +59,11 @@ def run(
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh), logs.kept_in(folder):
     corpus = distributed.first_process_first(lambda: prepare(config.data, config.eval, config.runs, progress, origin))
-    # A task that cannot be read is an error now, and not after the training.
+    # Report an unreadable task before training, not after it.
     choices.read_all(config.eval.tasks, config.eval.max_items, kept=corpus.tasks)
     teacher = training.teacher_folder(config, corpus)
     preflight.check(config, corpus, mesh)
-    write_experiment(folder, config, teacher, corpus)  # before training, for an eval job that watches
+    write_experiment(folder, config, teacher, corpus)  # before training, for an eval job with --watch
     training.train_teacher(config, corpus, teacher, mesh, progress)
     training.train_students(students(config, folder), corpus, teacher, mesh, progress, profile)
     jobs.evaluate(jobs.find(folder), corpus, mesh, progress=progress)
@@ -78,10 +78,10 @@ def students(config: Config, folder: paths.Path) -> list[training.Arm]:
 
 
 def write_experiment(folder: paths.Path, config: Config, teacher: RunFolder | None, corpus: Corpus) -> None:
-  """Write experiment.json, by which the eval job and the report find everything. Paths are relative to the folder."""
+  """Write experiment.json, from which the eval job and the report find everything. Paths are relative to the folder."""
   if jax.process_index() == 0:
     origin = (read_json(folder / 'experiment.json') or {}).get('origin', {})
-    if origin.get('corpus') != corpus.folder.name:  # a later start may be made from elsewhere, without the text
+    if origin.get('corpus') != corpus.folder.name:  # a restart from another folder may not find the text
       origin = training.origin(corpus, folder)
     known = {
       'config': training.experiment(config),
@@ -94,7 +94,7 @@ def write_experiment(folder: paths.Path, config: Config, teacher: RunFolder | No
 
 
 def _claim_experiment(folder: paths.Path, config: Config) -> Origin:
-  """Refuse, before any work, a folder that holds another experiment. Returns what it says of its text."""
+  """Raise UserError, before any work, if the folder holds another experiment. Returns the recorded origin of its text."""
   if (folder / 'run.json').exists():
     raise UserError(f'{folder} is the folder of one run, not of an experiment; use another --workdir')
   known = read_json(folder / 'experiment.json')

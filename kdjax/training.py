@@ -113,12 +113,12 @@ def run_config(
 
 
 def nucleus_identity(loss: LossConfig) -> dict[str, str]:
-  """Mark a run whose nucleus older versions cut at temperature 1; empty where the result is the same."""
+  """Return a mark for runs whose nucleus older versions cut at temperature 1; empty if the result is the same."""
   return {'nucleus': 'tempered'} if loss.teacher_top_p < 1 and loss.temperature != 1 else {}
 
 
 def schedule_identity(section: TeacherConfig | StudentConfig, data: DataConfig) -> dict[str, str]:
-  """Mark a run whose rates differ from those of older versions: warm-up and decay did not fit into it. Empty for any other."""
+  """Return a mark for runs whose learning rates differ from older versions, because warm-up and decay exceed the run; empty otherwise."""
   return {'phases': 'fitted'} if phases_overrun(section.optimizer, config_lib.n_steps(section, data)) else {}
 
 
@@ -182,9 +182,9 @@ def train_students(
       teacher_folder, config.teacher.dtype, mesh, teachers.step_of(config), config.teacher.model, config.teacher.layout
     )
     name = f'{weights}@{step}'
-    if teacher_model.config.vocab_size > model.config.vocab_size:  # a part of its distribution is left out
+    if teacher_model.config.vocab_size > model.config.vocab_size:  # part of its distribution is cut off
       name += f'/{model.config.vocab_size}'
-    teacher_model, params = teachers.fit_beside(teacher_model, params, model.config, mesh, config.teacher.layout)
+    teacher_model, params = teachers.fit_to_student(teacher_model, params, model.config, mesh, config.teacher.layout)
     teacher = Teacher(params)
     fingerprints['teacher'] = weights
   if 'unigram' in targets:
@@ -216,7 +216,7 @@ def resolved(config: Config, folder: paths.Path) -> dict[str, Any]:
 
 
 def origin(corpus: Corpus, folder: paths.Path) -> dict[str, str]:
-  """Where a training found its text, as `folder` keeps it: the current folder, from which the config's paths are seen, and its corpus's name."""
+  """Return where a run found its text: the current folder (relative to `folder`), to which the config's paths refer, and the corpus's name."""
   return {'folder': paths.relative(os.getcwd(), folder), 'corpus': corpus.folder.name}
 
 
@@ -362,12 +362,12 @@ def _data_identity(config: Config) -> dict[str, Any]:
 
 
 def _end_token(tokenizer: str, separator: str) -> str:
-  """The token that ends documents, where another one starts them: older runs knew one for both. '' where it cannot be read here."""
+  """Return the end token of documents if it differs from their first token (older runs used one for both); '' if it cannot be read here."""
   if tokenizer in ('bpe', 'bytes') or separator:
     return ''
   try:
     roles = _roles(tokenizer)
-  except UserError:  # raised where the corpus is made
+  except UserError:  # raised again when the corpus is built
     return ''
   return roles.end if roles.closes else ''
 

@@ -1,1 +1,1 @@
-"""The process that a command runs in: its signals, its streams, its environment. Nothing here imports JAX before it is called."""
+"""The process of a command: signals, streams, environment variables. Importing these modules does not import JAX."""

@@ -1,7 +1,7 @@
-"""Read, check and correct the environment variables of the libraries below: XLA_FLAGS and MPLBACKEND.
+"""Read, check and correct the environment variables of other libraries: XLA_FLAGS and MPLBACKEND.
 
-XLA's C++ side ends a process that has wrong flags, without an exception. Matplotlib cannot be imported with a backend that is not installed,
-as every command of a notebook's shell has it from the notebook.
+With invalid flags, XLA's C++ code ends the process without a Python exception. Matplotlib cannot be imported if MPLBACKEND names a backend
+that is not installed, and commands started from a notebook inherit the notebook's MPLBACKEND.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ from kdjax.runtime import interrupts
 
 DETERMINISTIC = 'xla_gpu_deterministic_ops'
 PATIENCE = 20  # seconds for XLA to read its flags
-SPACE = ' \t\r\n'  # to XLA
+SPACE = ' \t\r\n'  # characters that separate XLA's flags
 
 
 def set_deterministic() -> None:
-  """Ask XLA for deterministic reductions, so that a GPU gives the same bits for the same seed. To be called before JAX touches a device.
+  """Ask XLA for deterministic reductions, so that a GPU gives the same bits for the same seed. Call this before JAX touches a device.
 
-  An XLA_FLAGS that names a file is left alone: the flag belongs into that file.
+  If XLA_FLAGS names a file, it is not changed: the user must add the flag to the file.
   """
   flags = os.environ.get('XLA_FLAGS', '')
   if DETERMINISTIC not in flags and not _names_file(flags):
@@ -30,12 +30,12 @@ def set_deterministic() -> None:
 
 
 def is_deterministic() -> bool:
-  """Say whether the flag is set, to whatever value, in XLA_FLAGS or in the file that it names."""
+  """Return whether XLA_FLAGS, or the file it names, sets the flag to any value."""
   return DETERMINISTIC in xla_flags()
 
 
 def xla_flags() -> str:
-  """The flags that XLA reads: XLA_FLAGS, or the text of the file that it names. Raises UserError where there is no such file."""
+  """Return the flags that XLA reads: XLA_FLAGS, or the text of the file it names. Raises UserError if that file cannot be read."""
   flags = os.environ.get('XLA_FLAGS', '')
   if not _names_file(flags):
     return flags
@@ -44,13 +44,13 @@ def xla_flags() -> str:
       return file.read()
   except OSError as e:
     raise UserError(
-      f"XLA_FLAGS={flags}: a value that does not begin with '-' is the name of a file of flags, and this one cannot be read ({e.strerror}); "
+      f"XLA_FLAGS={flags}: a value without a leading '-' names a file of flags, but this file cannot be read ({e.strerror}); "
       'correct the name, or unset XLA_FLAGS'
     ) from None
 
 
 def check_xla_flags() -> None:
-  """Raise UserError where XLA cannot read XLA_FLAGS. Of a command: another program may have threads that no fork survives."""
+  """Raise UserError if XLA rejects XLA_FLAGS. Only commands check: the check forks, which is unsafe in programs with threads."""
   if interrupts.is_command():
     _check_xla_flags(os.environ.get('XLA_FLAGS', ''))
 
@@ -60,15 +60,15 @@ def _check_xla_flags(flags: str) -> None:
   if not flags:
     return
   if not flags.strip(SPACE):
-    del os.environ['XLA_FLAGS']  # XLA takes blanks for the name of a file
+    del os.environ['XLA_FLAGS']  # XLA would read blanks as a file name
     return
   xla_flags()
   if complaint := _ask_xla():
-    raise UserError(f'XLA_FLAGS: XLA refuses its flags ({complaint}); correct or unset it')
+    raise UserError(f'XLA_FLAGS: XLA rejects the flags ({complaint}); correct or unset it')
 
 
 def import_matplotlib() -> None:
-  """Import matplotlib whatever MPLBACKEND says: figures that go to files need no backend. One that is installed is kept for the caller's own."""
+  """Import matplotlib even if MPLBACKEND is invalid: figures written to files need no backend. A valid one is kept for the caller's figures."""
   backend = os.environ.get('MPLBACKEND')
   if not backend or 'matplotlib' in sys.modules:
     return
@@ -83,12 +83,12 @@ def import_matplotlib() -> None:
 
 
 def _names_file(flags: str) -> bool:
-  """As XLA tells a file's name from flags."""
+  """Return whether XLA would read the value as a file name."""
   return flags.strip(SPACE)[:1] not in ('', '-')
 
 
 def _ask_xla() -> str:
-  """What XLA says of its flags before it ends the process; '' where it reads them. It is asked in a child."""
+  """Let XLA parse its flags in a child process. Returns its error message; '' if it accepts them."""
   read, write = os.pipe()
   child = os.fork()
   if not child:
@@ -101,11 +101,11 @@ def _ask_xla() -> str:
 
 
 def _read_flags(stderr: int) -> None:
-  """Let XLA read its flags, with its messages in `stderr`, and end this process."""
+  """Let XLA parse its flags, write its messages to `stderr`, and end this process."""
   try:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.alarm(PATIENCE)  # a lock that another thread held at the fork is never released here
+    signal.alarm(PATIENCE)  # a lock held by another thread at the fork is never released in the child
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(stderr, 2)
     from jaxlib import xla_client

@@ -1,10 +1,10 @@
-"""Notice Ctrl-C and SIGTERM at the moment that they arrive.
+"""React to Ctrl-C and SIGTERM immediately.
 
-Python runs a signal's handler in the main thread, between two of its instructions: not while that thread waits for a compiler or a device.
-The interpreter's own C handler does run at once, and can write the signal's number into a pipe (`signal.set_wakeup_fd`). A thread reads it
-there, and can print a line or end the process while the main thread is still inside the compiler.
+Python runs a signal handler in the main thread, between two bytecode instructions, so never while that thread waits for a compiler or a
+device. The interpreter's C handler runs at once and can write the signal's number to a pipe (`signal.set_wakeup_fd`). A thread that reads the
+pipe can print a line or end the process while the main thread is still inside the compiler.
 
-Only a command's process is ever ended here. A notebook or another program that calls kdjax gets exceptions and nothing else.
+Only the process of a command is ended here. A notebook or another program that calls kdjax gets only exceptions.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from typing import NoReturn
 from kdjax.errors import STOPPED, TEMPORARY
 
 TERMINATED = 'Stopped by SIGTERM. The same command resumes what is left.'
-GRACE = 2.0  # seconds that a command has to end after Ctrl-C
-GRACE_TERMINATED = 10.0  # after SIGTERM; Kubernetes sends SIGKILL after 30
+GRACE = 2.0  # seconds for a command to exit after Ctrl-C
+GRACE_TERMINATED = 10.0  # the same after SIGTERM; Kubernetes sends SIGKILL after 30
 
 _is_command = False
-_ended = threading.Lock()  # taken by the first that reports the end of the process, and never released
+_ended = threading.Lock()  # acquired by the first thread that reports the end of the process, never released
 
 
 def begin(resumable: bool = False) -> None:
-  """Make Ctrl-C, and SIGTERM if the command is resumable, end this process with one line: it still imports libraries, and has nothing to save."""
+  """Make Ctrl-C (and SIGTERM, if `resumable`) end the process with one line. For the time of imports, when there is nothing to save."""
   global _is_command
   _is_command = True
   signal.signal(signal.SIGINT, _leave_at_once)
@@ -36,12 +36,12 @@ def begin(resumable: bool = False) -> None:
 
 
 def is_command() -> bool:
-  """Say whether this is the process of a command, which may be ended, and not of a notebook or another program."""
+  """Return whether this is the process of a command, which may be ended, rather than a notebook or another program."""
   return _is_command
 
 
 def report_end(text: str) -> None:
-  """Print the line that says why the process ends. Of a command only the first call prints."""
+  """Print why the process ends. In a command, only the first call prints."""
   if not _is_command:
     print(text, file=sys.stderr)
   elif _ended.acquire(blocking=False):
@@ -49,14 +49,14 @@ def report_end(text: str) -> None:
 
 
 def report(text: str) -> None:
-  """Print a line to stderr in one system call, which a signal handler may do."""
-  below = '\n' if os.isatty(2) else ''  # ^C, or a progress bar
-  with contextlib.suppress(OSError):  # no one may be left to read it
+  """Print a line to stderr in one system call, which is safe in a signal handler."""
+  below = '\n' if os.isatty(2) else ''  # start below ^C or a progress bar
+  with contextlib.suppress(OSError):  # the reader may be gone
     os.write(2, f'{below}{text}\n'.encode())
 
 
 def leave_within(seconds: float, text: str, code: int) -> None:
-  """End a command's process after so many seconds, if it has not ended by then."""
+  """End a command's process after `seconds`, if it is still running."""
   if _is_command:
     timer = threading.Timer(seconds, _leave, (text, code))
     timer.daemon = True
@@ -64,8 +64,8 @@ def leave_within(seconds: float, text: str, code: int) -> None:
 
 
 @contextlib.contextmanager
-def hearing(hear: Callable[[int], None]) -> Iterator[None]:
-  """Call `hear` with the number of each signal that has a Python handler, at once and from another thread. For the main thread only."""
+def forward_signals(hear: Callable[[int], None]) -> Iterator[None]:
+  """Call `hear` with the number of each signal that has a Python handler, immediately and from another thread. For the main thread only."""
   read, write = os.pipe()
   os.set_blocking(write, False)
   thread = threading.Thread(target=_listen, args=(read, hear), name='signals', daemon=True)
@@ -80,10 +80,10 @@ def hearing(hear: Callable[[int], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def raising(terminated: BaseException | None = None) -> Iterator[None]:
+def raise_on_signals(terminated: BaseException | None = None) -> Iterator[None]:
   """Make Ctrl-C raise KeyboardInterrupt in a command, and SIGTERM raise `terminated`, if given.
 
-  Where the main thread cannot raise it in time, or hangs while it leaves, the process ends all the same. A second Ctrl-C ends it at once.
+  If the main thread does not raise in time, or hangs while it exits, the process is ended. A second Ctrl-C ends it at once.
   """
   if not _is_command or not is_main_thread():
     yield
@@ -107,7 +107,7 @@ def raising(terminated: BaseException | None = None) -> Iterator[None]:
   if terminated is not None:
     signal.signal(signal.SIGTERM, take)
   try:
-    with hearing(hear):
+    with forward_signals(hear):
       yield
   finally:
     signal.signal(signal.SIGINT, _leave_at_once)

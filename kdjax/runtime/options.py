@@ -1,4 +1,4 @@
-"""Command line options: a parser that reports a mistake in one line, and the types of values."""
+"""Command line options: a parser that reports a mistake in one line, and value types."""
 
 import argparse
 import math
@@ -9,14 +9,14 @@ from kdjax.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-  """Raises what is wrong with the command line as a UserError, in one line and without the usage."""
+  """Raises a UserError of one line, without the usage, for a mistake on the command line."""
 
   def error(self, message: str) -> NoReturn:
     raise UserError(f'{message}; {self.prog} --help shows the options')
 
 
 def whole_number(least: int = 0, below: int = 2**63) -> Callable[[str], int]:
-  """Make the type of an option that is a whole number in [least, below)."""
+  """Return an option type for whole numbers in [least, below)."""
 
   def read(text: str) -> int:
     try:
@@ -33,7 +33,7 @@ def whole_number(least: int = 0, below: int = 2**63) -> Callable[[str], int]:
 
 
 def number(holds: Callable[[float], bool], words: str) -> Callable[[str], float]:
-  """Make the type of an option that is a finite number for which `holds`; `words` say what it must be."""
+  """Return an option type for finite numbers that satisfy `holds`; `words` describes them in the error message."""
 
   def read(text: str) -> float:
     try:
@@ -49,15 +49,15 @@ def number(holds: Callable[[float], bool], words: str) -> Callable[[str], float]
 
 positive = whole_number(1)
 count = whole_number(0)
-machines = whole_number(1, 100_001)  # or processes, slices
+machines = whole_number(1, 100_001)  # also processes, slices
 runners = whole_number(0, 100_001)
 seed = whole_number(0, 2**32)
-axis = whole_number(-1)  # devices along an axis of the mesh, which sharding.make_mesh checks
+axis = whole_number(-1)  # devices along a mesh axis; sharding.make_mesh checks it
 share = number(lambda value: 0 < value <= 1, 'in (0, 1]')
 
 
 def text(value: str) -> str:
-  """Read an option that is text for a model. The shell may hand over bytes that are not UTF-8, which Python keeps as surrogates."""
+  """Option type for text given to a model. A shell may pass bytes that are not UTF-8, which Python decodes to surrogates."""
   try:
     value.encode()
   except UnicodeEncodeError:
@@ -66,5 +66,5 @@ def text(value: str) -> str:
 
 
 def _shown(text: str) -> str:
-  """What a user typed, short and printable."""
+  """Make a user's input short and printable."""
   return ascii(text if len(text) <= 60 else f'{text[:57]}...') if not text.isprintable() or len(text) > 60 else text

@@ -1,4 +1,4 @@
-"""Show progress: a bar on a terminal, and elsewhere (a log file, a notebook's shell) a line now and then."""
+"""Show progress: a bar on a terminal; elsewhere (a log file, a notebook's shell) a line every 30 seconds."""
 
 import logging
 import os
@@ -12,22 +12,22 @@ LINE = '{l_bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]
 
 
 def bar(title: str, total: int | None = None, *, enabled: bool = True, **options: Any) -> tqdm.tqdm:
-  """Make a bar, or what prints lines instead of one. `options` are tqdm's."""
+  """Make a progress bar, or an object that prints lines instead. `options` are tqdm's."""
   common: dict[str, Any] = {'desc': title, 'total': total, 'disable': not enabled} | options
   if is_terminal():
     return tqdm.tqdm(mininterval=0.5, dynamic_ncols=True, **common)
-  # delay, miniters: no line at the start, none from tqdm's monitor.
+  # delay, miniters: print no line at the start, and none from tqdm's monitor thread.
   form = {'bar_format': LINE} if total else {}
   return _Lines(mininterval=EVERY, delay=1e-9, miniters=1, ascii=True, **form, **common)
 
 
 def is_terminal() -> bool:
-  """Say whether stderr can show a bar: a line that is written again and again."""
+  """Return whether stderr can redraw a line, as a bar needs."""
   return sys.stderr.isatty() and os.environ.get('TERM') != 'dumb'
 
 
 class Handler(logging.StreamHandler):
-  """Prints log records, on a terminal above the bar and not in it."""
+  """Prints log records; on a terminal, above the bar."""
 
   def emit(self, record: logging.LogRecord) -> None:
     if not is_terminal():
@@ -38,10 +38,10 @@ class Handler(logging.StreamHandler):
 
 
 class _Lines(tqdm.tqdm):
-  """Whole lines in the place of a bar that is drawn again and again."""
+  """Prints whole lines instead of redrawing a bar."""
 
   disable: bool
-  _shown: int | float | None = None  # what the last line said
+  _shown: int | float | None = None  # the count in the last printed line
 
   def display(self, msg: str | None = None, pos: int | None = None) -> bool:
     self.fp.write(f'{self}\n')

@@ -1,4 +1,4 @@
-"""Keep stdout and stderr from ending a command with a traceback: readers that leave, characters without an encoding, closed streams."""
+"""Prevent tracebacks from stdout and stderr: readers that exit, characters that cannot be encoded, closed streams."""
 
 import contextlib
 import os
@@ -11,30 +11,30 @@ from kdjax.errors import NO_READER
 
 
 def open_missing() -> None:
-  """Put the null device in the place of a stdout or stderr that the caller has closed (`>&-`): else the next file opened would take its number."""
+  """Open the null device for each standard stream that the caller has closed (`>&-`): otherwise the next opened file would take its number."""
   for name in ('stdin', 'stdout', 'stderr'):
     if getattr(sys, name) is None:
       setattr(sys, name, open(os.devnull, 'r' if name == 'stdin' else 'w'))  # noqa: SIM115 - for the process's whole life
 
 
 def make_printable() -> None:
-  """Print '?' for each character that stdout's encoding lacks. Python does the like for stderr already."""
-  with contextlib.suppress(AttributeError, ValueError):  # not a file: a notebook's or a test's own
+  """Print '?' for each character that stdout cannot encode. Python already escapes them on stderr."""
+  with contextlib.suppress(AttributeError, ValueError):  # a notebook or a test may have replaced stdout
     sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager
-def ending_with_reader() -> Iterator[None]:
-  """End the command quietly where nobody reads its stdout or stderr any more (`| head`), as SIGPIPE ends other programs.
+def exit_without_reader() -> Iterator[None]:
+  """Exit quietly if the reader of stdout or stderr is gone (`| head`), as SIGPIPE ends other programs.
 
-  An error that the block raises is still raised.
+  Other errors of the block are still raised.
   """
   try:
     yield
     flushed = _flush()
   except BrokenPipeError:
     if not [_silence(stream) for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]:
-      raise  # another pipe's, or a socket's
+      raise  # from another pipe or a socket
     flushed = False
   except BaseException as e:
     if not _flush() and isinstance(e, SystemExit) and not e.code:
@@ -45,7 +45,7 @@ def ending_with_reader() -> Iterator[None]:
 
 
 def _flush() -> bool:
-  """Flush stdout and return whether someone can read it. Raise OSError where it cannot be written for another reason."""
+  """Flush stdout; return whether it has a reader. Raises OSError if writing fails for another reason."""
   try:
     sys.stdout.flush()
     return True
@@ -53,7 +53,7 @@ def _flush() -> bool:
     _silence(sys.stdout)
     return False
   except OSError as e:
-    _silence(sys.stdout)  # the interpreter flushes once more at its end
+    _silence(sys.stdout)  # the interpreter flushes again at exit
     e.filename = 'stdout'
     raise
 
@@ -68,7 +68,7 @@ def _has_no_reader(stream: Any) -> bool:
 
 
 def _silence(stream: Any) -> bool:
-  """Send what is left of a stream, and all that follows, to the null device."""
+  """Redirect a stream, including its buffered output, to the null device."""
   null = os.open(os.devnull, os.O_WRONLY)
   os.dup2(null, stream.fileno())
   os.close(null)

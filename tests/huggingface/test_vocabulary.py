@@ -1,4 +1,4 @@
-"""Folders whose weight tables and tokenizers have other sizes: added tokens beyond the table, padded tables, several of them at once."""
+"""Folders whose weight tables and tokenizers differ in size: added tokens beyond the table, padded tables, several at once."""
 
 import json
 import pathlib
@@ -33,7 +33,7 @@ def one_device():
 
 
 def with_token(folder: pathlib.Path, content: str, special: bool) -> pathlib.Path:
-  """The folder with one more token in its tokenizer; its weights stay."""
+  """Add a token to the folder's tokenizer, but not to its weights."""
   file = folder / 'tokenizer.json'
   values = json.loads(file.read_text())
   beyond = 1 + max([*values['model']['vocab'].values(), *(t['id'] for t in values['added_tokens'])])
@@ -54,7 +54,7 @@ def test_a_special_token_beyond_the_table_is_no_obstacle(shape, content, tmp_pat
   convert.main(['to-hf', str(tmp_path / 'run'), str(tmp_path / 'back')])
   assert Source(tmp_path / 'back').tokenizer.fingerprint == source.tokenizer.fingerprint
   assert json.loads((tmp_path / 'back/config.json').read_text()).get('pad_token_id', 0) < rows
-  # Only where special tokens count in a text can it name one.
+  # A text can name the token only if special tokens in it are recognised.
   opened = pretrained.opened(str(folder), one_device())
   with pytest.raises(
     UserError, match=rf"holds the special token '{content.replace('[', chr(92) + '[')}', for which x has no"
@@ -84,14 +84,14 @@ SMALL = ModelConfig(vocab_size=300, d_model=16, n_layers=1, d_ff=16, n_heads=2, 
 @pytest.mark.parametrize('rows', [(384, 256), (256, 384), (384, 512)])
 @pytest.mark.parametrize('tied', [False, True])
 def test_a_teacher_beside_a_student_is_its_softmax_over_their_tokens(rows, tied, tmp_path):
-  """Whatever rows of its table are beyond the tokenizer, and however many rows the student has."""
+  """Independent of table rows beyond the tokenizer, and of the student's number of rows."""
   theirs, ours = rows
   config = teachers.with_rows(ModelConfig(**{**vars(SMALL), 'tied': tied, 'vocab_size': min(300, theirs)}), theirs)
   student = build(teachers.with_rows(ModelConfig(**{**vars(SMALL), 'vocab_size': 200}), ours))
   params = jax.tree.map(lambda x: x + 0.1, random_params(config))  # no row is zero
   tokens, labels = np.random.default_rng(0).integers(0, 200, (2, 2, 12))
   with jax.set_mesh(mesh := one_device()):
-    model, fitted = teachers.fit_beside(build(config), params, student.config, mesh, 'student')
+    model, fitted = teachers.fit_to_student(build(config), params, student.config, mesh, 'student')
     assert jax.tree.map(jnp.shape, fitted) == jax.tree.map(jnp.shape, model.abstract())
     mine = random_params(student.config, 1)
     found = token_losses(
@@ -115,7 +115,7 @@ def test_a_table_is_masked_beyond_the_tokenizer_and_keeps_its_rows():
   assert teachers.with_vocabulary(ModelConfig(vocab_size=257), known, 'student') == ModelConfig(vocab_size=257)
 
 
-# The whole way on a tiny corpus.
+# End to end on a tiny corpus.
 
 
 def config(home, tokenizer, teacher=None, init=None, **fields):
@@ -130,14 +130,14 @@ def config(home, tokenizer, teacher=None, init=None, **fields):
 
 
 def vocabulary(run: RunFolder) -> tuple[int, int]:
-  """(tokens, rows of the table in the checkpoint)."""
+  """Return (tokens, rows of the table in the checkpoint)."""
   model = teachers.model_of(run)
   return model.config.vocab_size, teachers.weights(run, one_device())[1]['embed']['embedding'].shape[0]
 
 
 @pytest.fixture(scope='module')
 def padded(tmp_path_factory):
-  """One tokenizer of 259 tokens; tables of 640 and of 300 rows (as published Qwens have)."""
+  """One tokenizer of 259 tokens; tables of 640 and 300 rows (padded tables, like published Qwen models)."""
   home = tmp_path_factory.mktemp('padded')
   return shapes.make(home / 'big', QWEN, rows=640), shapes.make(home / 'small', QWEN, rows=300, seed=1, tied=True)
 
@@ -149,7 +149,7 @@ def test_tables_padded_to_different_sizes_train_together(padded, tmp_path):
   assert vocabulary(run) == (259, 384)
   assert (run.identity() or {})['config']['target'].endswith('@0/259')
   assert 'bits/byte' in (experiment / 'table.txt').read_text()
-  # Of the teacher too what is beyond the tokenizer is masked when it is scored.
+  # When the teacher is scored, its tokens beyond the tokenizer are masked too.
   known = json.loads((experiment / 'evaluation.json').read_text())
   metas = {arm: results.read(paths.under(experiment, files['in-domain']))[1] for arm, files in known.items()}
   assert {arm: meta.get('vocabulary') for arm, meta in metas.items()} == {
@@ -157,7 +157,7 @@ def test_tables_padded_to_different_sizes_train_together(padded, tmp_path):
     'baseline': None,
     'distilled': None,
   }
-  # Out again: the rows of tokens alone.
+  # Exported again: only the rows of tokens.
   convert.main(['to-hf', str(run.path), str(tmp_path / 'out')])
   assert Source(tmp_path / 'out').model.config.vocab_size == 259
 

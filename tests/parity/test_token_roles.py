@@ -1,4 +1,4 @@
-"""Begin, end and padding tokens against transformers and lm-eval's own hf model, on folders in the shapes of published models."""
+"""Begin, end and padding tokens against transformers and lm-eval's hf model, on folders shaped like published models."""
 
 import json
 import os
@@ -42,21 +42,21 @@ def their_model(folder):
 
 
 def continued(folder, n: int = 40, **options) -> list[int]:
-  """What transformers generates after the prompt, greedily: ids, the end token with them if it comes."""
+  """Generate greedily with transformers. Returns the ids after the prompt, including an end token."""
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   ids = tokenizer(PROMPT, return_tensors='pt').input_ids
   first = pretrained.opened(str(folder), one_device()).tokenizer.separator_id
-  if ids[0, 0] != first:  # kdjax begins every document with it
+  if ids[0, 0] != first:  # kdjax starts every document with it
     ids = torch.cat([torch.tensor([[first]]), ids], dim=1)
-  seen = torch.ones_like(ids)  # else transformers takes a first token that is its padding for padding
+  seen = torch.ones_like(ids)  # otherwise transformers masks a first token that equals its padding token
   out = their_model(folder).generate(
     ids, attention_mask=seen, max_new_tokens=n, do_sample=False, pad_token_id=0, **options
   )
   return out[0, ids.shape[1] :].tolist()
 
 
-def saying_the_end(folder: pathlib.Path, end: int) -> pathlib.Path:
-  """The folder with the rows of its head changed such that the model says `end` a few tokens after the prompt, and not before."""
+def make_end_likely(folder: pathlib.Path, end: int) -> pathlib.Path:
+  """Change the folder's head so that the model generates `end` a few tokens after the prompt, and not before."""
   shapes.change_tensors(folder, lambda tensors: tensors['lm_head.weight'][end].fill(0))
   free = continued(folder, eos_token_id=None)
   at = next(k for k in range(4, len(free)) if free[k] not in free[:k])
@@ -74,12 +74,12 @@ def saying_the_end(folder: pathlib.Path, end: int) -> pathlib.Path:
 def folder(request, tmp_path_factory) -> pathlib.Path:
   made = shapes.make(tmp_path_factory.mktemp('shape') / 'model', request.param)
   end = transformers.AutoTokenizer.from_pretrained(made).eos_token_id
-  return saying_the_end(made, end)
+  return make_end_likely(made, end)
 
 
 @pytest.fixture(scope='module')
 def models(folder):
-  """(ours, theirs) as the harness sees them."""
+  """Return the harness's models (ours, theirs)."""
   mesh = one_device()
   with jax.set_mesh(mesh):
     return harness.Model(pretrained.opened(str(folder), mesh), mesh, max_length=64), HFLM(
@@ -113,7 +113,7 @@ def test_generation_stops_at_the_end_token(folder):
 
 def test_each_of_several_end_tokens_stops(tmp_path):
   for k, end in enumerate((257, 259)):
-    made = saying_the_end(shapes.make(tmp_path / f'{k}', 'Llama 3'), end)
+    made = make_end_likely(shapes.make(tmp_path / f'{k}', 'Llama 3'), end)
     ids = continued(made)
     assert ids[-1] == end and len(ids) < 40
     opened = pretrained.opened(str(made), one_device())
@@ -169,7 +169,7 @@ def test_there_and_back_keeps_the_roles_and_the_post_processor(folder, tmp_path,
 
 @pytest.mark.parametrize('name', ['Llama 2', 'SmolLM2 Instruct', 'Qwen2.5 Instruct'])
 def test_an_exported_student_is_scored_as_the_student(name, tmp_path):
-  """A model that was trained here, on documents with these tokens around them, and its export."""
+  """A model trained by kdjax on documents with these tokens around them, and its export."""
   source, mesh = Source(shapes.make(tmp_path / 'x', name)), one_device()
   params = source.load(mesh)
   huggingface.export(source.model, params, source.tokenizer, tmp_path / 'out', max_positions=64, trained_here=True)

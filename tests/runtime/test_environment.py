@@ -48,9 +48,7 @@ def test_a_file_of_flags_is_left_alone_and_read(monkeypatch, tmp_path):
 
 def test_a_file_of_flags_that_is_not_there_is_named(monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', 'xla_a=1')
-  with pytest.raises(
-    UserError, match=r"^XLA_FLAGS=xla_a=1: a value that does not begin with '-' is the name of a file"
-  ):
+  with pytest.raises(UserError, match=r"^XLA_FLAGS=xla_a=1: a value without a leading '-' names a file of flags"):
     environment.is_deterministic()
 
 
@@ -69,9 +67,9 @@ print(len(jax.devices()), os.environ.get('XLA_FLAGS'))
 @pytest.mark.parametrize(
   ('flags', 'says'),
   [
-    ('--xla_foo=1', 'XLA_FLAGS: XLA refuses its flags (Unknown flag in XLA_FLAGS: --xla_foo=1); correct or unset it'),
+    ('--xla_foo=1', 'XLA_FLAGS: XLA rejects the flags (Unknown flag in XLA_FLAGS: --xla_foo=1); correct or unset it'),
     ('--xla_force_host_platform_device_count=two', "Couldn't interpret value two for flag xla_force_host_platform"),
-    ('nowhere', "is the name of a file of flags, and this one cannot be read (No such file or directory)"),
+    ('nowhere', "names a file of flags, but this file cannot be read (No such file or directory)"),
     ('/', 'cannot be read (Is a directory)'),
   ],
 )  # fmt: skip
@@ -100,7 +98,7 @@ def test_a_device_that_is_not_here_is_one_line_for_library_calls_too(monkeypatch
   monkeypatch.setattr(jax, 'devices', devices)
   for ask in (backend.devices, sharding.one_device, lambda: sharding.make_mesh(MeshConfig())):
     with pytest.raises(
-      UserError, match=r'^JAX_PLATFORMS=cpu: JAX cannot use such a device here \([^(]*\); unset it'
+      UserError, match=r'^JAX_PLATFORMS=cpu: JAX cannot use this platform here \([^(]*\); unset it'
     ) as e:
       ask()
     assert '\n' not in str(e.value)
@@ -113,7 +111,7 @@ def test_a_command_without_its_device_is_one_line(platform, tmp_path):
   done = python('', '-m', 'kdjax.generate', str(tmp_path), JAX_PLATFORMS=platform)
   assert done.returncode == 2 and done.stdout == ''
   (line,) = done.stderr.splitlines()
-  assert line.startswith(f'error: JAX_PLATFORMS={platform}: JAX cannot use such a device here (')
+  assert line.startswith(f'error: JAX_PLATFORMS={platform}: JAX cannot use this platform here (')
 
 
 IMPORT = """

@@ -1,4 +1,4 @@
-"""Real processes that are in the middle of a call into C, where Python runs no handler, when a signal comes."""
+"""Real processes that receive a signal during a call into C, where Python runs no handler."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import pytest
 
 from tests import runs
 
-# Locking a mutex twice waits for ever, without the GIL, and no signal interrupts it: as a compiler.
+# Locking a mutex twice blocks forever, without the GIL, and no signal interrupts it: like a compiler.
 STUCK = """
 import contextlib, ctypes, os, signal, sys, threading, time
 from kdjax.runtime import interrupts
@@ -24,7 +24,7 @@ RAISING = """
 class Stop(BaseException): ...
 interrupts.begin()
 try:
-  with interrupts.raising(Stop('come back')):
+  with interrupts.raise_on_signals(Stop('come back')):
     threading.Timer(.3, say, ['ready']).start()  # once the main thread is in the body
     BODY
 except KeyboardInterrupt: say('interrupted'); sys.exit(7)
@@ -40,7 +40,7 @@ with cli.user_errors():
   raise preemption.Preempted('saved', asked.code) if asked(0, 1) else AssertionError
 """
 WAIT = 'time.sleep(60)'
-STEP = 'time.sleep(.5); time.sleep(.5)'  # each goes on after a signal that raises nothing
+STEP = 'time.sleep(.5); time.sleep(.5)'  # a signal whose handler raises nothing does not end the sleep
 COMPILE = 'compile_for_ever()'
 
 
@@ -65,7 +65,7 @@ def end(process: subprocess.Popen) -> tuple[int, str, str]:
     (signal.SIGTERM, WAIT, 8, 'told\n', ''),
     (signal.SIGINT, COMPILE, 130, '', 'stopped\n'),
     (signal.SIGTERM, COMPILE, 75, '', 'come back\n'),
-    # What hangs while it leaves.
+    # It hangs while it exits.
     (signal.SIGINT, f'with contextlib.ExitStack() as s: s.callback(time.sleep, 60); {WAIT}', 130, '', 'stopped\n'),
   ],
 )
@@ -129,7 +129,7 @@ COMMANDS = ('train', 'evaluate', 'grid', 'report', 'prepare', 'generate', 'conve
 
 @pytest.fixture(scope='module')
 def slow_jax(tmp_path_factory):
-  """A folder with a `jax` that takes a minute to import, and imports nothing else."""
+  """A folder with a fake `jax` that takes a minute to import and prints when it starts."""
   folder = tmp_path_factory.mktemp('slow')
   (folder / 'jax.py').write_text("import os, time\nos.write(1, b'importing\\n')\ntime.sleep(60)\n")
   return folder

@@ -1,4 +1,4 @@
-"""Streams that nobody reads, that lack characters, that are closed or full: small processes, and what commands make of them."""
+"""Streams without a reader, with a limited encoding, closed or full: in small processes and in commands."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from kdjax.runtime import streams
 streams.open_missing()
 streams.make_printable()
 try:
-  with streams.ending_with_reader():
+  with streams.exit_without_reader():
     BODY
 except OSError as e:
   sys.exit(f'{e.filename}: {e.strerror}')
@@ -28,7 +28,7 @@ BUFFERED = {name: value for name, value in os.environ.items() if name != 'PYTHON
 
 
 def run(body: str, shell: str, **environment: str) -> tuple[int, bytes]:
-  """(exit code, stderr) of a program; `shell` gets it as $PROGRAM."""
+  """Run a program, as $PROGRAM in `shell`. Returns (exit code, stderr)."""
   program = f'\'{sys.executable}\' -c "$CODE"'
   done = subprocess.run(
     ['bash', '-c', shell.replace('$PROGRAM', program)],
@@ -45,7 +45,7 @@ UNREAD = '{ sleep .5; $PROGRAM; echo $? >&2; } | true'
 @pytest.mark.parametrize(
   ('body', 'code'),
   [
-    ("print('x')", 141),  # seen when it is flushed at the end
+    ("print('x')", 141),  # noticed at the final flush
     ("print('x' * 100_000)", 141),
     ("print('x'); sys.exit(0)", 141),
     ("print('x', file=sys.stderr)", 0),
@@ -107,6 +107,6 @@ def test_a_file_name_that_is_not_utf_8_can_be_printed(tmp_path):
 
 def test_streams_that_are_not_files_are_left_alone(capsys):
   streams.make_printable()
-  with streams.ending_with_reader():
+  with streams.exit_without_reader():
     print('α')
   assert capsys.readouterr().out == 'α\n'
