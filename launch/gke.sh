@@ -15,9 +15,9 @@
 # Settings may stand in the environment too (NAME, IMAGE, ACCELERATOR, SLICES, SPOT, BUCKET, LOCAL, SERVICE_ACCOUNT, CONTEXT, NAMESPACE).
 # --dry-run prints what would be done.
 #
-#   run      creates the JobSet. What was preempted (code 75), lost or crashed is started again, all of it, at most RESTARTS times (100); where a process
-#            ends with code 2 (a config error) or 1, the JobSet fails at once. What runs (commit, uncommitted changes, command, YAML) is written beside it,
-#            in launched/; the code is the image's
+#   run      creates the JobSet. After a preemption (code 75), a lost host or a crash, all jobs are restarted, at most RESTARTS times (100). If a process
+#            exits with code 2 (a config error) or 1, the JobSet fails at once. The commit, uncommitted changes, command and YAML are recorded in
+#            launched/; the code that runs is the image's
 #   logs     follows host 0's
 #   status   the JobSet and its pods
 #   stop     asks every process to save and stop, and gives the hosts back (the JobSet is suspended)

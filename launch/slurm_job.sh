@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The batch script that launch/slurm.sh submits: starts a process for every GPU, and puts the job back into the queue where work is left.
+# The batch script that launch/slurm.sh submits: starts a process for every GPU, and requeues the job while work is left.
 #
-# Near the end of the time, or when the job is preempted, Slurm sends SIGTERM to the processes and not to this script. They save and exit with 75.
-# The codes 0, 1, 2 and 130 end the job, as does what stops it on purpose (launch/slurm.sh stop, scancel). After any other code the job goes back
-# into the queue, at most RESTARTS times (default 100).
-# Where Slurm itself puts the job back (a lost node, a preemption without grace), --requeue is enough.
+# Near the end of the time limit, or when the job is preempted, Slurm sends SIGTERM to the processes but not to this script. They save and exit
+# with 75. The codes 0, 1, 2 and 130 end the job, as do launch/slurm.sh stop and scancel. After any other code the job is requeued, at most
+# RESTARTS times (default 100).
+# --requeue covers the cases in which Slurm itself requeues the job: a lost node, a preemption without grace.
 #
 #SBATCH --requeue
 #SBATCH --open-mode=append

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Runs a command, and runs it again where something else ended it: it resumes from its last checkpoint.
+# Runs a command, and restarts it if it ends before it is done; it resumes from its last checkpoint.
 #
 #   launch/supervise.sh python -m kdjax.train --distributed --config=...
 #
-# It ends with the command's code where the command is done (0), where the run cannot continue (1), where the config is wrong (2), or where the
-# user has stopped it (130): started again, it would only end again. Anything else is started again, at most RESTARTS times (default 100) in all,
-# after PAUSE seconds (default 30): a process that crashed or was killed, and one that exits with 75, because it lost another process of its job,
-# or because it was told to stop, has saved and has work left.
-# SIGTERM to this script goes to the command, which saves and exits with 75. It is not started again.
+# It exits with the command's code if the command is done (0), the run cannot continue (1), the config is wrong (2), or the user stopped it (130):
+# a restart would not help. After any other code it restarts the command, at most RESTARTS times (default 100), after PAUSE seconds (default 30).
+# This covers a process that crashed or was killed, and one that exits with 75: it lost another process of its job, or saved on request with work
+# left.
+# SIGTERM to this script is forwarded to the command, which saves and exits with 75 and is not restarted.
 #
-# Where a cluster restarts jobs, set RESTARTS=0. REASON=FILE is where the code is written if it is 1 or 2: the other processes of the job, left
-# alone, end with codes of their own.
+# If a cluster restarts jobs, set RESTARTS=0. With REASON=FILE, the code is written to FILE if it is 1 or 2: the remaining processes of the job
+# exit with other codes.
 set -uo pipefail
 (($#)) || {
   echo 'error: launch/supervise.sh needs a command' >&2

@@ -33,7 +33,7 @@ run() {
   local ask=(xpk workload create --workload="$NAME" "${place[@]}" --tpu-type="$ACCELERATOR" --num-slices="${SLICES:-1}")
   if [[ -n ${IMAGE:-} ]]; then ask+=(--docker-image="$IMAGE"); else ask+=(--base-docker-image="$BASE_IMAGE" --script-dir=.); fi
   [[ ${SPOT:-} != true ]] || ask+=(--spot)
-  # 75: a process had to stop and has saved, or lost another one; xpk restarts after signals (127 and above) by itself.
+  # 75: a process saved and stopped on request, or lost another process. xpk itself restarts after signals (127 and above).
   ask+=(--max-restarts="${RESTARTS:-100}" --restart-on-exit-codes=75 --termination-grace-period-seconds=120)
   record
   does "${ask[@]}" --command="RESTARTS=0 exec bash launch/supervise.sh python -m kdjax.train --distributed $(train_words)"
