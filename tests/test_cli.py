@@ -171,7 +171,7 @@ def test_get_config_without_an_argument_is_refused(tmp_path):
 
 
 def test_a_config_file_that_exits_is_refused(tmp_path):
-  """The code of the user's exit would be taken for ours: 0 is "done", 1 "cannot continue"."""
+  """The user's exit code would be read as the command's: 0 is "done", 1 "cannot continue"."""
   path = write(tmp_path / 'mine.py', 'import sys\ndef get_config(arg=None):\n  sys.exit(0)\n')
   assert load_error(path) == [f'{path}: line 3: SystemExit: 0']
 

@@ -305,7 +305,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_passed_over(folder, mo
 
 @pytest.fixture
 def relative(main_job, tmp_path, monkeypatch) -> tuple[pathlib.Path, Config]:
-  """(a folder where a run has been trained, which is the current one; its config, whose texts and task have relative names)."""
+  """Return (the current folder, in which a run was trained; its config, with relative paths of texts and task)."""
   for name in ('home', 'far', 'further'):
     shutil.copy(main_job / f'{name}.jsonl', tmp_path)
   items = [{'context': 'a b', 'choices': [' c', f' d{k}'], 'answer': k % 2} for k in range(6)]

@@ -94,7 +94,9 @@ def test_told_to_stop_all_save_at_one_step_and_one_process_goes_on(home, undistu
     processes[-1].send_signal(signal.SIGTERM)  # one of them alone: the others are told
     time.sleep(5)
   assert runs.finish(*processes, timeout=400) == [TEMPORARY] * n
-  assert sum('Stopping after this step.' in runs.errors(process) for process in processes) == 1  # where the signal came
+  assert (
+    sum('Stopping after this step.' in runs.errors(process) for process in processes) == 1
+  )  # in the process that got the signal
   assert 'saved. The same command resumes it.' in runs.errors(processes[0])
   folders = several.trained(workdir, ARMS)
   (step,) = {runs.leaves(folder)['step'] for folder in folders}

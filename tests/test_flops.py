@@ -54,7 +54,7 @@ def test_parameters_by_hand():
 @pytest.mark.parametrize('n_layers', [1, 5, 6, 13])
 @pytest.mark.parametrize('window', [1, 7, 128, 512, 4096])
 def test_local_layers_attend_to_their_window_alone(n_layers, window):
-  """Against the model's own mask, counted entry by entry; the formula takes the diagonal by half, as for layers that see all."""
+  """Against the model's mask, counted entry by entry; the formula counts half of the diagonal, as for full attention."""
   seq_len = 512
   config = dataclasses.replace(NAMED['tiny-1m'], vocab_size=257, n_layers=n_layers, local_window=window, global_every=6)
   behind = np.arange(seq_len)[:, None] - np.arange(seq_len)

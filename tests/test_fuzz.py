@@ -1,6 +1,6 @@
-"""Whatever a user writes, names or damages: a UserError in one line, or exit code 2, and no traceback.
+"""Arbitrary wrong input from a user gives a UserError of one line, or exit code 2, and no traceback.
 
-100 examples in all, the same each time. More, and others each time: KDJAX_FUZZ_EXAMPLES=2000 pytest tests/test_fuzz.py (for each test).
+100 fixed examples in all. For more, random ones: KDJAX_FUZZ_EXAMPLES=2000 pytest tests/test_fuzz.py (2000 for each test).
 """
 
 import contextlib
@@ -49,7 +49,7 @@ fuzz = settings(
 
 @contextlib.contextmanager
 def one_line_at_most():
-  """A mistake is a UserError of one line (a ConfigError: one line each), or leaves with code 2 (or 0: --help)."""
+  """A mistake raises a UserError of one line (a ConfigError: one line a problem), or exits with code 2 (--help: 0)."""
   out, err = io.StringIO(), io.StringIO()
   lines, code = ['nothing was raised'], 0
   try:
@@ -65,7 +65,7 @@ def one_line_at_most():
   assert code in (0, 2) and 'Traceback' not in err.getvalue(), (code, err.getvalue())
 
 
-# What people write by mistake. No NUL: no command line can hold one.
+# Common mistakes. No NUL: a command line cannot contain one.
 
 WORDS = (
   '', ' ', '0', '1', '-1', '2', '3.5', '-0.5', '.5', '1e9', '1e400', '-1e400', 'nan', 'inf', '-inf', '9' * 25, '-' + '9' * 400, '9' * 5000, '0x10', '1_000',
@@ -87,7 +87,7 @@ values = st.recursive(
 
 @st.composite
 def misspelt(draw, names):
-  """One of the names, mostly as it is, else with a letter too few or too many."""
+  """Draw a name, mostly unchanged, otherwise with a letter missing or added."""
   name = draw(st.sampled_from(names))
   at = draw(st.integers(0, len(name)))
   return draw(
@@ -117,7 +117,7 @@ def test_overrides_of_a_config(spec, overrides):
 
 @st.composite
 def spoilt(draw, tree, how=values):
-  """A nested value with a few of its parts dropped, swapped or replaced."""
+  """Draw a nested value with a few parts dropped, swapped or replaced."""
   tree = copy.deepcopy(tree)
   for _ in range(draw(st.integers(1, 3))):
     places = list(_places(tree))
@@ -140,7 +140,7 @@ def spoilt(draw, tree, how=values):
 
 
 def _places(tree):
-  """(container, key) of each part; of long lists and tables the first few."""
+  """Yield (container, key) of each part; only the first few of long lists and tables."""
   keys = list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else []
   for key in keys[:40]:
     yield tree, key
@@ -156,7 +156,7 @@ def _plain(tree):
 def test_a_config_file_that_returns_anything(tree):
   try:
     config = ml_collections.ConfigDict(tree)
-  except ValueError:  # a name with a dot in it: the file's own mistake
+  except ValueError:  # a name with a dot: a mistake of the file
     assume(False)
   with one_line_at_most():
     config_lib.resolve(config)
@@ -178,7 +178,7 @@ def test_overrides_of_a_grid(spec, overrides):
 DISTRIBUTED = ['--distributed', '--coordinator', '--processes', '--process']
 MESH = ['--fsdp', '--replica', '--tensor']
 CONFIG = f'--config={CONFIGS}/weak2strong.py'
-# A command line that is accepted, and what else there is.
+# Accepted command lines, and further options.
 COMMANDS = {
   train: ([CONFIG], [*DISTRIBUTED, '--profile', '--workdir', '--config', '--config.runs', '--config.student.tokens']),
   prepare: ([CONFIG], ['--no-report', '--config', '--config.data.source']),
@@ -211,7 +211,7 @@ WORK = (
 
 @st.composite
 def command_lines(draw):
-  """(command, its arguments): mostly those that are accepted, with a few put in, misspelt or left out."""
+  """Draw (command, its arguments): mostly accepted ones, with a few added, misspelt or omitted."""
   command = draw(st.sampled_from(list(COMMANDS)))
   whole, flags = COMMANDS[command]
   argv = [part for part in whole if draw(st.integers(0, 9))]
@@ -308,7 +308,7 @@ def test_a_tokenizer_json(tmp_path, tree, separator, text):
 
 @st.composite
 def damaged(draw, data: bytes) -> bytes:
-  """Bytes flipped, cut out, doubled or put in."""
+  """Draw data with bytes flipped, removed, doubled or inserted."""
   for _ in range(draw(st.integers(1, 4))):
     at, n = draw(st.integers(0, len(data))), draw(st.integers(0, 40))
     new = draw(st.sampled_from([b'', data[at : at + n] * 2, draw(st.binary(max_size=8))]))
@@ -327,7 +327,7 @@ PACK = {
 
 
 def assert_readable(folder: pathlib.Path, name: str, data: bytes, field: str = 'text') -> None:
-  """Documents are text that can be encoded; or else one line."""
+  """Check that documents can be encoded, or that reading them fails with one line."""
   (folder / name).write_bytes(data)
   with one_line_at_most():
     for text in sources.documents(str(folder / name), field):

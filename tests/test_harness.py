@@ -1,4 +1,4 @@
-"""The harness's command on whole experiments, and the model that it sees."""
+"""The harness command on whole experiments, and the model that it gives to the harness."""
 
 import collections
 import dataclasses
@@ -50,7 +50,7 @@ def asked(context: str, **settings) -> SimpleNamespace:
 SAMPLED = {'do_sample': True, 'temperature': 1.5}
 
 
-# Answers that are drawn.
+# Sampled answers.
 
 
 def test_repeated_requests_are_independent_draws(opened):
@@ -78,7 +78,7 @@ def test_answers_depend_on_neither_the_batch_size_nor_the_order_nor_the_devices(
 
 
 def test_a_part_of_the_requests_gets_the_same_answers(opened):
-  """As --limit asks for."""
+  """As with --limit."""
   requests = [asked(f'{k}', **SAMPLED) for k in range(8)]
   assert model(opened).generate_until(requests[:3]) == model(opened).generate_until(requests)[:3]
 
@@ -99,7 +99,7 @@ def test_draws_come_as_often_as_the_models_probabilities_say(opened):
   ('settings', 'drawn'),
   [
     ({'do_sample': True, 'temperature': 1.0}, True),
-    ({'temperature': 1.0}, True),  # as lm_eval's own models read it
+    ({'temperature': 1.0}, True),  # as in lm_eval's own models
     ({'do_sample': False, 'temperature': 1.0}, False),
     ({'do_sample': True, 'temperature': 0.0}, False),
     ({'do_sample': True, 'temperature': 1.0, 'top_k': 1}, False),
@@ -177,7 +177,7 @@ def tasks(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope='module')
 def trunk(tmp_path_factory) -> pathlib.Path:
-  """An experiment whose teacher is the checkpoint in the middle of a longer run."""
+  """An experiment whose teacher is an intermediate checkpoint of a longer run."""
   home = tmp_path_factory.mktemp('trunk')
   tokens = tiny.FIELDS['teacher.tokens']
   fields = {'teacher.trunk': (tokens, 2 * tokens), 'student.arms': ('baseline', 'distilled')}
@@ -230,7 +230,7 @@ def test_a_named_steps_results_are_in_that_steps_table_alone(experiment, tasks, 
   for arm, step in (('teacher', tiny.STEPS // 2), ('baseline', 8), ('distilled', 8)):
     assert read_task(experiment, arm, 'lm-eval-mymc_a', 8)[1]['step'] == step
   assert f'1,024 tokens in 8 steps of {tiny.STEPS}' in out
-  # The eval job adds the text sets of the same step, and keeps these.
+  # The eval job adds the text sets of the same step and keeps these results.
   evaluate.main([f'--workdir={experiment}', '--step=8'])
   out = capsys.readouterr().out
   assert 'lm-eval-mymc_a' in out and 'bits/byte less the baseline' in out and ', step 8' in out
@@ -243,7 +243,7 @@ def test_a_named_steps_results_are_in_that_steps_table_alone(experiment, tasks, 
 
 
 def test_the_newest_table_is_of_one_step(experiment, tasks, capsys):
-  """Text that was scored at an earlier step leaves it until the eval job has scored the newest."""
+  """Text sets scored at an earlier step are omitted until the eval job has scored the newest step."""
   known = read_json(experiment / 'evaluation.json')
   evaluate.main([f'--workdir={experiment}', '--step=8'])
   old = read_json(experiment / 'evaluation-step8.json')
@@ -261,7 +261,7 @@ def test_filters_have_columns_of_their_own_and_replace_what_was_averaged(experim
   run(tasks, experiment, '--tasks', 'numbers')
   names = ['lm-eval-numbers:flexible-extract', 'lm-eval-numbers:strict-match']
   assert all(name in capsys.readouterr().out or name in (experiment / 'table.txt').read_text() for name in names)
-  # As earlier versions left it: each item once a filter.
+  # As written by earlier versions: each item once for each filter.
   for arm, files in (known := read_json(experiment / 'evaluation.json')).items():
     tables = [results.read(experiment / files[name]) for name in names]
     meta = tables[0][1] | {'set': 'lm-eval-numbers'}

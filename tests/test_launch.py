@@ -256,7 +256,7 @@ def test_it_gives_up_in_the_end(tmp_path):
 
 @pytest.mark.parametrize(('last', 'restarts'), [(75, 0), (75, 100), (0, 100)])
 def test_a_command_that_was_told_to_stop_ends_with_its_own_code(tmp_path, last, restarts):
-  """75: work is left; 0: that was the last step."""
+  """75: work is left; 0: it was the last step."""
   code = f"""{COUNT}
 import time
 signal.signal(signal.SIGTERM, lambda *_: os._exit({last}))

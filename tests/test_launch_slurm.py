@@ -22,7 +22,7 @@ for i in 0 1; do SLURM_PROCID=$i "$@" & tasks+=($!); done
 for task in "${tasks[@]}"; do wait "$task" || codes+=($?); done
 exit "$(printf '%s\\n' 0 "${codes[@]}" | sort -n | tail -n 1)"
 """,
-  'python': """# ends at once with its code of CODES, or works until it is told to stop, and saves
+  'python': """# exits at once with its code of CODES, or works until SIGTERM, then saves
 echo "$*" >>"$ROOT/calls/python"
 if [[ -n $CODES ]]; then set -- $CODES && shift "$SLURM_PROCID" && exit "$1"; fi
 trap 'exit 75' TERM

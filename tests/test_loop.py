@@ -51,8 +51,8 @@ def test_each_multiple_of_the_period_is_saved_and_stays_whatever_the_other_saves
   fit(home, tmp_path, **{'checkpoint.every': 4, 'checkpoint.keep': 1, 'checkpoint.keep_period': 5})
   for student, same in zip(students(tmp_path), students(undisturbed), strict=True):
     steps = sorted(int(path.name) for path in (student / 'checkpoints').iterdir() if path.name.isdigit())
-    assert steps == [5, 10, 12]  # and not 8, which was the newest but for a time
-    assert runs.metrics(student) == runs.metrics(same)  # a save changes nothing
+    assert steps == [5, 10, 12]  # not 8, which was the newest for a time
+    assert runs.metrics(student) == runs.metrics(same)  # saving changes nothing
 
 
 def test_what_a_validation_takes_is_in_no_rate(home, tmp_path, monkeypatch):
@@ -264,7 +264,7 @@ def test_a_signal_in_the_last_step_ends_the_command_with_the_run_done(home, undi
 
 
 def test_a_run_whose_progress_nobody_reads_stops_saved(home, undisturbed, tmp_path, monkeypatch):
-  """Ctrl-C ends the `tee` behind a training at once: the broken pipe must not end the training before it has saved."""
+  """Ctrl-C ends the `tee` that reads a training run at once: the broken pipe must not end the run before it has saved."""
 
   def update(self, n, **postfix):
     raise BrokenPipeError

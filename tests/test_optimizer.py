@@ -52,7 +52,7 @@ def test_wsd_is_constant_between_warm_up_and_decay():
   assert float(rate(160)) < PEAK
 
 
-# Rates over the peak, by hand, where warm-up and decay are as long as the run or longer; the final fraction is .1.
+# Rates relative to the peak, by hand, for warm-up and decay that fill or exceed the run; the final fraction is .1.
 EDGES = [
   ('cosine', 1, 0.0, [0.1]),
   ('cosine', 1, 1.0, [0.1]),

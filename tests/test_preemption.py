@@ -1,4 +1,4 @@
-"""What processes of several are told; signals are in tests/runtime/test_interrupts.py."""
+"""Preemption notices with several processes; for signals see tests/runtime/test_interrupts.py."""
 
 import jax
 import pytest
@@ -10,7 +10,7 @@ from kdjax.preemption import Preempted
 
 @pytest.fixture
 def notice(monkeypatch):
-  """The numbers that JAX was asked about; it gives notice once there are three."""
+  """The steps that JAX was asked about; it gives notice at the third."""
   asked = []
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   monkeypatch.setattr(multihost_utils, 'reached_preemption_sync_point', lambda n: asked.append(n) or len(asked) == 3)

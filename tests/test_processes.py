@@ -21,7 +21,7 @@ def command(module: str, *arguments, **options) -> subprocess.Popen:
 
 
 def shell_of_colab() -> dict[str, str]:
-  """The environment of `!python -m ...` in a cell: the notebook's backend, no terminal; here with a stdout that knows ASCII alone."""
+  """The environment of `!python -m ...` in a cell: the notebook's backend, no terminal; here also an ASCII-only stdout."""
   env = {name: value for name, value in runs.environment().items() if name not in ('COLUMNS', 'LINES', 'LC_ALL')}
   return env | {'MPLBACKEND': 'module://matplotlib_inline.backend_inline', 'TERM': 'dumb', 'PYTHONIOENCODING': 'ascii'}
 
@@ -43,7 +43,7 @@ def test_the_main_job_runs_in_a_shell_like_colabs(home, tmp_path):
 
 
 def long_run(home, folder, **fields):
-  """(config file, folder) of a run that lasts until it is told to stop."""
+  """Return (config file, folder) of a run that lasts until it is stopped."""
   endless = {'student.tokens': 10_000 * 8 * 16, 'checkpoint.every': 5000, 'eval.every': 5000}
   return several.experiment(home, folder, **{'student.arms': ('baseline',), **endless, **fields})
 
@@ -70,7 +70,7 @@ def test_an_evaluation_that_is_told_to_stop_exits_with_work_left(main_job, tmp_p
   (experiment,) = (path.parent for path in (main_job / 'runs').glob('tiny-*/experiment.json'))
   shutil.copytree(main_job, tmp_path / 'home')
   workdir = tmp_path / 'home' / 'runs' / experiment.name
-  for run in jobs.find(workdir).students:  # still training, to all appearances
+  for run in jobs.find(workdir).students:  # it looks as if it is still training
     write_json(run.path / 'status.json', run.status() | {'state': 'running', 'heartbeat': time.time() + 1e6})
   process = runs.start(tmp_path, workdir, '--watch', module='kdjax.evaluate')
   runs.wait_for(lambda: 'scored' in runs.errors(process), process)
@@ -117,7 +117,7 @@ def in_containers() -> bool:
 
 @pytest.mark.skipif(not shutil.which('unshare') or not in_containers(), reason='no PID namespace can be made here')
 def test_a_live_trainer_of_another_container_of_the_same_name_keeps_its_folder(tmp_path):
-  """Each sees its own processes: the owner's number is that of another process there, or of none."""
+  """Each container sees only its own processes: the owner's PID is another process there, or none."""
   words = [*IN_A_CONTAINER, sys.executable, '-c', OWNER, str(tmp_path / 'r')]
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'env': runs.environment(), 'text': True}
   first = subprocess.Popen(words, **pipes)
@@ -128,7 +128,7 @@ def test_a_live_trainer_of_another_container_of_the_same_name_keeps_its_folder(t
     assert second.returncode and 'another trainer owns it' in error
     first.kill()
     first.wait(60)
-    third = subprocess.Popen(words, **pipes)  # its heart has stopped: taken over after the timeout
+    third = subprocess.Popen(words, **pipes)  # its heartbeat has stopped: the folder is taken over after the timeout
     lines = [third.stdout.readline(), third.stdout.readline()]
     assert 'waiting up to 5 s for its heartbeat to stop' in lines[0] and lines[1] == 'owned\n'
     third.kill()

@@ -126,8 +126,8 @@ def test_of_threads_that_take_over_a_dead_folder_exactly_one_gets_it(folder):
 
 @pytest.mark.parametrize('known', [{'pids': 'pid:[1]'}, {'pids': ''}, {}], ids=['another', 'none', 'older'])
 def test_a_process_that_cannot_be_seen_from_here_lives_by_its_heartbeat(folder, known):
-  """Same host name, same boot, another PID namespace: its number says nothing here."""
-  here = run_lib._this_process() | {'started': 'another'}  # this number is another process's here
+  """Same host name, same boot, another PID namespace: the PID means nothing here."""
+  here = run_lib._this_process() | {'started': 'another'}  # here, this PID is another process
   del here['pids']
   elsewhere(folder, 1000.0, **here | known)
   beats = threading.Timer(0.2, elsewhere, (folder, 2000.0), here | known)

@@ -1,4 +1,4 @@
-"""docs/STATISTICS.md holds the tables of the simulation's committed results, and these keep the bounds that the page states."""
+"""docs/STATISTICS.md contains the tables of the committed simulation results, and the results satisfy the bounds that the page states."""
 
 import json
 import pathlib

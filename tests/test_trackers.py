@@ -81,7 +81,7 @@ def test_mistakes_are_said_before_the_training(monkeypatch, tmp_path):
 
 
 class FakeWandb:
-  """As much of the package as kdjax asks before a run."""
+  """The parts of wandb that kdjax uses before a run."""
 
   class Error(Exception): ...
 
@@ -146,7 +146,7 @@ def test_wandb_is_asked_without_a_prompt_and_on_the_process_that_tracks_alone(mo
   monkeypatch.setattr(trackers.jax, 'process_index', lambda: 1)
   trackers.check(('wandb',))
   assert len(wandb.asked) == 1
-  wandb.login = lambda key=None, verify=False: True  # of older versions, which know no prompt=
+  wandb.login = lambda key=None, verify=False: True  # older versions have no prompt=
   monkeypatch.setattr(trackers.jax, 'process_index', lambda: 0)
   trackers.check(('wandb',))
 

@@ -429,7 +429,7 @@ def test_what_an_experiment_was_called_before_later_fields_came_it_is_called_sti
   ids=str,
 )
 def test_a_run_whose_nucleus_was_cut_at_temperature_1_is_another_run(fields, differs):
-  """Only runs whose results have changed get another identity."""
+  """Only runs whose results have changed get a new identity."""
   config = cli.load_config(f'{pathlib.Path(__file__).parents[1]}/configs/weak2strong.py', fields)
   older = dataclasses.asdict(config.loss)
   kept = training.experiment(config)['loss']

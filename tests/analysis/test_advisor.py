@@ -1,4 +1,4 @@
-"""The advisor: of known surfaces it chooses nearly the best arm, and where there is nothing to be found it says so."""
+"""The advisor chooses nearly the best arm on known surfaces, and reports when there is nothing to recommend."""
 
 import math
 
@@ -33,7 +33,7 @@ def advise(frame, budget=PLENTY, student=STUDENT, tokens=TOKENS, draws=400, marg
 
 
 def lm_only(gains, error=0.004, student='tiny-1m') -> pd.DataFrame:
-  """Rows of LM-only students; `gains`: tokens, in units of the student's own, -> gain."""
+  """Make rows of LM-only students. `gains`: tokens as a multiple of the student's -> gain."""
   own = flops.training_flops(STUDENT, SEQ_LEN) * TOKENS
   rows = [
     {'estimate': -gain, 'error': error, 'df': 4.0, 'student_flops': own * share, 'cells': f'lm-{share}'}
@@ -51,7 +51,7 @@ def lm_only(gains, error=0.004, student='tiny-1m') -> pd.DataFrame:
 
 
 def regret(advice, gain) -> float:
-  """What the choice loses to the best arm of the grid, as a share of that one's gain."""
+  """Return the choice's loss against the best arm of the grid, as a share of the best arm's gain."""
   truth = lambda *point: gain(point[0], point[1], SIZE['tiny-1m'], TOKENS, point[2])
   frame = advice.surface.frame
   best = max(map(truth, frame['teacher_params'], frame['teacher_tokens'], frame['alpha']))
@@ -98,7 +98,7 @@ def test_where_the_gain_saturates_the_cheapest_within_the_margin_is_chosen(seed)
 
 
 def test_a_strong_measured_arm_in_the_interior_is_advised_whatever_the_surface_makes_of_it():
-  """One teacher that helps between two that do not: no smooth surface, and no doubt either."""
+  """One teacher that helps between two that do not: the surface is not smooth, but the result is clear."""
   peak = lambda n_t, d_t, n_s, d_s, alpha: 0.096 if abs(n_t / SIZE['tiny-0.3m'] - 1) < 0.1 and alpha == 0.4 else 0.0
   found = advise(effects(peak, budgets=(TOKENS,), error=0.0035))
   assert found.supported, found.reasons
@@ -191,7 +191,7 @@ def test_what_lies_outside_the_grid_is_flagged_and_not_recommended():
   outside = [option for option in found.options if option.teacher in ('tiny-0.1m', 'tiny-10m')]
   assert outside
   assert all(option.extrapolated for option in outside)
-  assert found.options[0].teacher == 'tiny-0.1m'  # promises most
+  assert found.options[0].teacher == 'tiny-0.1m'  # has the largest predicted gain
   assert found.best.teacher == found.choice.teacher == 'tiny-0.3m'
   assert any('tiny-0.1m' in run and 'outside what the grid covers' in run for run in found.runs)
   assert 'OUTSIDE THE DATA: not recommended' in advice.format(found)
@@ -306,7 +306,7 @@ def test_what_is_no_count_is_refused_with_the_options_name(text):
 
 def test_students_are_named_or_sized():
   assert advice.parse_student('tiny-1m', 512) == named('tiny-1m', vocab_size=512)
-  assert advice.parse_student('1.7B', 512) == NAMED['llama3-1.7b']  # which has a vocabulary of its own
+  assert advice.parse_student('1.7B', 512) == NAMED['llama3-1.7b']  # it has its own vocabulary
   assert advice.parse_student('300M', 512) == NAMED['qwen3-0.3b']
   assert advice.parse_student('1.1B', 512) == NAMED['llama3-1.7b']  # outside its embedding
   with pytest.raises(UserError, match='no known model has 77B parameters; name one of'):

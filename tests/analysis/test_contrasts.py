@@ -1,4 +1,4 @@
-"""The contrasts on simulated grids of known truth: who gets a verdict, at which level, and what is compared with what."""
+"""The contrasts on simulated grids with known effects: which get a verdict, at which level, and what they compare."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from kdjax.grids import comparisons
 from kdjax.grids import config as grid_config
 from kdjax.grids.config import GridConfig
 
-CLEAR = 0.5  # bits per byte: an effect that any grid resolves
+CLEAR = 0.5  # bits per byte: an effect that every grid resolves
 
 
 def rows(design, effects=simulated.no_effect, regime='mixed', seed=0):
@@ -28,7 +28,7 @@ def of(found, contrast, where=None, detail=''):
 
 
 def with_all_contrasts(n_seeds=5):
-  """The shipped grid with every contrast, and the pair at equal total FLOPs."""
+  """The shipped grid with all contrasts, and with the pair at equal total FLOPs."""
   made = simulated.design(n_seeds)
   grid = dataclasses.replace(made.grid, contrasts=tuple(grid_config.CONTRASTS))
   (setting,) = cells_lib.settings(grid)
@@ -61,7 +61,7 @@ def test_one_or_two_seeds_give_no_verdict_however_clear_the_effect(n_seeds):
 def test_with_five_seeds_a_clear_effect_has_a_verdict_on_primary_tests_alone():
   found = rows(simulated.design(5), gain)
   assert of(found, 'weak_helps', 'in-domain')['verdict'] == 'better'
-  assert of(found, 'weak_helps', 'OOD mean')['verdict'] == 'exploratory'  # as clear, and not declared
+  assert of(found, 'weak_helps', 'OOD mean')['verdict'] == 'exploratory'  # equally clear, but not declared
   assert of(found, 'size_reverses', 'in-domain')['verdict'] == 'unresolved'
   details = [row for row in found if row['detail']]
   assert details and all(row['verdict'] == 'exploratory' for row in details)
@@ -128,7 +128,7 @@ def test_at_equal_total_flops_pairs_are_compared_and_lm_only_is_a_third_arm():
 
 
 def test_equal_teachers_do_not_reverse_at_equal_flops_for_their_baselines_sake():
-  """The LM-only student of the stronger teacher has more tokens and is better: that is no reversal of the teachers."""
+  """The LM-only student of the stronger teacher is better because it has more tokens; this is not a reversal of the teachers."""
   more_text = lambda group, name: -CLEAR * (group.kind == 'flop_matched' and group.source.teacher == 'tiny-1m')
   row = of(rows(with_all_contrasts(), more_text), 'reversal_at_equal_flops', 'in-domain')
   assert row['low'] < 0 < row['high']
@@ -182,7 +182,7 @@ def test_one_seeds_contrasts_have_the_noise_of_every_run_behind_them():
 
 
 def test_checkpoint_spreads_are_of_the_weighted_value():
-  """By hand: one run, two sets, three checkpoints."""
+  """Computed by hand: one run, two sets, three checkpoints."""
   scores = object.__new__(Scores)
   values = {('a', 0): 1.0, ('a', 1): 2.0, ('a', 2): 4.0, ('b', 0): 3.0, ('b', 1): 3.0, ('b', 2): 0.0}
   scores.checkpoints = lambda run: 3

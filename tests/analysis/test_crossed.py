@@ -403,7 +403,7 @@ def test_either_source_alone_would_be_far_too_narrow(mix):
 @pytest.mark.parametrize('n_seeds', [3, 5])
 @pytest.mark.parametrize('mix', ['seeds', 'equal', 'documents'])
 def test_four_primary_contrasts_on_pure_noise_rarely_give_a_verdict(mix, n_seeds):
-  """All of the procedure: effects at the corrected level, verdicts. Family-wise error at most 5%, and 3 Monte Carlo errors of it."""
+  """Tests the whole procedure: effects at the corrected level, verdicts. The family-wise error is at most 5% plus 3 Monte Carlo errors."""
   rng, n, wrong = np.random.default_rng(17), 800, 0
   in_domain, ood, both = [1.0, 0, 0, 0], [0, 1 / 3, 1 / 3, 1 / 3], [-1.0, 1 / 3, 1 / 3, 1 / 3]
   contrasts = [(0, 4, in_domain), (0, 4, both), (1, 0, in_domain), (3, 0, ood)]
@@ -421,13 +421,13 @@ def test_four_primary_contrasts_on_pure_noise_rarely_give_a_verdict(mix, n_seeds
 
 
 def resolved(rng, effect: float, n_seeds: int, documents, mix: str, level: float, n: int = GRIDS // 2) -> float:
-  """How often the effect is resolved in the right direction, at a true standard error of 1."""
+  """Estimate how often the effect is resolved in the right direction, at a true standard error of 1."""
   found = [crossed_effect(grid(rng, n_seeds, documents, mix, [effect], 'equal'), level=level) for _ in range(n)]
   return float(np.mean([verdict(e, False) == 'better' for e in found]))
 
 
 def true_effect(n_seeds: int, n_documents: int, mix: str) -> Effect:
-  """An effect of 0 with the true variances of `grid` in place of estimated ones."""
+  """Return an effect of 0 with the true variances of `grid` instead of estimates."""
   seeds, documents, residual = MIXES[mix]
   parts = ((seeds + residual, n_seeds - 1), (documents, n_documents - 1))
   return Effect(0.0, 0.0, 0.0, 1.0, math.nan, 1.0, n_seeds, n_documents, 'seeds and documents', 0.0, 0.0, parts)
@@ -443,14 +443,14 @@ def test_the_minimum_detectable_effect_is_found_four_times_in_five_at_its_level(
 
 
 def seeds_alone(n_seeds: int) -> Effect:
-  """An effect whose standard error is known to be 1, over seeds."""
+  """Return an effect over seeds whose standard error is known to be 1."""
   return Effect(0.0, 0.0, 0.0, 1.0, n_seeds - 1, 1.0, n_seeds, 1, 'seeds', 1.0, math.nan, ((1.0, n_seeds - 1),))
 
 
 @pytest.mark.parametrize('n_seeds', [3, 5, 20])
 @pytest.mark.parametrize('level', [0.95, 0.9875])
 def test_the_minimum_detectable_effect_is_the_noncentral_t_tests(n_seeds, level):
-  """By SciPy's noncentral t: the wrong side adds nothing that shows."""
+  """Against SciPy's noncentral t: the probability of the wrong direction is negligible."""
   known = special.nctdtrinc(n_seeds - 1, 0.2, stats.t.ppf((1 + level) / 2, n_seeds - 1))
   assert minimum_detectable_effect(seeds_alone(n_seeds), level=level) == pytest.approx(known, rel=0.01)
 
@@ -462,7 +462,7 @@ def test_more_power_or_a_surer_level_needs_a_greater_effect():
 
 
 def test_the_range_of_the_minimum_detectable_effect_is_the_standard_deviations_own_interval():
-  """Simulated: the range holds the effect that the true error gives as often as it says."""
+  """Simulated: the range contains the effect for the true error with its nominal probability."""
   rng, true = np.random.default_rng(24), minimum_detectable_effect(seeds_alone(5))
   holds = []
   for _ in range(GRIDS):

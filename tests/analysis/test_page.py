@@ -117,7 +117,7 @@ def test_the_embedded_table_is_the_table(parsed, tables):
 
 
 def test_alphas_and_settings_that_differ_in_late_digits_are_told_apart(tables):
-  """By the words that the page looks them up by: those of JavaScript's `String`."""
+  """By the page's keys: the strings of JavaScript's `String`."""
   effects, contrasts = tables
   effects = effects.copy()
   first, second = sorted(set(effects['alpha']))[1:3]

@@ -1,4 +1,4 @@
-"""Long texts in pieces: the same ids as whole, by every shape of tokenizer, in memory that does not grow with the text."""
+"""Long texts in pieces: every kind of tokenizer gives the same ids as for the whole text, in bounded memory."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from kdjax.data.tokenizer import Tokenizer, train_bpe
 from tests.data import tokenizer_kinds
 from tests.data.helpers import REPO
 
-WHOLE = {  # shapes whose texts are never cut
+WHOLE = {  # kinds of tokenizers whose texts are never cut
   'unigram of documents',
   'stripped',
   'added words',
@@ -78,7 +78,7 @@ def test_monotonous_text_is_cut_rightly_or_not_at_all(text, short_pieces):
 
 
 def test_a_piece_that_is_not_the_first_gets_no_space_before_it(short_pieces):
-  """Llama 2's normalizer puts one before each text that it is given."""
+  """Llama 2's normalizer prepends a space to each text it is given."""
   model = loaded(tokenizer_kinds.kinds()['llama2'])
   cutter = Cutter(json.loads(tokenizer_kinds.kinds()['llama2']))
   assert cutter.has_rest and len(list(cutter.pieces('a b. ' * 900))) > 5
@@ -89,7 +89,7 @@ def test_a_piece_that_is_not_the_first_gets_no_space_before_it(short_pieces):
 
 
 def test_text_that_merges_may_join_is_not_cut_there(short_pieces):
-  """A BPE that sees whole documents, and has merges over what ends words elsewhere."""
+  """A BPE that sees whole documents, and has merges across word boundaries."""
   made = json.loads(tokenizer_kinds.kinds()['merges over spaces'])
   text = tokenizer_kinds.corpus(3, 9000)
   glued = {entry[k : k + 2] for entry in made['model']['vocab'] for k in range(len(entry) - 1)}

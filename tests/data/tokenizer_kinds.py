@@ -1,4 +1,4 @@
-"""Tokenizers of every shape that is in use, trained here on a few kilobytes: name -> the JSON of a `tokenizers` file."""
+"""Tokenizers of every common kind, trained here on a few kilobytes: name -> the JSON of a `tokenizers` file."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ SPECIAL = '<|endoftext|>'
 
 
 def corpus(seed: int = 0, size: int = 30_000) -> str:
-  """Text with everything that tokenizers treat in ways of their own."""
+  """Generate text with everything that tokenizers treat differently."""
   rng = random.Random(seed)
   words = [''.join(rng.choices('abcdefghijklmnop', k=rng.randrange(1, 9))) for _ in range(300)]
   make = [
@@ -69,7 +69,7 @@ def _byte_level(pattern: str, **options: Any) -> Any:
 
 
 def _added(values: dict[str, Any], *contents: str, **flags: bool) -> dict[str, Any]:
-  """With more tokens, which are not special."""
+  """Add tokens that are not special."""
   first = 1 + max(token['id'] for token in values['added_tokens'])
   first = max(first, len(values['model']['vocab']))
   plain = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': False}
@@ -78,7 +78,7 @@ def _added(values: dict[str, Any], *contents: str, **flags: bool) -> dict[str, A
 
 
 def _sentencepiece(byte_fallback: bool = True, **changes: Any) -> dict[str, Any]:
-  """As converted from SentencePiece: no pre-tokenizer, so that the model sees a whole document."""
+  """Build a tokenizer as converted from SentencePiece: no pre-tokenizer, so the model sees a whole document."""
   special = ['<unk>', '<s>', '</s>', *(f'<0x{byte:02X}>' for byte in range(256))]
   values = _trained(pre_tokenizers.Metaspace(), special_tokens=special, vocab_size=900)
   model = values['model'] | {'byte_fallback': byte_fallback, 'unk_token': '<unk>', 'fuse_unk': True}
@@ -144,7 +144,7 @@ def _kinds():
     'lower case without accents',
     _trained(level(), normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase(), normalizers.StripAccents()])),
   )
-  # What is left whole.
+  # Texts of these are not cut.
   yield 'stripped', _trained(level(), normalizers.Strip())
   yield 'added words', _added(gpt2, 'abc', single_word=True)
   yield 'added with spaces', _added(gpt2, 'abc', rstrip=True, lstrip=True)

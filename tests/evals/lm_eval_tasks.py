@@ -1,4 +1,4 @@
-"""Small tasks of the harness's own format: a YAML file and JSON lines each."""
+"""Small tasks in the harness's format: a YAML file and JSON lines each."""
 
 import json
 import pathlib
@@ -19,7 +19,7 @@ GENERATE = {
   'generation_kwargs': {'until': ['.'], 'do_sample': False, 'max_gen_toks': 12},
   'metric_list': [{'metric': 'exact_match', 'aggregation': 'mean', 'higher_is_better': True}],
 }
-# As gsm8k has them.
+# As in gsm8k.
 FILTERS = [
   {
     'name': name,
@@ -30,7 +30,7 @@ FILTERS = [
 
 
 def write(folder: pathlib.Path, name: str, items: list[dict[str, Any]], fields: dict[str, Any], code: str = '') -> None:
-  """Writes a task; JSON is YAML. `code`: a module beside it, whose function `score` then is the task's process_results."""
+  """Write a task; JSON is YAML. `code`: a module in the same folder; its function `score` becomes the task's process_results."""
   data = folder / f'{name}.jsonl'
   data.write_text(''.join(json.dumps(item) + '\n' for item in items))
   whole = {

@@ -1,4 +1,4 @@
-"""Where evaluation numbers are easily wrong: ties, fits on what is scored, weights, cuts, teachers that are not there yet."""
+"""Edge cases in which evaluation numbers are easily wrong: ties, fits on scored data, weights, cuts, unfinished teachers."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def read(tmp_path, *records) -> list[choices.Item]:
 
 
 def test_a_pair_whose_sentences_are_equally_likely_is_not_right(tmp_path):
-  """The good one is always the first: were a tie the first's, a model that knows nothing would be right."""
+  """The good sentence always comes first: if a tie counted for the first, a model that knows nothing would be right."""
   items = read(tmp_path, *ITEMS)
   logprobs = np.array([-3.0, -3.0, -2.0, -2.5, -4.0, -4.0, -4.0])
   table = choices._table(items, logprobs, np.ones(7, int), np.zeros(7, bool))
@@ -78,7 +78,7 @@ def test_no_temperature_is_fitted_on_what_it_is_scored_on(experiment):
 
 
 def test_a_teacher_that_still_trains_can_be_scored(experiment, tmp_path):
-  """A watching job scores each checkpoint of a trunk, also before the one that the students learn from."""
+  """A job with --watch scores each checkpoint of a trunk, including those before the students' teacher."""
   job, corpus = experiment
   teacher = dataclasses.replace(job.config.teacher, run=str(job.teacher.path), step=99)
   early = dataclasses.replace(job, config=dataclasses.replace(job.config, teacher=teacher))

@@ -1,4 +1,4 @@
-"""Each task and filter is one result, with the harness's own numbers, its own normalisation and the right chance level."""
+"""Each task and filter gives one result, with the harness's numbers, its normalisation and the right chance level."""
 
 import collections
 import hashlib
@@ -22,7 +22,7 @@ CHOICES = [f' {"ä" * n}' for n in (1, 5, 9, 2, 3, 4)]
 
 
 class Hashed(LM):
-  """A model whose answers are hashes of what it is asked."""
+  """A model whose answers are hashes of the requests."""
 
   def loglikelihood(self, requests, disable_tqdm=False):
     return [(-1 - 30 * _hash(*request.args), _hash('greedy', *request.args) < 0.5) for request in requests]
@@ -31,7 +31,7 @@ class Hashed(LM):
     return [-len(request.args[0]) * _hash(*request.args) for request in requests]
 
   def generate_until(self, requests, disable_tqdm=False):
-    """The k-th answer to the same request is another one."""
+    """Repeated requests get different answers."""
     asked = collections.Counter()
     out = []
     for request in requests:
@@ -130,7 +130,7 @@ def test_chance_of_several_right_answers_is_their_share(evaluate):
 
 
 def test_chance_is_what_guessing_gets(evaluate):
-  """A model of hashes knows nothing: over many items its accuracy is the chance level."""
+  """A model of hashes guesses: over many items its accuracy is the chance level."""
   for targets in (False, True):
     _, (found,) = evaluate(
       with_metrics('acc', 'acc_mutual_info') if not targets else with_metrics('acc'), items(1500, targets=targets)
@@ -140,7 +140,7 @@ def test_chance_is_what_guessing_gets(evaluate):
 
 
 def test_one_context_for_each_choice_has_the_same_chance(evaluate):
-  """As winogrande: what is scored is the same text after other contexts."""
+  """Like winogrande: the same text is scored after different contexts."""
   fields = with_metrics('acc') | {'doc_to_text': 'answer', 'doc_to_target': 'target'}
   the_items = list(items(lengths=(2, 3)))
   _, (found,) = evaluate(fields, the_items)

@@ -1,4 +1,4 @@
-"""Tasks are found as the harness's own command line finds them; limits mean what they mean there."""
+"""Tasks are found as by the harness's command line, and limits mean the same."""
 
 import argparse
 

@@ -142,7 +142,7 @@ def test_validated_cells_are_at_the_chosen_alpha_with_fresh_seeds_and_their_cont
   chosen |= {f'{setting.name}/tuned': 'stop0.5-lr1-wd1', f'{setting.name}/unigram': 0.1}
   groups = cells.validated_groups(g, chosen)
   assert [group.alpha for group in of(groups, 'distilled')] == pytest.approx([0.2, 0.3, 0.4])
-  assert [group.alpha for group in of(groups, 'unigram')] == [0.1]  # its own, not the teachers'
+  assert [group.alpha for group in of(groups, 'unigram')] == [0.1]  # its own alpha, not the teachers'
   assert all([c.seed for c in group.cells] == list(g.validated_seed) for group in groups)
   (tuned,) = of(groups, 'tuned')
   assert tuned.cells[0].config.student.tokens == setting.student_tokens // 2
@@ -371,7 +371,7 @@ def test_a_cell_whose_config_cannot_run_is_refused():
 
 
 def test_flop_matched_students_get_the_tokens_of_the_tokenizers_own_size(tmp_path):
-  """By hand: a byte tokenizer has 257 tokens, stored as 384, and not the 2048 of a bpe."""
+  """Computed by hand: a byte tokenizer has 257 tokens, padded to 384, not the 2048 of a bpe."""
   matched = {}
   for name in ('bpe', 'bytes', str(tokenizer_file(tmp_path, 300))):
     data = dataclasses.replace(GridConfig().base.data, tokenizer=name)
@@ -384,7 +384,7 @@ def test_flop_matched_students_get_the_tokens_of_the_tokenizers_own_size(tmp_pat
     (group,) = of(cells.validated_groups(g, {cells.pilot_key(setting, source): 0.4}), 'flop_matched')
     matched[name] = group.cells[0].config.student.tokens
     assert cells.sized(g, 'tiny-3m').vocab_size == cells.vocab_size(g) == {'bpe': 2048, 'bytes': 257}.get(name, 300)
-  assert list(matched.values()) == [1_543_420, 1_815_273, 1_815_273]  # 257 and 300 are stored in as many rows
+  assert list(matched.values()) == [1_543_420, 1_815_273, 1_815_273]  # 257 and 300 are padded to the same size
 
 
 def test_a_missing_tokenizer_file_is_reported_unless_its_size_is_given(tmp_path):
@@ -393,11 +393,11 @@ def test_a_missing_tokenizer_file_is_reported_unless_its_size_is_given(tmp_path)
   with pytest.raises(UserError, match=r'none.json cannot be read .*; to plan before the file is there, set vocab_size'):
     cells.sized(g, 'tiny-3m')
   assert cells.sized(dataclasses.replace(g, vocab_size=49_152), 'tiny-3m').vocab_size == 49_152
-  assert cells.sized(g, 'llama3-8b').vocab_size == 128_256  # this one's is its own
+  assert cells.sized(g, 'llama3-8b').vocab_size == 128_256  # this model has its own vocabulary
 
 
 def tokenizer_file(folder, size):
-  """A `tokenizers` file with so many tokens, made-up words beside the bytes."""
+  """Write a `tokenizers` file with `size` tokens: the bytes and made-up words."""
   parsed = json.loads(Tokenizer().to_json())
   parsed['model']['vocab'] |= {f'word{i}': 257 + i for i in range(size - 257)}
   path = folder / 'words.json'

@@ -62,7 +62,7 @@ FAKES = {
   ('code', 'state', 'requeued'),
   [
     (0, 'RUNNING', False),  # all is done
-    (75, 'RUNNING', True),  # told that its time is over, it has saved
+    (75, 'RUNNING', True),  # it saved because its time was over
     (75, 'COMPLETING', False),  # cancelled
     (1, 'RUNNING', False),  # a job failed: the others are done
     (2, 'RUNNING', False),  # the config is wrong

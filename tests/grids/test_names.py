@@ -1,4 +1,4 @@
-"""Names: short for people, exact where they are keys."""
+"""Names: short for display, exact as keys."""
 
 import decimal
 

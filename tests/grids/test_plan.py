@@ -108,7 +108,7 @@ def test_an_unknown_device_is_no_cpu():
 
 
 def test_the_plan_of_a_tokenizer_file_counts_its_tokens(tmp_path):
-  """Without a corpus, and the same in FLOPs, bytes and names of what is trained as long as its rows are the same."""
+  """No corpus is needed. FLOPs, bytes and names of runs stay the same as long as the number of table rows does."""
   texts = {}
   for name in ('bytes', str(tokenizer_file(tmp_path, 300)), 'bpe'):
     data = dataclasses.replace(GridConfig().base.data, tokenizer=name)

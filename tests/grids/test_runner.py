@@ -93,12 +93,12 @@ NAN, INF = float('nan'), float('inf')
 
 
 def test_a_value_that_is_not_finite_is_never_chosen():
-  """Whatever its place: a NaN that comes first wins every `min`."""
+  """Wherever it is: a NaN that comes first wins every `min`."""
   curves = {
     'x/t': {'0': 2.0, '0.2': NAN, '0.4': 1.9, '0.6': 1.8},
     'x/u': {'0': NAN, '0.2': 1.9, '0.4': -INF},
     'x/tuned': {'a': NAN, 'b': 2.0, 'c': INF},
-    'x/unigram': {'0': NAN},  # no control was run: there is nothing to choose
+    'x/unigram': {'0': NAN},  # no control was run: there is nothing to choose from
   }
   outcome = runner.choose(curves)
   assert outcome['chosen'] == {'x/t': 0.6, 'x/u': 0.2, 'x/tuned': 'b'}
@@ -116,7 +116,7 @@ def test_curves_without_a_finite_value_are_refused():
 
 def test_a_diverged_run_of_the_pilot_is_logged_and_recorded(grid, folder, tmp_path, monkeypatch, caplog):
   bits = runner.results.bits_per_byte
-  values = iter([bits, lambda _: NAN, lambda _: 2.0])  # the baseline's, then of the first alpha, and of all others
+  values = iter([bits, lambda _: NAN, lambda _: 2.0])  # the baseline, the first alpha, all other alphas
   value_of = lambda table: next(values, lambda _: 2.5)(table)
   monkeypatch.setattr(runner.results, 'bits_per_byte', value_of)
   shutil.copytree(folder, tmp_path / 'grid')
@@ -129,7 +129,7 @@ def test_a_diverged_run_of_the_pilot_is_logged_and_recorded(grid, folder, tmp_pa
 
 
 def test_a_pilot_of_an_older_version_is_found_by_its_short_names(grid, tmp_path):
-  """Where no two settings share one."""
+  """If no two settings share a short name."""
   close = dataclasses.replace(grid, student_tokens=(16_384_000, 1_000_000, 1_000_001), teacher_tokens=(0,))
   keys = [cells.pilot_key(s, t) for s in cells.settings(close) for t in cells.sources(close, s)]
   short = [f'{s.name}/{t.name}' for s in cells.settings(close) for t in cells.sources(close, s)]
@@ -154,7 +154,7 @@ def test_an_alpha_of_more_digits_is_chosen_with_all_of_them(grid, folder):
 
 
 def test_a_report_needs_no_tokenizer_file(grid, tmp_path):
-  """The grid's folder records the size of the vocabulary when the grid starts."""
+  """The grid's folder records the vocabulary size when the grid starts."""
   path = tokenizer_file(tmp_path, 300)
   base = dataclasses.replace(grid.base, data=dataclasses.replace(grid.base.data, tokenizer=str(path)))
   of_file = dataclasses.replace(grid, base=base)

@@ -1,6 +1,6 @@
-"""Hugging Face folders in the shapes of published models, their tokens' roles above all; written without kdjax and without transformers.
+"""Hugging Face folders shaped like published models, above all in their token roles; written without kdjax and transformers.
 
-The models are small and random, the tokenizers byte-level: what differs is which special tokens there are, and which file says what they are for.
+The models are small and random, the tokenizers byte-level. The folders differ in their special tokens, and in the files that give these a role.
 """
 
 import json
@@ -14,11 +14,11 @@ from tokenizers import processors
 
 
 class Shape(NamedTuple):
-  """A tokenizer's special tokens and what the files say of them. `first`: the special tokens come before the bytes, as in Llama 2."""
+  """A tokenizer's special tokens, and their roles in the files. `first`: the special tokens come before the bytes, as in Llama 2."""
 
   special: tuple[str, ...]
   first: bool
-  before: str  # what the post-processor puts before a text
+  before: str  # the token that the post-processor puts before a text
   tokenizer_config: dict[str, Any]
   config: dict[str, Any]
   generation_config: dict[str, Any] | None = None
@@ -27,7 +27,7 @@ class Shape(NamedTuple):
 
 
 def added(content: str) -> dict[str, Any]:
-  """A token as older tokenizer_config.json files spell it."""
+  """Return a token in the format of older tokenizer_config.json files."""
   return {
     '__type': 'AddedToken',
     'content': content,
@@ -89,7 +89,7 @@ D, LAYERS, HEADS, HEAD, FF = 32, 2, 2, 16, 48
 
 
 def make(folder: pathlib.Path, shape: Shape | str, rows: int = 0, seed: int = 0, tied: bool = False) -> pathlib.Path:
-  """Write a folder. `rows`: of the weight table; 0: one for each token."""
+  """Write a folder. `rows`: rows of the weight table; 0: one for each token."""
   shape = SHAPES[shape] if isinstance(shape, str) else shape
   folder.mkdir(parents=True)
   model = tokenizer(shape)
@@ -146,7 +146,7 @@ def tokenizer(shape: Shape) -> tokenizers.Tokenizer:
 
 
 def weights(model_type: str, rows: int, seed: int, tied: bool) -> dict[str, np.ndarray]:
-  """Random, and so large that a model says something."""
+  """Draw random weights, large enough that the model's predictions are not uniform."""
   rng = np.random.default_rng(seed)
   draw = lambda *shape: (rng.normal(size=shape) * 0.3).astype(np.float32)
   norm = lambda: (draw(D) + (model_type != 'gemma3_text')).astype(np.float32)
@@ -176,7 +176,7 @@ def change(folder: pathlib.Path, file: str = 'config.json', remove: tuple[str, .
 
 
 def change_tensors(folder: pathlib.Path, do) -> None:
-  """`do` gets the dict of the tensors, to be changed in place."""
+  """Call `do` with the dict of tensors, which it changes in place."""
   file = folder / 'model.safetensors'
   tensors = {name: value.copy() for name, value in safetensors.numpy.load_file(file).items()}
   do(tensors)

@@ -111,7 +111,7 @@ def test_scaled_rotary_positions_of_local_layers_are_refused_whatever_the_others
   parameters = {'sliding_attention': local} | ({'full_attention': whole} if whole else {})
   with pytest.raises(UserError, match='rotary scaling of the local layers is not supported'):
     families.read(GEMMA | {'rope_parameters': parameters})
-  # Where no layer is local, or nothing is scaled, they are read.
+  # They are accepted if no layer is local, or nothing is scaled.
   kinds = ['full_attention'] * GEMMA['num_hidden_layers']
   assert families.read(GEMMA | {'rope_parameters': parameters, 'layer_types': kinds})[1].local_window == 0
   none = {'sliding_attention': {'rope_type': 'linear', 'factor': 1.0}}

@@ -215,7 +215,7 @@ def test_an_index_that_points_outside_is_refused(name, llama, tmp_path):
 
 @pytest.mark.parametrize('shards', ['gone', 'there', 'broken index'])
 def test_a_single_file_wins_over_an_index_beside_it(shards, tmp_path, caplog):
-  """An index that an earlier, sharded version has left: transformers reads the single file, and so do we."""
+  """The index is left over from an earlier, sharded version: transformers reads the single file, and so does kdjax."""
   folder = make(tmp_path / 'x')
   old = make(tmp_path / 'old', seed=1, max_bytes=40_000)
   for file in old.glob('*.safetensors*') if shards == 'there' else [old / 'model.safetensors.index.json']:

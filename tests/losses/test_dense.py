@@ -122,7 +122,7 @@ def test_top_k_is_a_count_or_a_share_of_the_vocabulary():
 
 
 def test_without_truncation_it_costs_no_more_than_optax():
-  """By the compiler's own count: no sort, and no more floating-point operations or exponentials for the value and the gradient."""
+  """Counted by the compiler: no sort, and no more floating-point operations or exponentials for the value and the gradient."""
   student, teacher = (jnp.asarray(x, jnp.float32) for x in logits(v=512)[:2])
   labels, weights = jnp.zeros((2, 3), int), jnp.full((2, 3), 1 / 6)
 

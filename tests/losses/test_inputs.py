@@ -1,4 +1,4 @@
-"""Arguments that cannot be right raise one clear line; what only the device knows makes the loss NaN and never a plausible number."""
+"""Invalid arguments raise an error of one clear line. Invalid values known only on the device make the loss NaN, never a plausible number."""
 
 import dataclasses
 
@@ -296,7 +296,7 @@ def test_an_evaluation_takes_padding_but_no_label_beyond_the_vocabulary():
 
 @pytest.mark.parametrize('label', [-100, V, 2**31 - 1])
 def test_in_a_compiled_function_such_a_label_makes_loss_and_gradient_nan(label):
-  """Never a plausible number: the training step leaves out an update that is not finite, and stops a run that has many."""
+  """The result is never a plausible number: the training step skips updates that are not finite, and stops a run with many of them."""
   wrong = LABELS.at[1, 2].set(label)
   for weights, finite in ((WEIGHTS, False), (WEIGHTS.at[1, 2].set(0), True)):
     results = [

@@ -1,4 +1,4 @@
-"""Top-k and top-p of the teacher against the definition: which tokens are kept, values and gradients, on one device and on a mesh."""
+"""Top-k and top-p of the teacher against the definition: kept tokens, values and gradients, on one device and on a mesh."""
 
 import itertools
 
@@ -19,7 +19,7 @@ FOUR = (
   0.0,
   -1.0,
 )  # as probabilities, at T = 1: .644 .237 .087 .032; at 2: .455 .276 .167 .102; at 4: .350 .273 .212 .165
-HAND = [  # temperature, p, how many of FOUR the nucleus has
+HAND = [  # temperature, p, size of the nucleus of FOUR
   (0.5, 0.6, 1), (0.5, 0.9, 2), (0.5, 0.99, 3),
   (1.0, 0.6, 1), (1.0, 0.65, 2), (1.0, 0.9, 3),
   (2.0, 0.45, 1), (2.0, 0.6, 2), (2.0, 0.9, 4),
@@ -33,14 +33,14 @@ WEIGHTS = np.random.default_rng(7).uniform(0.5, 1.5, (B, T))
 
 
 def dense(student_BxTxV, teacher_BxTxV, loss):
-  """(sum of WEIGHTS * KD, its gradient) of the dense loss in float64."""
+  """Return (sum of WEIGHTS * KD, its gradient) of the dense loss in float64."""
   with jax.enable_x64(True):
     f = jax.jit(jax.value_and_grad(lambda s, t: dense_loss(s, LABELS, jnp.asarray(WEIGHTS), 1.0, t, loss=loss)[0]))
     return jax.device_get(f(jnp.asarray(student_BxTxV), jnp.asarray(teacher_BxTxV)))
 
 
 def fused(student_BxTxV, teacher_BxTxV, loss, mesh=None):
-  """The same of the fused loss in float32: the logits are the hidden states, and the head is the identity."""
+  """Return the same for the fused loss in float32: the logits are the hidden states, and the head is the identity."""
   place = lambda x: x if mesh is None else jax.device_put(x, NamedSharding(mesh, sharding.BATCH))
   weights = jnp.asarray(WEIGHTS, jnp.float32)
   f = jax.jit(
@@ -116,7 +116,7 @@ def test_a_sharded_vocabulary_cuts_the_same_tokens(shape):
 
 @pytest.mark.parametrize('cut', [{'teacher_top_k': 2}, {'teacher_top_p': 0.5}], ids=str)
 def test_all_ties_with_the_last_token_kept_stay(cut):
-  """Three tokens tie for the second place: two are asked for, four stay; likewise .3 + 3 x .2 of a nucleus of .5."""
+  """Three tokens tie for second place: top-2 keeps four. Likewise, a nucleus of .5 keeps .3 + 3 x .2."""
   probabilities = np.asarray([0.3, 0.2, 0.2, 0.2, 0.06, 0.04])
   temperature = 2.0
   teacher = temperature * np.log(probabilities)

@@ -1,4 +1,4 @@
-"""Truncated distillation of one token, from the definition: sort, cumulate, cut. In plain NumPy float64, apart from the product and from
+"""Truncated distillation of one token, from the definition: sort, cumulate, cut. In plain NumPy float64, independent of kdjax and of
 tests/losses/reference.py.
 """
 
@@ -11,7 +11,7 @@ def softmax(z_V):
 
 
 def nucleus(q_V, p):
-  """Mark the smallest set of the likeliest tokens whose mass is at least p, and all that tie with its last."""
+  """Mark the smallest set of the likeliest tokens with mass at least p, and all ties with its last token."""
   total = 0.0
   for q in sorted(q_V, reverse=True):
     total += q
@@ -21,12 +21,12 @@ def nucleus(q_V, p):
 
 
 def largest(q_V, k):
-  """Mark the k likeliest tokens, and all that tie with the k-th."""
+  """Mark the k likeliest tokens, and all ties with the k-th."""
   return q_V >= sorted(q_V, reverse=True)[k - 1]
 
 
 def kd_and_gradient(student_V, teacher_V, temperature, kept_V, rest):
-  """(T^2 KL, its gradient with respect to the student's logits) where the teacher keeps the tokens marked."""
+  """Return (T^2 KL, its gradient with respect to the student's logits) for a teacher truncated to the marked tokens."""
   p_V, q_V = softmax(student_V / temperature), softmax(teacher_V / temperature)
   if rest == 'renormalise':
     q_V = np.where(kept_V, q_V, 0) / q_V[kept_V].sum()
@@ -37,5 +37,5 @@ def kd_and_gradient(student_V, teacher_V, temperature, kept_V, rest):
     kl += q_rest * np.log(q_rest / p_rest)
     pulled_V[~kept_V] = (
       p_V[~kept_V] * q_rest / p_rest
-    )  # one bucket pulls on its tokens in proportion to the student's own
+    )  # the bucket's gradient is shared among its tokens in proportion to the student's probabilities
   return temperature**2 * kl, temperature * (p_V - pulled_V)

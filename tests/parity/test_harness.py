@@ -196,7 +196,7 @@ def test_each_filter_scores_the_same(ours, theirs):
 
 
 def test_the_experiments_items_are_what_the_harness_reports_of_its_own_model(ours, theirs):
-  """Of each task and filter: accuracy, normalised accuracy and chance."""
+  """Compares accuracy, normalised accuracy and chance of each task and filter."""
   mine, other = ({one.name: one for one in harness_results.read_items(answer)} for answer in (ours, theirs))
   assert (
     mine.keys()

@@ -1,6 +1,6 @@
-"""Truncated distillation against transformers' samplers and PyTorch's KL: the same tokens kept, the same loss and gradient.
+"""Truncated distillation against transformers' samplers and PyTorch's KL: the same kept tokens, loss and gradient.
 
-transformers cuts top-p from softmax(logits / temperature), in its own order of ties; there are none here.
+transformers cuts top-p from softmax(logits / temperature), and breaks ties in its own order; there are no ties here.
 """
 
 import os
@@ -26,7 +26,7 @@ N, V = 6, 50
 
 
 def theirs(student, teacher, loss):
-  """(T^2 KL summed over the tokens, its gradient), by torch."""
+  """Return (T^2 KL summed over the tokens, its gradient), computed by torch."""
   s = torch.tensor(student, dtype=torch.float64, requires_grad=True)
   t = torch.tensor(teacher, dtype=torch.float64) / loss.temperature
   cut = torch.zeros_like(t, dtype=torch.bool)
@@ -35,7 +35,7 @@ def theirs(student, teacher, loss):
   if loss.teacher_top_k:
     cut |= TopKLogitsWarper(int(loss.teacher_top_k))(None, t) == -float('inf')
   log_p, log_q = torch.log_softmax(s / loss.temperature, -1), torch.log_softmax(t, -1)
-  if loss.rest == 'other':  # a vocabulary of the kept tokens and one more
+  if loss.rest == 'other':  # a vocabulary of the kept tokens plus one
     bucket = lambda x: torch.cat(
       [x.masked_fill(cut, -float('inf')), x.masked_fill(~cut, -float('inf')).logsumexp(-1, True)], -1
     )

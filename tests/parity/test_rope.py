@@ -1,4 +1,4 @@
-"""Rotary positions as config.json may spell them: read as transformers reads them, or refused."""
+"""All forms of rotary settings in config.json: read as transformers reads them, or refused."""
 
 import copy
 import os

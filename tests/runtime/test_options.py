@@ -1,4 +1,4 @@
-"""The types of options: whatever is typed is a value or one line."""
+"""Option types: any input gives a value or an error of one line."""
 
 import argparse
 import contextlib
