@@ -18,10 +18,11 @@ from typing import Any
 
 import jax
 
-from kdjax import cli, compiling, paths, pretrained
+from kdjax import cli, compiling, pretrained
 from kdjax.compiling import GIB, Report
 from kdjax.config import Config, MeshConfig
 from kdjax.errors import UserError
+from kdjax.runtime import options
 from kdjax.topology import Slice, parse
 
 TENSORS = (1, 2, 4, 8)
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
       '--search', action='store_true', help='try meshes, remats and microbatches; about a minute each'
     )
-    parser.add_argument('--json', type=paths.expand, metavar='FILE', help='also write the figures to this file')
+    parser.add_argument('--json', type=options.path, metavar='FILE', help='also write the figures to this file')
     config, args = cli.parse(parser, sys.argv[1:] if argv is None else argv, cli.load_config)
     config = pretrained.adopted(config)
     slice_ = parse(args.topology, args.num_slices)

@@ -22,7 +22,7 @@ from kdjax.data.files import NO_SPACE
 from kdjax.errors import FAILED, STOPPED, TEMPORARY, WRONG, ConfigError, ProcessLost, TrainingError, UserError
 from kdjax.preemption import Preempted
 from kdjax.runtime import interrupts, progress, streams
-from kdjax.runtime.options import Parser, axis, count, machines, positive, runners, seed, share, text  # noqa: F401 - of commands
+from kdjax.runtime.options import Parser, axis, count, machines, positive, runners, seed, share  # noqa: F401 - of commands
 
 NO_MEMORY = (
   'out of memory: take a smaller model or batch_size, more microbatches, remat=full, or a mesh of more devices'

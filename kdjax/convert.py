@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     prog='python -m kdjax.convert', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   commands = parser.add_subparsers(required=True, metavar='from-hf | to-hf')
+  commands.type = str  # the subcommand's own options have types
   tokenizer = cli.Parser(add_help=False)
   tokenizer.add_argument(
     '--tokenizer', default='', metavar='PATH', help="another tokenizer's file or folder; default: the model's own"

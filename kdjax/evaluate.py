@@ -38,9 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.Parser(
       prog='python -m kdjax.evaluate', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-      '--workdir', required=True, type=cli.text, help="an experiment's folder, or that of one run in it"
-    )
+    parser.add_argument('--workdir', required=True, help="an experiment's folder, or that of one run in it")
     parser.add_argument('--step', type=cli.count, default=0, help='the checkpoint; default: the newest')
     parser.add_argument(
       '--watch', action='store_true', help='score each new checkpoint until the run ends (needs devices of its own)'

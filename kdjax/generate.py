@@ -95,9 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     prog='python -m kdjax.generate', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('model', metavar='RUN', help="a run's folder, an experiment's, or a Hugging Face folder")
-  parser.add_argument(
-    'prompt', metavar='PROMPT', nargs='?', type=cli.text, default='', help='default: the beginning of any document'
-  )
+  parser.add_argument('prompt', metavar='PROMPT', nargs='?', default='', help='default: the beginning of any document')
   parser.add_argument('--max-tokens', type=cli.positive, default=128, help='at most so many; default: 128')
   parser.add_argument(
     '--temperature', type=temperature, default=1.0, help='0: the likeliest token each time; default: 1'

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       prog='python -m kdjax.grid', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('command', choices=('plan', 'run', 'status'))
-    parser.add_argument('--workdir', type=cli.text, help="the grid's folder; default: <runs>/<name>-<hash>")
+    parser.add_argument('--workdir', help="the grid's folder; default: <runs>/<name>-<hash>")
     parser.add_argument('--cell', help='run: one cell by its id, or the part of it that no other has')
     parser.add_argument('--shard', help='run: i/n, the i-th of n runners')
     group = parser.add_argument_group('run: on many machines, which see the same folder')

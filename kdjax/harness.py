@@ -33,6 +33,7 @@ from kdjax.evals import job as jobs
 from kdjax.evals.score import Scored
 from kdjax.huggingface.exporting import tokenizer_file
 from kdjax.run import RunFolder
+from kdjax.runtime import options
 from kdjax.sampling import Sampling, generate
 
 try:
@@ -318,7 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     help='names of tasks, groups and tags, or patterns such as "arc_*"; YAML files',
   )
   parser.add_argument(
-    '--include-path', type=paths.expand, metavar='FOLDER', help='a folder of tasks of your own (YAML)'
+    '--include-path', type=options.path, metavar='FOLDER', help='a folder of tasks of your own (YAML)'
   )
   parser.add_argument(
     '--no-defaults', action='store_true', help="know those alone: quicker than reading the harness's thousands"
@@ -344,7 +345,7 @@ def _parser() -> argparse.ArgumentParser:
     metavar='TOKEN',
     help='of a Hugging Face folder: one token that starts and ends documents',
   )
-  parser.add_argument('--output', type=paths.expand, metavar='FILE', help='write the results there too, as JSON')
+  parser.add_argument('--output', type=options.path, metavar='FILE', help='write the results there too, as JSON')
   parser.add_argument(
     '--confirm-run-unsafe-code', action='store_true', help='run what the model writes, for tasks that test code'
   )

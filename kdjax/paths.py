@@ -14,7 +14,7 @@ import posixpath
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 import fsspec
@@ -51,6 +51,40 @@ def is_remote(path: str | os.PathLike) -> bool:
 def expand(path: str | os.PathLike) -> str:
   """Expand a leading '~' or '~NAME' to the home folder: shells do not after '='."""
   return os.fspath(path) if is_remote(path) else os.path.expanduser(path)
+
+
+def match(pattern: str) -> list[str]:
+  """Return what a glob pattern matches on the disk, sorted. A path that exists is taken literally, and so is an existing folder at its beginning.
+
+  A '[' elsewhere may be literal too.
+  """
+  if os.path.exists(pattern):
+    return [pattern]
+  root, rest = '', pattern
+  while '/' in rest and os.path.isdir(root + rest[: rest.index('/') + 1]):
+    root, rest = root + rest[: rest.index('/') + 1], rest[rest.index('/') + 1 :]
+  for tried in (glob.escape(root) + rest, pattern, glob.escape(root) + rest.replace('[', '[[]')):
+    if found := glob.glob(tried, recursive=True):
+      return sorted(found)
+  return []
+
+
+def split(text: str, exists: Callable[[str], bool], matches: Callable[[str], bool]) -> list[str]:
+  """Split a list of names at its commas, except commas within a name that exists; blanks around a name count for nothing.
+
+  Args:
+    exists: whether a name is one as it stands; the longest that is wins.
+    matches: whether a name is a pattern that finds something; the shortest that does wins.
+  """
+  pieces, parts = text.split(','), []
+  while pieces:
+    joined = [','.join(pieces[:n]).strip() for n in range(1, len(pieces) + 1)]
+    existing = [n for n, name in enumerate(joined, 1) if exists(name)]
+    found = (n for n, name in enumerate(joined, 1) if matches(name))
+    n = max(existing) if existing else next(found, 1) if len(joined) > 1 else 1
+    parts.append(joined[n - 1])
+    pieces = pieces[n:]
+  return [part for part in parts if part]
 
 
 def seen_from(folder: str, path: str | os.PathLike) -> str:
@@ -137,14 +171,22 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
   """The file's value; None where it is missing. Raises UserError where it is damaged."""
   try:
-    value = json.loads(read_bytes(path))
+    value = parse_json(read_bytes(path))
     if not isinstance(value, dict):
       raise ValueError('not what was written')
     return value
   except FileNotFoundError:
     return None
-  except (ValueError, RecursionError) as e:
+  except ValueError as e:
     raise UserError(f'{path} is damaged ({e}); delete it if the run is not needed, or restore it') from None
+
+
+def parse_json(text: str | bytes) -> Any:
+  """Parse JSON. Raises ValueError for any that cannot be parsed, also where it is nested too deeply (RecursionError) or not UTF-8."""
+  try:
+    return json.loads(text)
+  except RecursionError:
+    raise ValueError('nested too deeply') from None
 
 
 def create(path: str | os.PathLike, text: str) -> None:

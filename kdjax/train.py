@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       prog='python -m kdjax.train', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--profile', metavar='STEPS', help='trace these steps of the students: FIRST-LAST, or how many')
-    parser.add_argument('--workdir', type=cli.text, help="the run's folder; default: <runs>/<config>-<hash>")
+    parser.add_argument('--workdir', help="the run's folder; default: <runs>/<config>-<hash>")
     distributed.add_arguments(parser)
     config, args = cli.parse(parser, sys.argv[1:] if argv is None else argv, cli.load_config)
     window = profiling.parse(args.profile) if args.profile else None

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from kdjax import paths
 from kdjax.errors import UserError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -65,8 +66,8 @@ def read_json(path: pathlib.Path) -> dict:
   """
   data = read_bytes(path)
   try:
-    value = json.loads(data)
-  except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 alike
+    value = paths.parse_json(data)
+  except ValueError as error:  # bad JSON and bad UTF-8 alike
     raise StoreDamaged(path, 'is not the JSON that was written') from error
   if not isinstance(value, dict):
     raise StoreDamaged(path, 'is not the JSON that was written')

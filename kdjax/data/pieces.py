@@ -26,21 +26,8 @@ GROUP = 1 << 20  # characters encoded at once, on all cores
 Span = tuple[int, int, int]  # (index of the text, first character, end)
 _AROUND = 256  # characters checked on each side
 _TRIED = 8  # places tried of each kind in a stretch of SIZE characters
-_STARTS = (
-  1,
-  2,
-  3,
-  4,
-  6,
-  9,
-  14,
-  21,
-  33,
-  50,
-  76,
-  115,
-  175,
-)  # distances before a cut at which the pre-tokenizer may start
+# Distances before a cut at which the pre-tokenizer may start.
+_STARTS = (1, 2, 3, 4, 6, 9, 14, 21, 33, 50, 76, 115, 175)
 # Ends of words come first: most pre-tokenizers split there.
 _PLACES = tuple(re.compile(place) for place in (r'(?<=\S)(?= )', r'(?<=\S)(?=\n)', r"(?<=\w)(?=[^\w\s'’])"))
 _NORMALIZERS = (

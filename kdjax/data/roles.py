@@ -8,7 +8,6 @@ generation_config.json, and finally a list of common token names.
 import dataclasses
 import functools
 import itertools
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -144,10 +143,10 @@ def read_files(folder: str | paths.Path | None) -> dict[str, dict[str, Any]]:
 
 def _json(file: paths.Path) -> dict[str, Any] | None:
   try:
-    value = json.loads(paths.read_bytes(file))
+    value = paths.parse_json(paths.read_bytes(file))
   except (FileNotFoundError, NotADirectoryError):
     return None
-  except (ValueError, RecursionError) as e:
+  except ValueError as e:
     raise UserError(f'{file}: not JSON ({e}); fetch it again') from None
   if not isinstance(value, dict):
     raise UserError(f'{file}: not a JSON object but a {type(value).__name__}; fetch it again')

@@ -165,15 +165,8 @@ def _parsed(source: str) -> tuple[list[str], list[float]]:
 
 def _split(source: str, folder: str = '') -> list[str]:
   """Split a source at its commas, except commas in the name of an existing file or folder."""
-  pieces, parts = source.split(','), []
-  while pieces:
-    joined = [','.join(pieces[:n]).strip() for n in range(1, len(pieces) + 1)]
-    existing = [n for n, name in enumerate(joined, 1) if _exists(name, folder) or _exists(_bare(name), folder)]
-    globs = (n for n, name in enumerate(joined, 1) if _matches(_bare(name), folder))
-    n = max(existing) if existing else next(globs, 1) if len(joined) > 1 else 1
-    parts.append(joined[n - 1])
-    pieces = pieces[n:]
-  return [part for part in parts if part]
+  exists = lambda name: _exists(name, folder) or _exists(_bare(name), folder)
+  return paths.split(source, exists, lambda name: _matches(_bare(name), folder))
 
 
 def _bare(part: str) -> str:
@@ -203,7 +196,7 @@ def _matches(name: str, folder: str) -> bool:
   prefix, path = _prefixed(name)
   if name.startswith(embedded.PREFIX) or prefix in (hubs.HF, hubs.TFDS) or paths.is_remote(path):
     return True
-  return glob.has_magic(path) and bool(_glob(paths.seen_from(folder, path)))
+  return glob.has_magic(path) and bool(paths.match(paths.seen_from(folder, path)))
 
 
 def _resolve(source: str) -> list[_Part]:
@@ -274,25 +267,13 @@ def _match(pattern: str) -> list[File]:
 def _on_disk(pattern: str) -> list[File]:
   if os.path.isdir(pattern):
     raise UserError(f'data source {pattern} is a folder; give a glob such as {os.path.join(pattern, "**", "*.jsonl")}')
-  names = [pattern] if os.path.isfile(pattern) else _glob(pattern)
-  found: list[File] = [pathlib.Path(name) for name in names if os.path.isfile(name)]
+  found: list[File] = [pathlib.Path(name) for name in paths.match(pattern) if os.path.isfile(name)]
   if not found:
     raise SourceGone(
       f'data source {pattern!r} matches no file (seen from {os.getcwd()}); '
       f'correct the path, or use one of {embedded.names()}'
     )
   return found
-
-
-def _glob(pattern: str) -> list[str]:
-  """Find the files of a pattern. Leading folders that exist are taken literally; after them, '[' may be a pattern or literal."""
-  root, rest = '', pattern
-  while '/' in rest and os.path.isdir(root + rest[: rest.index('/') + 1]):
-    root, rest = root + rest[: rest.index('/') + 1], rest[rest.index('/') + 1 :]
-  for tried in (glob.escape(root) + rest, pattern, glob.escape(root) + rest.replace('[', '[[]')):
-    if found := glob.glob(tried, recursive=True):
-      return found
-  return []
 
 
 def _in_store(pattern: str) -> list[File]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import tokenizers
 
+from kdjax import paths
 from kdjax.errors import UserError
 
 SEPARATOR = '<|endoftext|>'  # of kdjax's own tokenizers
@@ -28,8 +29,8 @@ _KEEPING = ('ByteLevel', 'Digits', 'Split', 'Punctuation')
 def parse(model_json: str, name: str) -> dict:
   """Parse a file's text. Raises UserError if it is not JSON with a vocabulary."""
   try:
-    parsed = json.loads(model_json)
-  except (ValueError, RecursionError) as error:
+    parsed = paths.parse_json(model_json)
+  except ValueError as error:
     raise UserError(f'{name}: not JSON ({error}); give the path of a Hugging Face tokenizer.json') from error
   if not isinstance(parsed, dict) or not isinstance(parsed.get('model'), dict) or 'vocab' not in parsed['model']:
     raise UserError(f'{name}: has no model with a vocabulary; give the path of a Hugging Face tokenizer.json')

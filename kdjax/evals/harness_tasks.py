@@ -4,12 +4,12 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import glob
 import math
-import pathlib
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from kdjax import paths
 from kdjax.errors import UserError
 
 with contextlib.suppress(ImportError):  # reported by kdjax.harness
@@ -25,9 +25,10 @@ class Selection:
 
 
 def parse_names(texts: Iterable[str]) -> list[str]:
-  """Split names at commas; blanks around them count for nothing, and each name counts once."""
-  names = (name.strip() for text in texts for name in text.split(','))
-  return list(dict.fromkeys(name for name in names if name))
+  """Split names at commas that are in no file's name; each name counts once."""
+  exists = lambda name: bool(name) and os.path.exists(paths.expand(name))
+  matches = lambda name: name.endswith('.yaml') and bool(paths.match(paths.expand(name)))
+  return list(dict.fromkeys(name for text in texts for name in paths.split(text, exists, matches)))
 
 
 def parse_limit(text: str) -> float:
@@ -54,7 +55,7 @@ def find_tasks(
   Raises:
     UserError: a task is unknown, cannot be loaded, has no items, or needs images or leave to run code.
   """
-  if include_path and not pathlib.Path(include_path).is_dir():
+  if include_path and not os.path.isdir(include_path):
     raise UserError(f'--include-path {include_path}: no such folder')
   if not names:
     raise UserError('--tasks names none')
@@ -72,10 +73,10 @@ def find_tasks(
 def _match(name: str, manager: 'TaskManager') -> list[str]:
   if found := manager.match_tasks([name]):
     return found
-  path = pathlib.Path(name).expanduser()
-  if path.is_dir():
-    return sorted(str(file) for file in path.glob('*.yaml'))
-  return sorted(glob.glob(str(path))) if name.endswith('.yaml') else []
+  path = paths.expand(name)
+  if os.path.isdir(path):
+    return paths.match(os.path.join(path, '*.yaml'))
+  return paths.match(path) if name.endswith('.yaml') else []
 
 
 def _nearest(unknown: Sequence[str], manager: 'TaskManager') -> str:

@@ -133,7 +133,7 @@ class Source:
 def _config(folder: pathlib.Path) -> dict[str, Any]:
   file = folder / 'config.json'
   try:
-    values = json.loads(file.read_text(encoding='utf-8'))
+    values = paths.parse_json(file.read_bytes())
   except FileNotFoundError:
     raise UserError(f'{folder} is no Hugging Face folder: it has no config.json') from None
   except ValueError as e:

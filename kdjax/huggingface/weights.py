@@ -18,6 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from kdjax import paths
 from kdjax.config import ModelConfig
 from kdjax.errors import UserError
 from kdjax.huggingface.families import Family
@@ -266,9 +267,9 @@ def _shards(folder: pathlib.Path) -> list[str]:
 def _index(folder: pathlib.Path) -> list[str]:
   """The files that an index names; [] where it is none."""
   try:
-    names = json.loads((folder / INDEX).read_text(encoding='utf-8'))['weight_map'].values()
+    names = paths.parse_json((folder / INDEX).read_bytes())['weight_map'].values()
     return sorted({name for name in names if isinstance(name, str)})
-  except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+  except (ValueError, KeyError, AttributeError, TypeError):
     return []
 
 

@@ -5,11 +5,16 @@ import math
 from collections.abc import Callable
 from typing import NoReturn
 
+from kdjax import paths
 from kdjax.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-  """Raises a UserError of one line, without the usage, for a mistake on the command line."""
+  """Raises a UserError of one line, without the usage, for a mistake on the command line. An option without a type is `text`."""
+
+  def __init__(self, *args, **kwargs):
+    super().__init__(*args, **kwargs)
+    self.register('type', None, text)
 
   def error(self, message: str) -> NoReturn:
     raise UserError(f'{message}; {self.prog} --help shows the options')
@@ -57,12 +62,17 @@ share = number(lambda value: 0 < value <= 1, 'in (0, 1]')
 
 
 def text(value: str) -> str:
-  """Option type for text given to a model. A shell may pass bytes that are not UTF-8, which Python decodes to surrogates."""
+  """Option type for text. A shell may pass bytes that are not UTF-8: Python decodes them to surrogates, which no JSON file or model takes."""
   try:
     value.encode()
   except UnicodeEncodeError:
     raise argparse.ArgumentTypeError(f'must be UTF-8 text, got {_shown(value)}') from None
   return value
+
+
+def path(value: str) -> str:
+  """Option type for a file or folder, with a leading `~` expanded."""
+  return paths.expand(text(value))
 
 
 def _shown(text: str) -> str:

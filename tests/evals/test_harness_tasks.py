@@ -56,6 +56,25 @@ def test_names_patterns_groups_and_tags_are_those_of_the_harness(texts, folder, 
   assert ours.specs == theirs.tasks
 
 
+@pytest.mark.parametrize('name', ['plain', 'my [v1]', 'a,b', '[ab]'])
+def test_a_file_or_folder_of_any_name_is_found(tmp_path, name):
+  home = tmp_path / name
+  home.mkdir()
+  (tmp_path / 'elsewhere').mkdir()
+  lm_eval_tasks.write(tmp_path, 'odd', ITEMS, lm_eval_tasks.MULTIPLE_CHOICE)
+  file = (tmp_path / 'odd.yaml').rename(home / 'odd.yaml')  # its data stay: the datasets library takes no brackets
+  for spec in (f'{home}/odd.yaml', f'{home}/*.yaml', str(home)):
+    assert find(tmp_path / 'elsewhere', spec).specs == [str(file)], spec
+  assert find(home, f'{home}/odd.yaml, odd').specs == [str(file)]
+
+
+def test_a_home_folder_that_is_not_there_is_an_unknown_task(folder, monkeypatch, tmp_path):
+  with pytest.raises(UserError, match='unknown tasks: ~nobody-such/x.yaml'):
+    find(folder, '~nobody-such/x.yaml')
+  monkeypatch.setenv('HOME', str(folder))
+  assert find(folder, '~/mymc_a.yaml').specs == [str(folder / 'mymc_a.yaml')]
+
+
 def test_commas_and_blanks_separate_names(folder):
   assert harness_tasks.parse_names([' a , b,', ',c,,', 'a', 'd e']) == ['a', 'b', 'c', 'd e']
   assert find(folder, ' mymc_a , mymc_b ,').specs == ['mymc_a', 'mymc_b']

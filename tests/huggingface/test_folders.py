@@ -264,6 +264,14 @@ def test_folders_that_are_none(llama, tmp_path):
   assert is_folder(llama) and not is_folder(tmp_path)
 
 
+@pytest.mark.parametrize('name', ['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json'])
+def test_json_that_is_nested_too_deeply_is_refused_by_name(llama, tmp_path, name):
+  folder = copied(llama, tmp_path / 'x')
+  (folder / name).write_text('{"a":' * 200_000 + '1' + '}' * 200_000)
+  found = refused(folder)
+  assert f'{name}: not JSON (nested too deeply)' in found and '\n' not in found
+
+
 def test_the_tokenizer_is_the_folders_and_no_larger_than_the_model(llama, tmp_path):
   assert Source(llama).tokenizer.separator == '<|endoftext|>'
   folder = copied(llama, tmp_path / 'x')

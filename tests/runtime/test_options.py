@@ -60,6 +60,18 @@ def test_text_must_be_utf_8():
     options.text('n\udce9')
 
 
+def test_an_option_without_a_type_is_text(capsys):
+  with pytest.raises(SystemExit):
+    convert.main(['from-hf', 'a', 'caf\udce9-out'])
+  assert capsys.readouterr().err.startswith("error: argument OUT: must be UTF-8 text, got 'caf\\udce9-out'")
+  parser = cli.Parser()
+  parser.add_argument_group().add_argument('--name')
+  parser.add_argument('--file', type=options.path)
+  for option in ('name', 'file'):
+    with pytest.raises(UserError, match=f'--{option}: must be UTF-8 text'):
+      parser.parse_args([f'--{option}=\udce9'])
+
+
 def test_a_mistake_of_the_command_line_is_one_line_without_the_usage():
   parser = cli.Parser(prog='python -m kdjax.x')
   parser.add_argument('--seed', type=options.seed)
