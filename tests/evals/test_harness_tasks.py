@@ -69,7 +69,7 @@ def test_a_file_or_folder_of_any_name_is_found(tmp_path, name):
 
 
 def test_a_home_folder_that_is_not_there_is_an_unknown_task(folder, monkeypatch, tmp_path):
-  with pytest.raises(UserError, match='unknown tasks: ~nobody-such/x.yaml'):
+  with pytest.raises(UserError, match=r'unknown tasks: ~nobody-such/x\.yaml'):
     find(folder, '~nobody-such/x.yaml')
   monkeypatch.setenv('HOME', str(folder))
   assert find(folder, '~/mymc_a.yaml').specs == [str(folder / 'mymc_a.yaml')]
