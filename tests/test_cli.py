@@ -104,6 +104,15 @@ def test_a_missing_config_file_names_the_nearest():
   ]
 
 
+def test_a_config_file_without_its_suffix_or_with_none_of_its_name_is_refused(tmp_path):
+  write(tmp_path / 'mine.py', '')
+  (found,) = load_error(tmp_path / 'mine')
+  assert found.endswith(f'mine does not exist; did you mean {tmp_path / "mine.py"}?')
+  assert load_error('') == ['--config names no file; e.g. --config=configs/weak2strong.py']
+  (found,) = load_error('a\nb.py')
+  assert found.startswith("config file 'a\\nb.py' does not exist")
+
+
 def test_a_folder_is_no_config_file(tmp_path):
   (found,) = load_error(tmp_path)
   assert str(tmp_path) in found and 'does not exist' not in found
@@ -292,9 +301,23 @@ def test_a_name_that_would_lead_out_of_the_runs_folder_is_refused_with_all_other
   assert [p for p in e.value.problems if p.startswith('name: must ')]
 
 
-@pytest.mark.parametrize('runs', ['a\0b', 'caf\udce9'])
-def test_a_runs_folder_that_no_checkpoint_can_be_written_to_is_refused(runs):
-  assert load_error(CONFIG, {'runs': runs}) == [f'runs: must be UTF-8 text without NUL characters, got {runs!r}']
+@pytest.mark.parametrize('text', ['a\0b', 'caf\udce9'])
+@pytest.mark.parametrize(
+  'field',
+  [
+    'runs',
+    'data.tokenizer',
+    'data.cache',
+    'data.source',
+    'teacher.run',
+    'student.init',
+    'eval.ood.mine',
+    'eval.tasks.mine',
+  ],
+)
+def test_a_path_that_no_disk_or_json_file_can_hold_is_refused(field, text):
+  (problem,) = load_error(CONFIG, {field: text})
+  assert problem.startswith(field.removesuffix('.mine') + ': must be UTF-8 text without NUL characters, got ')
 
 
 def test_a_workdir_that_is_not_utf_8_is_refused(capsys):

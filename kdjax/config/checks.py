@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kdjax.config.schema import Config, DataConfig, EvalConfig, StudentConfig, TeacherConfig
@@ -104,8 +104,9 @@ def problems(config: Config) -> Iterator[str]:
   yield from folder_problems('name', config.name)
   if not config.runs.strip():
     yield 'runs: must name a folder'
-  if re.search(r'[\x00\ud800-\udfff]', config.runs):
-    yield f'runs: must be UTF-8 text without NUL characters, got {config.runs!r}'
+  for key, value in flat.items():
+    if key != 'name' and any(re.search(r'[\x00\ud800-\udfff]', text) for text in _texts(value)):
+      yield f'{key}: must be UTF-8 text without NUL characters, got {value!r}'
   if data.separator and data.tokenizer in ('bpe', 'bytes'):
     yield f'data.separator: the tokenizer {data.tokenizer} has a separator of its own; leave it empty'
   for key, alpha in (('student.alpha', student.alpha), ('student.alpha_schedule.final', student.alpha_schedule.final)):
@@ -160,6 +161,17 @@ def problems(config: Config) -> Iterator[str]:
       yield f'mesh.{axis}: must be a number of devices, or -1 for what is left, got {size}'
   if [config.mesh.replica, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
     yield 'mesh: only one axis can be -1 (what is left)'
+
+
+def _texts(value: Any) -> Iterator[str]:
+  """Yield the strings in a field's value."""
+  if isinstance(value, str):
+    yield value
+  elif isinstance(value, Mapping):
+    yield from _texts([*value, *value.values()])
+  elif isinstance(value, (list, tuple)):
+    for one in value:
+      yield from _texts(one)
 
 
 def folder_problems(key: str, name: str) -> Iterator[str]:

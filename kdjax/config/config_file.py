@@ -54,14 +54,20 @@ def errors_of(path: pathlib.Path) -> Iterator[None]:
 
 
 def _check_name(path: pathlib.Path) -> None:
+  if not path.name:
+    raise ConfigError(['--config names no file; e.g. --config=configs/weak2strong.py'])
   if path.is_file() and path.suffix == SUFFIX:
     return
   what = 'is a folder' if path.is_dir() else 'is not a file' if path.exists() else 'does not exist'
   if path.is_file():
     what = f'is not a Python file: its name must end in {SUFFIX}'
   folder = path.parent if path.parent.is_dir() else pathlib.Path('.')
-  near = difflib.get_close_matches(path.name, [p.name for p in folder.glob(f'*{SUFFIX}')], n=1)
-  raise ConfigError([f'config file {path} {what}' + (f'; did you mean {folder / near[0]}?' if near else '')])
+  names = [p.name for p in folder.glob(f'*{SUFFIX}') if p.is_file()]
+  near = (
+    [f'{path.name}{SUFFIX}'] if f'{path.name}{SUFFIX}' in names else difflib.get_close_matches(path.name, names, n=1)
+  )
+  shown = path if str(path).isprintable() else repr(str(path))
+  raise ConfigError([f'config file {shown} {what}' + (f'; did you mean {folder / near[0]}?' if near else '')])
 
 
 def _function(module: types.ModuleType, path: pathlib.Path) -> Any:

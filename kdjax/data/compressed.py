@@ -104,7 +104,9 @@ def _damage(path: File, compression: str, error: BaseException) -> str:
 
 
 def _window(head: bytes) -> int:
-  """Return a zstd frame's window size in bytes (RFC 8878, 3.1.1.1.2); 0 for a single-segment frame, which has none."""
+  """Return a zstd frame's window size in bytes (RFC 8878, 3.1.1.1.2); 0 for a single-segment frame or a cut header, which have none."""
+  if len(head) < 6:
+    return 0
   single, descriptor = head[4] & 0x20, head[5]
   return 0 if single else (1 << 10 + (descriptor >> 3)) * (8 + (descriptor & 7)) // 8
 
@@ -114,7 +116,7 @@ def _misnamed(path: File, compression: str) -> str:
   head = _head(path)
   found = next(((name, suffix) for begin, name, suffix in _KNOWN if head.startswith(begin)), None)
   if found is None:
-    is_text = compression and head and all(byte >= 0x20 or byte in b'\t\r\n' for byte in head)
+    is_text = compression and len(head) >= 8 and all(byte >= 0x20 or byte in b'\t\r\n' for byte in head)
     return f'it begins with plain text; fetch it again, or remove {compression} from its name' if is_text else ''
   name, suffix = found
   if compression and suffix == compression:

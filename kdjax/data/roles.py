@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -212,7 +213,8 @@ def _tokens(value: Any, model: tokenizers.Tokenizer) -> tuple[str, ...]:
     # config.json may have kept the id of another tokenizer, where this one has a piece of text.
     token = token if token in USUAL or token in _PADDINGS or token in _added(model) else None
   else:
-    token = value if isinstance(value, str) and model.token_to_id(value) is not None else None
+    is_text = isinstance(value, str) and not re.search('[\ud800-\udfff]', value)  # JSON can hold half a surrogate pair
+    token = value if is_text and model.token_to_id(value) is not None else None
   return (token,) if token else ()
 
 

@@ -258,6 +258,7 @@ def _stamp(path: File) -> tuple:
 
 
 def _match(pattern: str) -> list[File]:
+  pattern = pattern.removeprefix('file://')
   found = _in_store(pattern) if paths.is_remote(pattern) else _on_disk(paths.expand(pattern))
   for path in found:
     readers.kind(path)

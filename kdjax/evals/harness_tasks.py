@@ -33,7 +33,10 @@ def parse_names(texts: Iterable[str]) -> list[str]:
 
 def parse_limit(text: str) -> float:
   """Read an option as the harness does: below 1 a share of the items, else a number of them, cut to a whole one."""
-  value = float(text)
+  try:
+    value = float(text)
+  except ValueError:
+    raise argparse.ArgumentTypeError(f'must be a number, got {text}') from None
   if not math.isfinite(value) or value <= 0:
     raise argparse.ArgumentTypeError(
       f'must be at least 1, got {value:g}; or, for a share of the items, between 0 and 1'

@@ -20,6 +20,8 @@ _SIZES = {  # ours -> theirs
   'd_ff': 'intermediate_size',
   'n_heads': 'num_attention_heads',
 }
+_OTHER_SIZES = ('num_key_value_heads', 'head_dim', 'max_position_embeddings', 'sliding_window')
+MOST, MOST_LAYERS = 2**31 - 1, 10_000
 # Theirs -> why the decoder cannot do it. Where it is set (neither null, false nor 1) the folder is refused.
 _BEYOND = {
   'attention_bias': 'biases of all attention matrices',
@@ -139,6 +141,7 @@ def read(values: Mapping[str, Any], where: str = 'config.json') -> tuple[Family,
   missing = [name for name in sizes if not isinstance(known.get(name), int) or known[name] < 1]
   if missing:
     raise UserError(f'{where}: no whole number above 0 for {", ".join(missing)}')
+  _check_sizes(known, where)
   activation = known['hidden_activation' if family.is_gemma else 'hidden_act']
   if activation != family.defaults['hidden_activation' if family.is_gemma else 'hidden_act']:
     raise UserError(f'{where}: the activation {activation!r} is not supported in {family.name}')
@@ -163,6 +166,14 @@ def read(values: Mapping[str, Any], where: str = 'config.json') -> tuple[Family,
     if field.type in (int, float, bool) and not isinstance(value, (int, float) if field.type is float else field.type):
       raise UserError(f'{where}: {field.name} would be {value!r}, which is no {field.type.__name__}')
   return family, config
+
+
+def _check_sizes(known: Mapping[str, Any], where: str) -> None:
+  """Refuse sizes that no model has, which would exhaust the memory or the patience of whoever opens the folder."""
+  for name, value in known.items():
+    most = MOST_LAYERS if name == 'num_hidden_layers' else MOST
+    if name in (*_SIZES.values(), *_OTHER_SIZES) and isinstance(value, int) and value > most:
+      raise UserError(f'{where}: {name} = {value} is not a size that a model can have (at most {most:,})')
 
 
 def _gemma_scales(known: Mapping[str, Any], d_model: int, head_dim: int, where: str) -> dict[str, float]:

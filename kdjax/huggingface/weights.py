@@ -46,6 +46,7 @@ _WHOLE = {
   'head/kernel': 'lm_head.weight',
   'final_norm/scale': 'model.norm.weight',
 }
+_BASE_EMBEDDING = _WHOLE['embed/embedding'].removeprefix('model.')  # of a base model, saved without its head
 _VOCABULARY = ('embed/embedding', 'head/kernel')  # theirs have the vocabulary first, and no padding
 _NEEDLESS = re.compile(r'.*\.rotary_emb\.inv_freq')  # old Llama files keep what is computed
 
@@ -85,19 +86,23 @@ class Tensors:
     self._files = {}
     self.shapes: dict[str, tuple[int, ...]] = {}
     self.dtypes: dict[str, str] = {}
-    self._where: dict[str, str] = {}
+    self._where: dict[str, tuple[str, str]] = {}  # tensor -> its file, its name there
     for name in _files(folder):
       try:
         self._files[name] = file = safetensors.safe_open(folder / name, framework='np')
       except (safetensors.SafetensorError, OSError) as e:
         raise UserError(f'{folder / name}: not a whole safetensors file ({e}); fetch it again') from None
       for tensor in file.keys():  # noqa: SIM118 - it is no mapping
-        described = file.get_slice(tensor)
-        self.shapes[tensor], self.dtypes[tensor] = tuple(described.get_shape()), described.get_dtype()
-        self._where[tensor] = name
+        self._where[tensor] = name, tensor
+    if _BASE_EMBEDDING in self._where:  # a base model's folder: transformers adds the prefix too
+      self._where = {n if n.startswith('lm_head.') else f'model.{n}': at for n, at in self._where.items()}
+    for tensor, (name, original) in self._where.items():
+      described = self._files[name].get_slice(original)
+      self.shapes[tensor], self.dtypes[tensor] = tuple(described.get_shape()), described.get_dtype()
 
   def slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    return self._files[self._where[name]].get_slice(name)[index]
+    file, original = self._where[name]
+    return self._files[file].get_slice(original)[index]
 
   def dtype(self) -> str:
     """In which all fit: bfloat16 where all are, else float32."""
@@ -253,7 +258,7 @@ def _shards(folder: pathlib.Path) -> list[str]:
   names = _index(folder)
   if not names:
     raise UserError(f'{folder / INDEX}: no index of safetensors files; fetch it again')
-  outside = [name for name in names if pathlib.PurePath(name).name != name or name == '..']
+  outside = [name for name in names if pathlib.PurePath(name).is_absolute() or '..' in pathlib.PurePath(name).parts]
   if outside:
     raise UserError(
       f'{folder}: its index names files that are not in the folder: {_some(outside)}; fetch the model again'

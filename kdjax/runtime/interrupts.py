@@ -83,7 +83,8 @@ def forward_signals(hear: Callable[[int], None]) -> Iterator[None]:
 def raise_on_signals(terminated: BaseException | None = None) -> Iterator[None]:
   """Make Ctrl-C raise KeyboardInterrupt in a command, and SIGTERM raise `terminated`, if given.
 
-  If the main thread does not raise in time, or hangs while it exits, the process is ended. A second Ctrl-C ends it at once.
+  If the main thread does not raise in time, or hangs while it exits, the process is ended. A second Ctrl-C ends it at once. After the block
+  SIGTERM is ignored: the interpreter's exit takes a moment, in which it would turn a finished command's 0 into 143.
   """
   if not _is_command or not is_main_thread():
     yield
@@ -112,7 +113,7 @@ def raise_on_signals(terminated: BaseException | None = None) -> Iterator[None]:
   finally:
     signal.signal(signal.SIGINT, _leave_at_once)
     if terminated is not None:
-      signal.signal(signal.SIGTERM, signal.SIG_DFL)
+      signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the work is done, and its exit code stands
 
 
 def is_main_thread() -> bool:

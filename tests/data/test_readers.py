@@ -91,6 +91,7 @@ WIDE = b'\x28\xb5\x2f\xfd\x00' + bytes([22 << 3]) + bytes([1, 0, 0])  # an empty
   ('damage', 'said'),
   [
     (lambda b: b[: len(b) // 2], 'damaged (it ends in the middle of a frame); fetch it again'),
+    *((lambda b, n=n: b[:n], 'the compressed file is damaged') for n in range(1, 10)),
     (lambda b: b[:-1], 'damaged (it ends in the middle of a frame)'),
     (lambda b: b[:40] + bytes([b[40] ^ 255]) + b[41:], 'the compressed file is damaged'),
     (lambda b: b + b'garbage', 'the compressed file is damaged'),

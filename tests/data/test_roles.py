@@ -62,6 +62,16 @@ def test_folders_in_the_shapes_of_published_models(name, tmp_path):
   assert found.separator == (found.begin or '<|endoftext|>')
 
 
+@pytest.mark.parametrize('name', ['tokenizer_config.json', 'special_tokens_map.json', 'config.json'])
+def test_half_a_surrogate_pair_names_no_token(name, tmp_path):
+  folder = shapes.make(tmp_path / 'x', 'Llama 2')
+  before = Tokenizer.from_file(folder).roles
+  values = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+  (folder / name).write_text(json.dumps(values | {'bos_token': '\ud800', 'pad_token': {'content': '\udfff'}}))
+  found = Tokenizer.from_file(folder).roles
+  assert (found.begin, found.end) == (before.begin, before.end)
+
+
 def test_each_source_is_asked_in_its_turn(tmp_path):
   """Each source names other tokens; the first source present wins."""
   said = {

@@ -17,6 +17,7 @@ from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
 from kdjax.huggingface import Source, export, is_folder
 from kdjax.models import build
+from tests import runs
 from tests.huggingface.folders import LLAMA, MODELS, change_config, change_tensors, copied, make, random_params
 
 
@@ -204,7 +205,7 @@ def test_an_index_that_is_none_is_refused(index, llama, tmp_path):
   assert 'model.safetensors.index.json: no index of safetensors files; fetch it again' in refused(folder)
 
 
-@pytest.mark.parametrize('name', ['../secret.safetensors', '/etc/passwd', 'inner/model.safetensors', '..'])
+@pytest.mark.parametrize('name', ['../secret.safetensors', '/etc/passwd', 'inner/../../secret.safetensors', '..'])
 def test_an_index_that_points_outside_is_refused(name, llama, tmp_path):
   folder = copied(llama, tmp_path / 'x')
   (tmp_path / 'secret.safetensors').write_bytes((folder / 'model.safetensors').read_bytes())
@@ -270,6 +271,33 @@ def test_json_that_is_nested_too_deeply_is_refused_by_name(llama, tmp_path, name
   (folder / name).write_text('{"a":' * 200_000 + '1' + '}' * 200_000)
   found = refused(folder)
   assert name in found and 'not JSON (nested too deeply)' in found and '\n' not in found
+
+
+@pytest.mark.parametrize('value', [2**31, 2**63, 10**30])
+@pytest.mark.parametrize('name', ['hidden_size', 'num_hidden_layers', 'vocab_size', 'head_dim', 'num_key_value_heads'])
+def test_sizes_that_no_model_has_are_refused_at_once(llama, tmp_path, name, value):
+  folder = copied(llama, tmp_path / 'x')
+  config = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps(config | {name: value}))
+  assert f'{name} = {value} is not a size that a model can have' in refused(folder)
+
+
+def test_a_base_models_folder_and_shards_in_a_subfolder_are_read_as_transformers_does(tmp_path):
+  """AutoModel.save_pretrained leaves out the `model.` prefix; an index may name files in folders below it."""
+  whole = make(tmp_path / 'whole', dataclasses.replace(LLAMA, tied=True))
+  base = copied(whole, tmp_path / 'base')
+  rewrite = lambda tensors: {name.removeprefix('model.'): value for name, value in tensors.items()}
+  tensors = safetensors.numpy.load_file(whole / 'model.safetensors')
+  safetensors.numpy.save_file(rewrite(tensors), base / 'model.safetensors')
+  below = copied(whole, tmp_path / 'below')
+  (below / 'inner').mkdir()
+  (below / 'model.safetensors').rename(below / 'inner' / 'part.safetensors')
+  (below / 'model.safetensors.index.json').write_text(
+    json.dumps({'weight_map': dict.fromkeys(tensors, 'inner/part.safetensors')})
+  )
+  expected = runs.host(Source(whole).load(one_device()))
+  for folder in (base, below):
+    runs.assert_identical(runs.host(Source(folder).load(one_device())), expected)
 
 
 def test_the_tokenizer_is_the_folders_and_no_larger_than_the_model(llama, tmp_path):

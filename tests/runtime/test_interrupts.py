@@ -77,6 +77,22 @@ def test_a_signal_ends_a_command_in_time_wherever_it_is(number, body, code, out,
   assert time.monotonic() - begin < 5
 
 
+def test_a_signal_after_the_work_does_not_change_the_exit_code():
+  """The interpreter's exit takes a moment."""
+  code = """
+import atexit
+from kdjax import cli, preemption
+interrupts.begin()
+atexit.register(BODY)
+with cli.user_errors(resumable=True):
+  pass
+say('ready')
+"""
+  process = start(code, 'time.sleep, 3')
+  process.send_signal(signal.SIGTERM)
+  assert end(process) == (0, '', '')
+
+
 def test_two_interrupts_end_a_command_with_one_line():
   process = start(RAISING, COMPILE)
   process.send_signal(signal.SIGINT)
