@@ -289,11 +289,11 @@ def found_effects(n_seeds: int, regime: str, test: str, n: int, run) -> dict[str
 def advice(surface: str, n: int, run) -> dict[str, Any]:
   found = run(_one_regret, [(surface, seed) for seed in range(n)])
   answers = [each for each in found if each is not None]
+  row = {'surface': surface, 'grids': n, 'refused': 1 - len(answers) / n}
+  if surface in ('no gain', 'harm'):
+    return row
   median, high = (float(np.quantile(answers, q)) if answers else math.nan for q in (0.5, 0.9))
-  useful = surface not in ('no gain', 'harm')
-  return {'surface': surface, 'grids': n, 'refused': 1 - len(answers) / n} | (
-    {'median regret': median, '90% of regrets below': high} if useful else {}
-  )
+  return row | {'median regret': median, '90% of regrets below': high}
 
 
 def measure(n: int, run) -> dict[str, list[dict[str, Any]]]:
