@@ -104,7 +104,7 @@ class LossConfig:
     0.0  # 0: all; >= 1: that many tokens; in (0, 1): that share of the vocabulary; ties at the k-th all stay
   )
   teacher_top_p: float = (
-    1.0  # the smallest set of the likeliest tokens with at least this mass of softmax(teacher / T); 1: all
+    1.0  # the smallest set of the most likely tokens with at least this mass of softmax(teacher / T); 1: all
   )
   rest: str = 'renormalise'  # of the teacher's mass outside top-k / top-p: renormalise | other (one bucket)
   z_loss: float = 0.0

@@ -276,7 +276,7 @@ def test_the_text_says_what_it_was_fitted_on_and_has_the_sign_of_every_table():
 def test_a_student_without_a_vocabulary_and_a_margin_that_is_no_share_are_refused():
   with pytest.raises(UserError, match='vocab_size is 0'):
     advise(effects(weak_best), student=named('tiny-1m'), draws=2)
-  with pytest.raises(UserError, match=r'from 0 to below 1, got 1\.5'):
+  with pytest.raises(UserError, match=r'in \[0, 1\), got 1\.5'):
     advise(effects(weak_best), draws=2, margin=1.5)
 
 

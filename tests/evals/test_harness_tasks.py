@@ -82,7 +82,7 @@ def test_what_a_group_or_tag_holds_is_evaluated_once(folder):
       ['mymc_x'],
       r'unknown tasks: mymc_x \(did you mean mymc_[ab] or mymc_[ab]\?\); the readable YAML files in',
     ),
-    (['zzz*', 'mymc_a'], r'unknown tasks: zzz\*; .* hold group, lonely, mymc_a, mymc_b, other, overlap, tagged'),
+    (['zzz*', 'mymc_a'], r'unknown tasks: zzz\*; .* define group, lonely, mymc_a, mymc_b, other, overlap, tagged'),
     (['groop, qqq'], r'unknown tasks: groop \(did you mean group\?\), qqq; '),
     (['none.yaml'], 'unknown tasks: none.yaml'),
     ([' , '], '--tasks is empty'),
