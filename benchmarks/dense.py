@@ -1,4 +1,4 @@
-"""The dense loss against optax on the same whole logits, without truncation: value, and value with gradient.
+"""Compare the dense loss with optax on the same full logits, without truncation: value, and value with gradient.
 
     python -m benchmarks.dense [--rounds 15] [--vocab 2048,32768] [--temperature 1,2]
 
@@ -20,7 +20,7 @@ B, T = 2, 128
 
 
 def optax_loss(student_BxTxV, labels_BxT, weights_BxT, alpha, teacher_BxTxV, temperature):
-  """The textbook: optax for the cross-entropy and for the KL."""
+  """Compute the textbook loss: optax for the cross-entropy and for the KL."""
   ce_BxT = optax.softmax_cross_entropy_with_integer_labels(student_BxTxV, labels_BxT)
   log_p, log_q = (jax.nn.log_softmax(x / temperature) for x in (student_BxTxV, teacher_BxTxV))
   kl_BxT = optax.losses.kl_divergence_with_log_targets(log_p, log_q)

@@ -1,4 +1,4 @@
-"""Reread the published laptop grid under today's rules: the tables of docs/RESULTS.md that were added after the grid was run.
+"""Reanalyse the published laptop grid under today's rules: print the tables of docs/RESULTS.md that were added after the grid was run.
 
 python -m benchmarks.reread
 """
@@ -16,7 +16,7 @@ OOD = ['code', 'dialogue', 'genres', 'reference', 'web']
 
 
 def levels(contrasts: pd.DataFrame) -> pd.DataFrame:
-  """Each contrast's interval at the level of one of four primary tests: from its standard error and degrees of freedom."""
+  """Compute each contrast's interval at the level of one of four primary tests, from its standard error and degrees of freedom."""
   level = crossed.corrected_level(MAX_PRIMARY)
   half = stats.t.ppf((1 + level) / 2, contrasts['df']) * contrasts['error']
   table = contrasts[['contrast', 'set', 'left', 'estimate']]
@@ -24,7 +24,7 @@ def levels(contrasts: pd.DataFrame) -> pd.DataFrame:
 
 
 def without_each_set(effects: pd.DataFrame, measure: str) -> pd.DataFrame:
-  """The OOD mean of each validated arm, and the mean that is left when one set is left out."""
+  """Compute the OOD mean of each validated arm, over all sets and with each set left out."""
   rows = effects[effects['validated'] & (effects['scenario'] == '') & (effects['measure'] == measure)]
   rows = rows[rows['arm'].isin(['distilled', 'unigram']) & rows['set'].isin(OOD)]
   table = rows.pivot_table(index=['arm', 'teacher', 'teacher_tokens', 'alpha'], columns='set', values='estimate')

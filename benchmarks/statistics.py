@@ -1,10 +1,11 @@
-"""How often a report's verdicts are wrong, how often they find a true effect, and what the advisor's choices lose.
+"""Measure how often a report's verdicts are wrong, how often they find a true effect, and the regret of the advisor's choices.
 
-    python -m benchmarks.statistics                  the tables of docs/STATISTICS.md, and docs/results/statistics.json behind them
+    python -m benchmarks.statistics                  write the tables of docs/STATISTICS.md, and their data to docs/results/statistics.json
     python -m benchmarks.statistics --grids=100      the same in a few minutes, printed only
 
-Grids of known truth are drawn for the shipped configs/grid.py; the product's own functions (kdjax.analysis.contrasts, .advisor) read them.
-A student's value on a document is a shift of its seed and arm, half of it common to all sets, a shift of its arm and document, and a residual.
+The simulation draws grids with a known truth for the shipped configs/grid.py and analyses them with kdjax.analysis.contrasts and .advisor.
+A student's value on a document is the sum of a shift of its seed and arm (half of its variance is common to all sets), a shift of its arm and
+document, and a residual.
 """
 
 import argparse
@@ -35,24 +36,24 @@ FILE = pathlib.Path(__file__).parents[1] / 'docs' / 'results' / 'statistics.json
 PAGE = FILE.parents[1] / 'STATISTICS.md'
 GRIDS = 2000
 DOCUMENTS = {'in-domain': 40, 'dialogue': 40, 'reference': 40, 'code': 40}
-ALPHA = 0.4  # of every arm: what it is plays no role here
+ALPHA = 0.4  # of every arm; its value does not matter here
 UNIGRAM_ALPHA = 0.2
-# Standard deviations in bits per byte: of an arm's and seed's shift, an arm's and document's, and the residual of one document.
+# Standard deviations in bits per byte of: the shift of an arm and seed, the shift of an arm and document, the residual of one document.
 REGIMES = {'seeds': (0.02, 0.02, 0.02), 'mixed': (0.01, 0.06, 0.03), 'documents': (0.002, 0.1, 0.02)}
 SEEDS = (1, 2, 3, 5, 10)
 
 
-# Grids of contrasts.
+# Simulated grids.
 
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-  """The shipped grid with so many fresh seeds: its groups, and the pilot's keys."""
+  """The shipped grid with a given number of fresh seeds: its groups, and the pilot's keys."""
 
   grid: GridConfig
   groups: tuple[Group, ...]
   keys: tuple[str, ...]
-  curves: dict[str, dict[str, float]] | None = None  # the pilot's; None: drawn anew for each grid
+  curves: dict[str, dict[str, float]] | None = None  # the pilot's; None: new ones for each grid
 
   @property
   def cells(self) -> list[Cell]:
@@ -71,7 +72,7 @@ def design(n_seeds: int) -> Design:
 
 
 class SimulatedScores:
-  """What kdjax.analysis.contrasts asks of a grid's results, drawn instead of read."""
+  """Simulated results of a grid, with the interface that kdjax.analysis.contrasts uses."""
 
   def __init__(self, made: Design, regime: str, effects: Callable[[Group, str], float], rng: np.random.Generator):
     self.grid = made.grid
@@ -99,13 +100,13 @@ class SimulatedScores:
 
 @functools.cache
 def lengths(name: str) -> np.ndarray:
-  """[documents] bytes of a set, the same in every grid: log-normal, as the web's are."""
+  """Draw the bytes [documents] of a set, the same in every grid: log-normal, like web documents."""
   rng = np.random.default_rng(list(DOCUMENTS).index(name))
   return np.round(np.exp(rng.normal(6, 1, DOCUMENTS[name]))) + 1
 
 
 def _draw(group: Group, spread, effects, sizes: Mapping[str, np.ndarray], rng) -> dict[str, dict[str, np.ndarray]]:
-  """Bits of each document, by cell and set."""
+  """Draw the bits of each document, by cell and set."""
   seed_sd, document_sd, residual_sd = spread
   n_seeds = len(group.cells)
   common_S = rng.normal(size=n_seeds)
@@ -120,7 +121,7 @@ def _draw(group: Group, spread, effects, sizes: Mapping[str, np.ndarray], rng) -
 
 
 def verdicts(n_seeds: int, regime: str, effects: Callable[[Group, str], float], seed: int) -> dict[str, str]:
-  """The verdict of each primary test on one grid."""
+  """Return the verdict of each primary test on one grid."""
   made = design(n_seeds)
   scores = SimulatedScores(made, regime, effects, np.random.default_rng([n_seeds, list(REGIMES).index(regime), seed]))
   rows = contrasts.test_all(scores, list(made.groups))  # type: ignore[arg-type]
@@ -139,12 +140,12 @@ def control_harms(group: Group, name: str) -> float:
 
 
 def all_gain_alike(group: Group, name: str) -> float:
-  """Every teacher gives the same gain on every set; the control gives it too."""
+  """Every teacher and the control give the same gain on every set."""
   return -0.1 if group.kind in ('distilled', 'unigram') else 0.0
 
 
 NULLS: dict[str, tuple[Callable[[Group, str], float], tuple[str, ...]]] = {
-  # name -> (truth, the primary tests for which it is a null; () is all)
+  # name -> (truth, the primary tests for which it is a null; (): all)
   'no arm differs': (no_effect, ()),
   'teachers gain nothing, the unigram control harms': (control_harms, ()),
   'all teachers and the control gain the same': (
@@ -161,7 +162,7 @@ def weak(group: Group) -> bool:
 
 
 def true_effect(n_seeds: int, regime: str, coefficients: list[float], weights: Mapping[str, float]) -> Effect:
-  """The true variance components of a contrast of arms with these coefficients, in place of estimated ones."""
+  """Build the effect of a contrast of arms with these coefficients from true instead of estimated variance components."""
   seed_sd, document_sd, residual_sd = REGIMES[regime]
   arms = float(np.square(coefficients).sum())
   w_K = np.array([weights[name] for name in weights])
@@ -177,7 +178,7 @@ def true_effect(n_seeds: int, regime: str, coefficients: list[float], weights: M
 
 @functools.cache
 def alternatives(n_seeds: int, regime: str) -> dict[str, tuple[float, Callable[[Group, str], float]]]:
-  """Primary test -> (its minimum detectable effect from the true components, grids in which that is the truth)."""
+  """Return primary test -> (its minimum detectable effect from the true components, the truth that has this effect)."""
   grid, groups = design(n_seeds).grid, design(n_seeds).groups
   level = crossed.corrected_level(grid_config.n_primary(grid))
   n_weak = sum(map(weak, groups))
@@ -215,7 +216,7 @@ SURFACES: dict[str, Callable[[float, float], float]] = {  # (teacher parameters,
 }
 ARMS = list(itertools.product(('tiny-0.1m', 'tiny-0.3m', 'tiny-1m', 'tiny-3m'), (0.2, 0.4, 0.6)))  # twelve
 STUDENT, TOKENS, SEQ_LEN = 'tiny-1m', 2_000_000, 128
-NOISE = 0.005  # the standard error of an arm; half of its variance is the baseline's, which all arms share
+NOISE = 0.005  # the standard error of an arm; half of its variance is from the baseline, which all arms share
 
 
 def _parabola(peak: float, alpha: float, best: float) -> float:
@@ -227,7 +228,7 @@ def size_of(name: str) -> float:
 
 
 def regret(surface: str, seed: int) -> float | None:
-  """What the advisor's choice loses to the best arm, as a share of that one's gain; None where it refuses."""
+  """Compute how much less the advisor's choice gains than the best arm, as a share of the best gain; None if it refuses."""
   gain, rng = SURFACES[surface], np.random.default_rng([list(SURFACES).index(surface), seed])
   common, df = rng.normal(), 4.0
   rows = []
@@ -278,7 +279,7 @@ def false_positives(n_seeds: int, regime: str, name: str, n: int, run) -> dict[s
   }
 
 
-def found_effects(n_seeds: int, regime: str, test: str, n: int, run) -> dict[str, Any]:
+def measure_power(n_seeds: int, regime: str, test: str, n: int, run) -> dict[str, Any]:
   mde, _ = alternatives(n_seeds, regime)[test]
   right = 'worse' if test.startswith('size_reverses') else 'better'
   found = run(_one_verdict, [('effect', n_seeds, regime, test, seed) for seed in range(n)])
@@ -297,7 +298,7 @@ def advice(surface: str, n: int, run) -> dict[str, Any]:
 
 
 def measure(n: int, run) -> dict[str, list[dict[str, Any]]]:
-  """Every table's rows."""
+  """Measure every table's rows."""
   tables: dict[str, list[dict[str, Any]]] = {'false': [], 'power': [], 'advice': []}
   for truth, regime, n_seeds in itertools.product(NULLS, REGIMES, SEEDS):
     headline = n_seeds in (5, 10) and (truth == 'no arm differs' or regime == 'mixed')
@@ -305,7 +306,7 @@ def measure(n: int, run) -> dict[str, list[dict[str, Any]]]:
     print(tables['false'][-1], flush=True)
   for regime, n_seeds in itertools.product(REGIMES, (5, 10)):
     for test in alternatives(n_seeds, regime):
-      tables['power'].append(found_effects(n_seeds, regime, test, n if regime == 'mixed' else max(n // 4, 20), run))
+      tables['power'].append(measure_power(n_seeds, regime, test, n if regime == 'mixed' else max(n // 4, 20), run))
       print(tables['power'][-1], flush=True)
   for surface in SURFACES:
     tables['advice'].append(advice(surface, n, run))
@@ -314,12 +315,12 @@ def measure(n: int, run) -> dict[str, list[dict[str, Any]]]:
 
 
 def markdown(tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
-  """The tables of docs/STATISTICS.md, by name."""
+  """Format the tables of docs/STATISTICS.md, by name."""
   return {name: _table(rows) for name, rows in tables.items() if rows}
 
 
 def write_page(tables: Mapping[str, list[dict[str, Any]]]) -> None:
-  """Put the tables into docs/STATISTICS.md, between their marks."""
+  """Write the tables into docs/STATISTICS.md, between their marks."""
   text = PAGE.read_text()
   for name, table in markdown(tables).items():
     head, tail = text.split(f'<!-- {name} -->')[0], text.split(f'<!-- /{name} -->')[1]
@@ -337,7 +338,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument(
-    '--grids', type=int, default=GRIDS, help=f'simulated grids of a headline setting; default: {GRIDS}'
+    '--grids', type=int, default=GRIDS, help=f'simulated grids for each headline setting; default: {GRIDS}'
   )
   parser.add_argument('--processes', type=int, default=2)
   args = parser.parse_args()

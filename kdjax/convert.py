@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     '--separator',
     default='',
     metavar='TOKEN',
-    help="one token that starts and ends documents; default: the tokens that the tokenizer's files name",
+    help="one token that starts and ends documents; default: the tokens with these roles in the tokenizer's files",
   )
 
   into = commands.add_parser('from-hf', parents=[tokenizer], help='a Hugging Face folder -> a run')

@@ -4,8 +4,8 @@
     python -m kdjax.generate runs/weak2strong-... "The state of the Union" --temperature 0.8 --samples 3    all its students, side by side
     python -m kdjax.generate ~/models/SmolLM2-135M "Once upon a time" --temperature 0                       a Hugging Face folder
 
-A prompt is the beginning of a document: the token that starts each document is put before it, unless the prompt has it. The text ends at the
-model's end token, or at any of several. A special token's name in a prompt is plain text, unless --special is given.
+A prompt is the beginning of a document: it is prefixed with the token that starts each document, unless it already begins with it. The text ends
+at any of the model's end tokens. The name of a special token in a prompt is plain text unless --special is given.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def texts(
 
 
 def prompt_ids(opened: pretrained.Opened, prompt: str, special: bool = False) -> list[int]:
-  """A prompt's tokens, after the token that starts a document. Raises UserError for a special token that the weights have no row for."""
+  """Encode a prompt after the token that starts a document. Raises UserError for a special token without a row in the weights."""
   tokenizer = opened.tokenizer
   ids = tokenizer.encode_batch([prompt], special=special)[0].tolist()
   opened.check_ids(ids)
@@ -95,18 +95,20 @@ def _parser() -> argparse.ArgumentParser:
     prog='python -m kdjax.generate', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('model', metavar='RUN', help="a run's folder, an experiment's, or a Hugging Face folder")
-  parser.add_argument('prompt', metavar='PROMPT', nargs='?', default='', help='default: the beginning of any document')
+  parser.add_argument(
+    'prompt', metavar='PROMPT', nargs='?', default='', help='default: empty, the beginning of a document'
+  )
   parser.add_argument('--max-tokens', type=cli.positive, default=128, help='at most so many; default: 128')
   parser.add_argument(
-    '--temperature', type=temperature, default=1.0, help='0: the likeliest token each time; default: 1'
+    '--temperature', type=temperature, default=1.0, help='0: always the most likely token; default: 1'
   )
   parser.add_argument(
-    '--top-k', type=cli.count, default=0, help='draw from so many of the likeliest tokens; default: all'
+    '--top-k', type=cli.count, default=0, help='sample from this many of the most likely tokens; default: all'
   )
   parser.add_argument(
-    '--top-p', type=cli.share, default=1.0, help='draw from the likeliest that have this share of the probability'
+    '--top-p', type=cli.share, default=1.0, help='sample from the most likely tokens with this total probability'
   )
-  parser.add_argument('--seed', type=cli.seed, default=0, help='the same seed, the same text; default: 0')
+  parser.add_argument('--seed', type=cli.seed, default=0, help='the same seed gives the same text; default: 0')
   parser.add_argument('--samples', type=cli.positive, default=1, help='how many texts, of the seeds that follow')
   parser.add_argument('--step', type=cli.count, default=0, help='which checkpoint; default: the newest')
   parser.add_argument(

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(
   grid: GridConfig, folder: paths.Path, cell: str | None = None, shard: str | None = None, progress: bool = True
 ) -> None:
-  """Does what is missing. Raises TrainingError at the end where jobs failed."""
+  """Run the missing jobs. Raises TrainingError at the end if jobs failed."""
   backend.devices()
   trackers.check(grid.base.trackers)
   runner.claim(folder, grid)
@@ -92,7 +92,7 @@ def run(
       raise UserError(
         f'{fidelity.describe(corpus.losses)}, and a grid reports bits per byte; set data.tokenizer to another one'
       )
-    # A task that cannot be read is an error now, and not after the training.
+    # Fail on an unreadable task now, not after the training.
     choices.read_all(base.eval.tasks, base.eval.max_items, kept=corpus.tasks)
   if grid.vocab_size and base.data.tokenizer != 'bpe' and grid.vocab_size != corpus.tokenizer.vocab_size:
     raise UserError(

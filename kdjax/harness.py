@@ -4,9 +4,8 @@
     python -m kdjax.harness runs/weak2strong-.../students/distilled --tasks my_task --include-path my_tasks/
     python -m kdjax.harness ~/models/SmolLM2-135M --tasks gsm8k                                  a Hugging Face folder
 
-Results of an experiment's models go into its table, beside those of the eval job: one column for each task and filter, each item paired with
-the same one of the baseline. The teacher is scored at the step that the students learned from, the students at --step, else at the newest that
-all of them have.
+Results of an experiment's models are added to its table: one column for each task and filter, with each item paired with the baseline's. The
+teacher is scored at the step that the students learned from, the students at --step, by default the newest that all of them have.
 """
 
 import argparse
@@ -45,8 +44,8 @@ except ImportError:  # reported by main
   lm_eval, TemplateLM = None, object
 
 log = logging.getLogger('kdjax')
-MAX_TOKENS = 256  # of a generation, where a task does not say
-# Settings of other models' generation, and the value of each that changes nothing.
+MAX_TOKENS = 256  # of a generation, if the task sets no limit
+# Generation settings that are not supported, each with the value that has no effect.
 UNSUPPORTED = {
   'num_beams': 1,
   'num_return_sequences': 1,
@@ -63,17 +62,17 @@ UNSUPPORTED = {
 
 
 class Model(TemplateLM):
-  """Answer the harness's three kinds of request with a model of kdjax: in batches, with one program for each of a few lengths.
+  """Answer the harness's three kinds of request with a kdjax model, in batches of a few fixed lengths.
 
   Args:
     opened: the model.
     mesh: its data axes hold the rows.
-    batch_size: rows of the longest window; of shorter ones there are more.
-    max_length: the most tokens that it sees at once; 0: the window that it was trained with, else the model's own limit.
-    seed: of answers that are drawn: the same seed, prompt and settings give the same answers, in batches of any size and any order.
+    batch_size: rows at the longest window; shorter windows have more rows.
+    max_length: the longest context in tokens; 0: the training window, else the model's own limit.
+    seed: of sampled answers. The same seed, prompt and settings give the same answers, whatever the batch size and order.
 
   Raises:
-    UserError: the model cannot see max_length tokens at once.
+    UserError: max_length exceeds the model's limit.
   """
 
   def __init__(self, opened: pretrained.Opened, mesh: Mesh, batch_size: int = 16, max_length: int = 0, seed: int = 0):
@@ -81,9 +80,9 @@ class Model(TemplateLM):
     self._opened, self._mesh, self._batch_size, self._seed = opened, mesh, batch_size, seed
     longest = opened.model.config.max_seq_len
     if not 0 <= max_length <= longest:
-      raise UserError(f'--max-length {max_length}: the model sees at most {longest} tokens at once')
+      raise UserError(f"--max-length {max_length}: must be from 0 to the model's limit of {longest} tokens")
     self.max_length = max_length or opened.trained_window or opened.model.config.max_seq_len
-    # As transformers reads an exported model's tokenizer: it parses special tokens in text, and puts the first token before the text.
+    # Like transformers with an exported model: parse special tokens in text, and put the first token before the text.
     self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_file(opened.tokenizer, not opened.imported))
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
@@ -110,10 +109,10 @@ class Model(TemplateLM):
     return ids
 
   def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
-    """Score (texts, context's tokens, continuation's tokens); a text that is too long loses its beginning."""
+    """Score (texts, context's tokens, continuation's tokens); a text that is too long is truncated at its beginning."""
     for texts, _, continuation in requests:
       if not continuation:
-        raise UserError(f'the tokenizer makes no token of the continuation {texts and texts[1]!r}; correct that item')
+        raise UserError(f'the continuation {texts and texts[1]!r} has no tokens; correct that item')
     asked = [(np.asarray(context + continuation, np.int32), len(context) - 1) for _, context, continuation in requests]
     if not asked:
       return []
@@ -126,12 +125,10 @@ class Model(TemplateLM):
     return found
 
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-    """Score whole texts in windows that do not overlap; each is given the last token of the one before."""
+    """Score whole texts in windows that do not overlap; each window's context is the last token of the previous one."""
     windows, owner = [], []
     for number, request in enumerate(requests):
-      ids = self.tok_encode(
-        request.args[0]
-      )  # the token that it puts before a text is scored too, as by the harness's own models
+      ids = self.tok_encode(request.args[0])  # the token before the text is scored too, as in the harness's own models
       pairs = lm_eval_utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
       for context, continuation in map(lm_eval_utils.make_disjoint_window, pairs):
         windows.append((None, context, continuation))
@@ -143,7 +140,7 @@ class Model(TemplateLM):
     return totals.tolist()
 
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-    """Answer requests of the same settings in batches of like length."""
+    """Answer requests with the same settings in batches of similar length."""
     repeats: collections.Counter[bytes] = collections.Counter()
     groups: dict[str, list[_Draw]] = {}
     for place, request in enumerate(requests):
@@ -163,7 +160,7 @@ class Model(TemplateLM):
     asked = _read_settings(requests[group[0].place].args[1], self._opened.tokenizer.roles.end)
     if asked.max_tokens >= self.max_length:
       raise UserError(
-        f'the task asks for {asked.max_tokens} tokens, and the model sees {self.max_length} at once; give --gen-kwargs max_gen_toks=N'
+        f'the task asks for {asked.max_tokens} tokens, but the context holds {self.max_length}; set a lower limit with --gen-kwargs max_gen_toks=N'
       )
     room = self.max_length - asked.max_tokens
     prompts = {
@@ -189,7 +186,7 @@ class Model(TemplateLM):
     return self._tokenizer.decode(self._before_special(ids, stops), skip_special_tokens=True)
 
   def _before_special(self, ids: Sequence[int], stops: Sequence[str]) -> list[int]:
-    """The tokens before the first special one that is among the stops: text shows no special token."""
+    """Return the tokens before the first special token among the stops. Decoding drops special tokens, so the text cannot show them."""
     return list(itertools.takewhile(lambda i: self._special.get(i) not in stops, ids))
 
   def _rows(self) -> int:
@@ -197,14 +194,14 @@ class Model(TemplateLM):
 
 
 class _Draw(NamedTuple):
-  """A request's place in the list, and the number that its random numbers are made of."""
+  """A request's place in the list, and the number that seeds its random numbers."""
 
   place: int
   number: int
 
 
 class _Settings(NamedTuple):
-  """How a task wants its answers: at most so many tokens, up to the first of the stops."""
+  """A task's generation settings: an answer ends at the first of the stops or after max_tokens."""
 
   sampling: Sampling
   max_tokens: int
@@ -212,7 +209,10 @@ class _Settings(NamedTuple):
 
 
 def _read_settings(asked: dict[str, Any], end: str) -> _Settings:
-  """Read a request's settings as the harness's own models do: the `end` token of the tokenizer stops too. Raises UserError where one cannot be read, or is not supported."""
+  """Read a request's settings like the harness's own models; the tokenizer's `end` token stops too.
+
+  Raises UserError for a setting that cannot be read or is not supported.
+  """
   given = {name: value for name, value in asked.items() if value is not None}
   try:
     settings = normalize_gen_kwargs(given, MAX_TOKENS)
@@ -221,9 +221,7 @@ def _read_settings(asked: dict[str, Any], end: str) -> _Settings:
     stops = [stop for stop in map(str, [*settings['until'], end]) if stop]
     refused = [name for name in UNSUPPORTED if float(settings.get(name, UNSUPPORTED[name])) != UNSUPPORTED[name]]
   except (TypeError, ValueError) as e:
-    raise UserError(
-      f'the settings of generation {asked} cannot be read ({e}); correct the task, or --gen-kwargs'
-    ) from e
+    raise UserError(f'the generation settings {asked} cannot be read ({e}); correct the task or --gen-kwargs') from e
   if refused or settings['max_gen_toks'] < 1:
     name = next(iter(refused), 'max_gen_toks')
     raise UserError(
@@ -233,7 +231,7 @@ def _read_settings(asked: dict[str, Any], end: str) -> _Settings:
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
-  """The text up to the first of the stops."""
+  """Cut the text at the first of the stops."""
   for stop in stops:
     text = text.split(stop)[0]
   return text
@@ -241,7 +239,7 @@ def _cut(text: str, stops: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
   with cli.user_errors():
-    # Intermixed: else argparse takes RUN for left out where an option is before it.
+    # Intermixed, or argparse treats RUN as missing if an option precedes it.
     args = _parser().parse_intermixed_args(sys.argv[1:] if argv is None else argv)
     if lm_eval is None:
       raise UserError("the package lm_eval is not installed; run: pip install 'kdjax[lm-eval]'")
@@ -295,7 +293,7 @@ def _evaluate(
 
 
 def _split_model(args: argparse.Namespace) -> tuple[list[str], str]:
-  """(names of tasks, the model). Where RUN follows --tasks, argparse takes it for the last of them."""
+  """Return (task names, the model). If RUN follows --tasks, argparse parses it as the last task."""
   tasks, model = list(args.tasks), args.model
   if model is None and len(tasks) > 1:
     model = tasks.pop()
@@ -322,22 +320,24 @@ def _parser() -> argparse.ArgumentParser:
     '--include-path', type=options.path, metavar='FOLDER', help='a folder of tasks of your own (YAML)'
   )
   parser.add_argument(
-    '--no-defaults', action='store_true', help="know those alone: quicker than reading the harness's thousands"
+    '--no-defaults',
+    action='store_true',
+    help="use only your own tasks, which is faster than reading the harness's thousands",
   )
   parser.add_argument('--num-fewshot', type=cli.count, help="examples in the prompt; default: the task's")
   parser.add_argument(
     '--limit',
     type=harness_tasks.parse_limit,
-    help='items of each task, from its front; below 1: that share of them; default: all',
+    help='the first items of each task: their number, or below 1 their share; default: all',
   )
   parser.add_argument('--batch-size', type=cli.positive, default=16, help='rows of the longest window; default: 16')
   parser.add_argument('--gen-kwargs', metavar='K=V,...', help='of generations, e.g. max_gen_toks=64')
-  parser.add_argument('--seed', type=cli.seed, default=0, help='of answers that are drawn (do_sample); default: 0')
+  parser.add_argument('--seed', type=cli.seed, default=0, help='of sampled answers (do_sample); default: 0')
   parser.add_argument(
     '--step', type=cli.count, default=0, help="the students' checkpoint, or the run's; default: the newest"
   )
   parser.add_argument(
-    '--max-length', type=cli.count, default=0, help='tokens seen at once; default: the window of training'
+    '--max-length', type=cli.count, default=0, help='context length in tokens; default: the training window'
   )
   parser.add_argument(
     '--separator',
@@ -345,9 +345,13 @@ def _parser() -> argparse.ArgumentParser:
     metavar='TOKEN',
     help='of a Hugging Face folder: one token that starts and ends documents',
   )
-  parser.add_argument('--output', type=options.path, metavar='FILE', help='write the results there too, as JSON')
   parser.add_argument(
-    '--confirm-run-unsafe-code', action='store_true', help='run what the model writes, for tasks that test code'
+    '--output', type=options.path, metavar='FILE', help='also write the results to this file, as JSON'
+  )
+  parser.add_argument(
+    '--confirm-run-unsafe-code',
+    action='store_true',
+    help='run the code that the model writes, for tasks that test code',
   )
   for axis in sharding.AXES:
     parser.add_argument(f'--{axis}', type=cli.axis, default=-1 if axis == 'fsdp' else 1, help=f'devices along {axis}')

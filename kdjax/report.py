@@ -4,7 +4,7 @@
     python -m kdjax.report --grid=runs/grid-0123456789ab --advise --student=tiny-1m --tokens=2M --budget-flops=2e13
 
 Writes <grid>/report: effects.csv and .parquet (every arm against its baseline on every set), contrasts.csv and .parquet (what the config
-declared, with verdicts on its primary tests), summary.md (both in short), figures/*.png and *.svg, report.html (one file, no network).
+declared, with verdicts on its primary tests), summary.md (a summary of both), figures/*.png and *.svg, report.html (one file, no network).
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       '--margin',
       type=float,
       default=advisor.MARGIN,
-      help=f"what a cheaper option may be expected to lose, as a share of the best one's gain; default: {advisor.MARGIN}",
+      help=f"the expected loss that a cheaper option may have, as a share of the best one's gain; default: {advisor.MARGIN}",
     )
     parser.add_argument('--set', default='in-domain', choices=('in-domain', OOD_MEAN), help='what is to be gained')
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
@@ -69,11 +69,11 @@ def load(folder: paths.Path) -> GridConfig:
   if known is None:
     raise UserError(f'{folder} is no grid: it has no grid.json; python -m kdjax.grid run prints the folder of a grid')
   runs = str(paths.under(folder, known['resolved']['runs']))
-  # A grid older than primary contrasts declared none before its runs: all of its contrasts are exploratory.
+  # A grid from before primary contrasts existed declared none, so all of its contrasts are exploratory.
   resolved = {'primary': ()} | known['resolved']
   plans = {
     'hardware': resolved['hardware'] | {'device': 'cpu'}
-  }  # no result depends on it, and older grids have any name there
+  }  # no result depends on it, and older grids accepted any name here
   values = ml_collections.ConfigDict(resolved | plans | {'runs': runs})
   return config_lib.resolve_as(GridConfig, grid_config.problems, values)
 
@@ -103,7 +103,7 @@ def write(grid: GridConfig, folder: paths.Path, tables: Tables) -> str:
 
 
 def facts(grid: GridConfig, folder: paths.Path, tables: Tables) -> dict[str, object]:
-  """What the page says of the grid itself."""
+  """Collect the page's facts about the grid itself."""
   known, pilot = read_json(folder / 'grid.json') or {}, runner.read_pilot(folder, grid)
   jobs = runner.jobs_of(grid, folder)
   return {
@@ -124,7 +124,7 @@ def facts(grid: GridConfig, folder: paths.Path, tables: Tables) -> dict[str, obj
 
 
 def contrast_table(contrasts: pd.DataFrame) -> str:
-  """The declared contrasts, one line each, primary ones first."""
+  """Format the declared contrasts, one line each, primary ones first."""
   if contrasts.empty:
     return 'no contrasts were declared'
   rows = [['contrast', 'set', 'verdict', 'estimate', 'interval', 'level', 'MDE [95% interval]', 'seeds']]
@@ -136,7 +136,7 @@ def contrast_table(contrasts: pd.DataFrame) -> str:
       numbers = [f'{row.estimate:+.4f}', f'[{row.low:+.4f}, {row.high:+.4f}]', f'{row.level:.4g}', summary.mde(row)]
       rows.append([*place, row.verdict, *numbers, str(row.n_seeds)])
   legend = (
-    'Bits per byte, left less right; below 0: better. Intervals are over what the column `over` of contrasts.csv names. A verdict, its interval\n'
+    'Bits per byte, left minus right; below 0: better. The column `over` of contrasts.csv says what the intervals are over. A verdict, its interval\n'
     'and its MDE (the true difference that is resolved 4 times in 5) share one level, corrected for the primary tests; the rest is exploratory.'
   )
   return f'{align(rows)}\n{legend}'

@@ -1,7 +1,7 @@
-"""Text from a model: a prompt is read once into a cache of keys and values, then one token after the other is drawn on the device.
+"""Generate text: read a prompt once into a cache of keys and values, then sample one token after the other on the device.
 
-Rows of different length are padded on the left. A row's text depends on its prompt, the seed and its number, and on nothing else in the
-batch. The host looks at the tokens a chunk at a time.
+Rows of different length are padded on the left. A row's text depends only on its prompt, the seed and its number, not on the rest of the
+batch. The host reads the tokens a chunk at a time.
 
 Shapes: B rows, P the prompts' common length, N tokens of a chunk, S tokens that end a row, V the padded vocabulary.
 """
@@ -19,7 +19,7 @@ from kdjax.errors import UserError
 from kdjax.models import Model
 from kdjax.models.decoder import Cache
 
-CHUNK = 16  # tokens between two looks of the host
+CHUNK = 16  # tokens between two reads by the host
 TEMPERATURES = '0 (greedy) or above 1e-6 and up to 1e6'
 SHORTEST = 16  # the prompts' common length is this times a power of two, so that few programs serve all
 
@@ -46,7 +46,7 @@ class Sampling:
 
 
 def is_temperature(value: float) -> bool:
-  """Say whether logits in float32 can be divided by a temperature, or it is 0."""
+  """Check that a temperature is 0 or can divide logits in float32."""
   return value == 0 or 1e-6 < value <= 1e6
 
 
@@ -75,9 +75,9 @@ def generate(
   stop_id: int | Sequence[int],
   stopped: Callable[[list[int]], bool] = lambda ids: False,
 ) -> list[list[int]]:
-  """Return the tokens that follow each prompt, up to the first `stop_id`, which is left out, and at most `max_tokens`.
+  """Return at most `max_tokens` tokens after each prompt, up to and without the first `stop_id`.
 
-  Drawing ends once each row has ended, or `stopped` returns True for the row's tokens so far. For `numbers` see `stream`.
+  Sampling ends when each row has ended or `stopped` returns True for its tokens so far. For `numbers` see `stream`.
   """
   rows: list[list[int]] = [[] for _ in prompts]
   for tokens_BxN in stream(model, params, prompts, max_tokens, sampling, seed=seed, numbers=numbers, stop_id=stop_id):
@@ -89,7 +89,7 @@ def generate(
 
 
 def cut_at(ids: list[int], stop_id: int | Sequence[int]) -> list[int]:
-  """The ids up to the first `stop_id`, which is left out."""
+  """Return the ids before the first `stop_id`."""
   stops = set(_as_tuple(stop_id))
   return ids[: next((k for k, id_ in enumerate(ids) if id_ in stops), len(ids))]
 
@@ -109,21 +109,21 @@ def stream(
   numbers: Sequence[int] | None = None,
   stop_id: int | Sequence[int],
 ) -> Iterator[np.ndarray]:
-  """Yield int32 arrays [B, N] of the next tokens, until all rows have ended; a row that has ended is filled with (the first) `stop_id`.
+  """Yield int32 arrays [B, N] of the next tokens until all rows have ended; an ended row is filled with (the first) `stop_id`.
 
   Args:
     prompts: token ids, at least one each; a model expects a document's separator first.
-    numbers: each row's own number, below 2**32, from which its random numbers are made; None: 0, 1, 2 ... A caller that draws a set of
-      texts in several calls gives each text its own number: rows of equal numbers are not independent draws.
-    stop_id: the token that ends a row, or several that do.
+    numbers: a number below 2**32 for each row that seeds its random numbers; None: 0, 1, 2 ... To sample a set of texts in several calls,
+      give each text its own number: rows with equal numbers are not independent draws.
+    stop_id: the token or tokens that end a row.
 
   Raises:
-    UserError: a prompt is empty, or is too long for the model with what is to follow; prompts and numbers differ in length.
+    UserError: a prompt is empty; a prompt with `max_tokens` more tokens is too long for the model; prompts and numbers differ in length.
   """
   if not prompts or not all(len(prompt) for prompt in prompts):
     raise UserError('a prompt is empty; begin it with the separator that starts each document')
   if numbers is not None and len(numbers) != len(prompts):
-    raise UserError(f'numbers: there are {len(numbers)} for {len(prompts)} prompts; give each prompt one')
+    raise UserError(f'numbers: got {len(numbers)} for {len(prompts)} prompts; give one for each prompt')
   longest = max(map(len, prompts))
   width = SHORTEST
   while width < longest:
@@ -138,7 +138,7 @@ def stream(
   for row, prompt in zip(tokens_BxP, prompts, strict=True):
     row[width - len(prompt) :] = prompt
   first_B = np.array([width - len(prompt) for prompt in prompts], np.int32)
-  # Of rotary positions attention sees the differences alone, so those that are padding on the left take none of the model's length.
+  # Rotary attention depends on differences of positions alone, so padding on the left uses up none of the model's length.
   roomy = Model(dataclasses.replace(model.config, max_seq_len=width + n_chunks * CHUNK))
   stop_S = np.asarray(_as_tuple(stop_id), np.int32)
   number_B = np.asarray(range(len(prompts)) if numbers is None else numbers, np.uint32)
@@ -152,29 +152,29 @@ def stream(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _read(model: Model, sampling: Sampling, params, tokens_BxP, first_B, key, number_B, stop_S) -> State:
-  """Fill the cache with the prompts and draw the first token after each."""
+  """Fill the cache with the prompts and sample the first token after each."""
   keys_B = jax.vmap(lambda number: jax.random.fold_in(key, number))(number_B)
   cache = model.empty_cache(first_B, model.config.max_seq_len)
   hidden_BxPxD, cache = model.extend(params, tokens_BxP, cache)
   token_B = _next(model, sampling, params, hidden_BxPxD[:, -1], keys_B, 0)
-  return State(cache, token_B, _stops(token_B, stop_S), keys_B, jnp.ones((), jnp.int32))
+  return State(cache, token_B, _is_stop(token_B, stop_S), keys_B, jnp.ones((), jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _draw(model: Model, sampling: Sampling, params, state: State, stop_S) -> tuple[State, Any]:
-  """(the state, the next CHUNK tokens [B, N], the one that the state held first)."""
+  """Return (the state, the next CHUNK tokens [B, N]); the first token is the one that the state held."""
 
   def one(state: State, _):
     hidden_Bx1xD, cache = model.extend(params, state.token_B[:, None], state.cache)
     token_B = _next(model, sampling, params, hidden_Bx1xD[:, 0], state.key_B, state.n)
     token_B = jnp.where(state.done_B, stop_S[0], token_B)
-    return State(cache, token_B, state.done_B | _stops(token_B, stop_S), state.key_B, state.n + 1), state.token_B
+    return State(cache, token_B, state.done_B | _is_stop(token_B, stop_S), state.key_B, state.n + 1), state.token_B
 
   state, tokens_NxB = jax.lax.scan(one, state, None, length=CHUNK)
   return state, tokens_NxB.T
 
 
-def _stops(token_B, stop_S):
+def _is_stop(token_B, stop_S):
   return (token_B[:, None] == stop_S).any(axis=-1)
 
 

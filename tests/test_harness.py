@@ -126,7 +126,7 @@ def test_a_tasks_number_of_tokens_has_several_names(name, opened):
     ({'num_beams': 4}, 'the task asks for num_beams=4, which is not supported; give --gen-kwargs num_beams=1'),
     ({'repetition_penalty': 1.2}, 'asks for repetition_penalty=1.2'),
     ({'max_gen_toks': 0}, 'asks for max_gen_toks=0'),
-    ({'max_gen_toks': 500}, f'asks for 500 tokens, and the model sees {LONGEST} at once'),
+    ({'max_gen_toks': 500}, f'asks for 500 tokens, but the context holds {LONGEST}'),
     ({'temperature': 'warm'}, 'cannot be read'),
     ({'do_sample': True, 'temperature': -1.0}, 'temperature: must be 0'),
   ],
@@ -149,9 +149,9 @@ def test_an_answer_ends_before_a_stop_whether_it_is_text_or_a_special_token(open
 
 
 def test_a_continuation_without_tokens_and_a_window_that_is_too_long_are_refused(opened):
-  with pytest.raises(UserError, match=r"no token of the continuation ''; correct that item"):
+  with pytest.raises(UserError, match=r"the continuation '' has no tokens; correct that item"):
     model(opened).loglikelihood([SimpleNamespace(args=('once', ''))], disable_tqdm=True)
-  with pytest.raises(UserError, match=f'--max-length 500: the model sees at most {LONGEST} tokens at once'):
+  with pytest.raises(UserError, match=f"--max-length 500: must be from 0 to the model's limit of {LONGEST} tokens"):
     model(opened, max_length=500)
 
 
@@ -341,7 +341,10 @@ def test_the_answers_of_one_run_are_written_as_json(experiment, tasks, tmp_path)
     (['--tasks', 'mymc_a', '--seed', '99999999999999999999'], '--seed: must be below 4,294,967,296'),
     (['--tasks', 'mymc_a', 'mymc_b', '--step'], 'argument --step: expected one argument'),
     (['--tasks', 'mymc_a', '--step', '7'], 'has no checkpoint of step 7; it has 8, 12'),
-    (['--tasks', 'mymc_a', '--max-length', '99999'], 'error: --max-length 99999: the model sees at most 8192'),
+    (
+      ['--tasks', 'mymc_a', '--max-length', '99999'],
+      "error: --max-length 99999: must be from 0 to the model's limit of 8192",
+    ),
   ],
 )
 def test_mistakes_are_one_line(argv, line, trunk, tasks, capsys):

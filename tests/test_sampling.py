@@ -68,7 +68,7 @@ def test_a_rows_number_is_its_own_wherever_the_row_is_drawn(llama):
   assert len({tuple(row) for row in together}) == 4
   assert draw(3) + draw(0, 7) == [together[3], together[2], together[0]]
   assert draw(0, 1) == generate(model, params, [[256, 5, 9]] * 2, 20, stop_id=NEVER)
-  with pytest.raises(UserError, match='numbers: there are 1 for 2 prompts'):
+  with pytest.raises(UserError, match='numbers: got 1 for 2 prompts'):
     generate(model, params, [[256], [256]], 2, stop_id=NEVER, numbers=[0])
 
 

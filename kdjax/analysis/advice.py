@@ -1,4 +1,4 @@
-"""The advisor's answer as text, and what a user types to ask it."""
+"""Format the advisor's answer as text, and parse the user's options."""
 
 import dataclasses
 import decimal
@@ -17,11 +17,11 @@ UNITS = {'K': 10**3, 'M': 10**6, 'B': 10**9, 'T': 10**12}
 
 
 def format(advice: Advice) -> str:
-  """For the terminal."""
+  """Format the advice for the terminal."""
   a = advice
   asked = (
     f'Student of {count(a.student_params)} parameters (outside the embedding) on {count(a.student_tokens)} tokens; budget '
-    f"{flop(a.budget_flops)}, which must hold the student's own training ({flop(a.student_flops)}), the teacher's logits and its training."
+    f"{flop(a.budget_flops)} for the student's own training ({flop(a.student_flops)}), the teacher's logits and its training."
   )
   parts = [asked, '', *(_answer(a, a.choice, a.best) if a.choice and a.best else _no_answer(a))]
   if a.options:
@@ -42,13 +42,13 @@ def _answer(a: Advice, choice: Option, best: Option) -> list[str]:
   measured = (
     'Predicted by the surface'
     if not choice.measured
-    else f'Measured{", drawn towards the surface" * bool(choice.teacher)}'
+    else f'Measured{", shrunk towards the surface" * bool(choice.teacher)}'
   )
   lines = [what, f'{measured}: {choice.interval}, {a.surface.set_name}, {against}.', *_cost(a, choice)]
   if choice is not best:
     lines.append(
-      f'The best estimate is {best}: {best.interval}. The choice is expected to lose {best.gain - choice.gain:.4f} to it, within the declared '
-      f'margin of {a.margin:.0%} of that gain, and costs {1 - choice.cost() / best.cost():.0%} less.'
+      f'The best estimate is {best}: {best.interval}. The choice is expected to gain {best.gain - choice.gain:.4f} less, which is within the '
+      f'declared margin of {a.margin:.0%} of that gain, and costs {1 - choice.cost() / best.cost():.0%} less.'
     )
   return lines
 
@@ -56,11 +56,11 @@ def _answer(a: Advice, choice: Option, best: Option) -> list[str]:
 def _cost(a: Advice, choice: Option) -> list[str]:
   if not choice.teacher:
     return [f'Cost: {flop(choice.cost())}.']
-  cost = f'Cost in all: {flop(choice.cost(True))} if the teacher exists, {flop(choice.cost())} if it must be trained.'
+  cost = f'Total cost: {flop(choice.cost(True))} if the teacher exists, {flop(choice.cost())} if it must be trained.'
   tokens = count(a.student_tokens * choice.cost() / a.student_flops)
   if a.lm_only_gain is None:
-    return [f'{cost} The LM-only student would spend as much on {tokens} tokens; what it would gain was not measured.']
-  return [f'{cost} The LM-only student that spends as much, on {tokens} tokens: {-a.lm_only_gain:+.4f} bits per byte.']
+    return [f'{cost} An LM-only student of the same cost would train on {tokens} tokens; its gain was not measured.']
+  return [f'{cost} The LM-only student of the same cost, on {tokens} tokens: {-a.lm_only_gain:+.4f} bits per byte.']
 
 
 def _no_answer(a: Advice) -> list[str]:
@@ -80,13 +80,13 @@ def _table(a: Advice) -> str:
     interval = f'[{o.low:+.4f}, {o.high:+.4f}]'
     rows.append([str(o), f'{o.difference:+.4f}', interval, f'{o.cost(True):.2e}', f'{o.cost():.2e}', ', '.join(marks)])
   return (
-    f'{align(rows)}\ndifference: bits per byte less the LM-only student of the same tokens, below 0: better. Costs: FLOP in all, the student\n'
-    f'included. {len(shown)} of {len(a.options)} options that fit the budget are shown; {a.over_budget} cost too much.'
+    f'{align(rows)}\ndifference: bits per byte minus the LM-only student on the same tokens, below 0: better. Costs: total FLOP, with the\n'
+    f"student's. {len(shown)} of the {len(a.options)} options within the budget are shown; {a.over_budget} cost too much."
   )
 
 
 def _fit_quality(s: Surface) -> list[str]:
-  """What the surface was fitted on and how well it predicts."""
+  """Report what the surface was fitted on and how well it predicts."""
   words = lambda column: sorted(set(s.frame[column].str.split().explode()))
   kind = {'ridge': 'ridge surface', 'law': 'scaling law after Busbridge et al. (2025)'}[s.kind]
   fixed = ', '.join(f'{WORDS[axis]} {count(value)}' for axis, value in s.fixed.items())
@@ -96,8 +96,8 @@ def _fit_quality(s: Surface) -> list[str]:
     f'{s.n_teachers} teacher{"s" * (s.n_teachers > 1)}, bits per byte, {s.set_name}.',
     f'Leave-one-teacher-out error (RMSE, bits per byte): {s.left_out["surface"]:.4f}; of predicting {others}.'
     if s.n_teachers > 1
-    else 'Leave-one-teacher-out error: there is one teacher.',
-    *([f'Not varied, so nothing is known of other values: {fixed}.'] if fixed else []),
+    else 'Leave-one-teacher-out error: not defined, there is only one teacher.',
+    *([f'Not varied, so other values are unknown: {fixed}.'] if fixed else []),
   ]
 
 
@@ -106,7 +106,7 @@ def flop(number: float) -> str:
 
 
 def parse_count(text: str, what: str) -> int:
-  """'50B', '1.7b', '300M', '2e9', '1_000' -> an integer above 0. Raises UserError, which names `what`."""
+  """Parse '50B', '1.7b', '300M', '2e9' or '1_000' as an integer above 0. Raises UserError, which names `what`."""
   clean = text.strip().replace('_', '').upper()
   unit = clean[-1:] if clean[-1:] in UNITS else ''
   try:
@@ -120,12 +120,12 @@ def parse_count(text: str, what: str) -> int:
 
 
 def parse_student(text: str, vocab_size: int) -> ModelConfig:
-  """'tiny-1m' or a size, '1.7B': that of a name, or a count outside the embedding within a tenth.
+  """Find a model by name ('tiny-1m') or by size ('1.7B': the size in its name, or its non-embedding parameters within 10%).
 
   Args:
-    vocab_size: of a model that has none of its own, as in the grid.
+    vocab_size: the grid's, for a model without a vocabulary size of its own.
 
-  Raises UserError for an unknown name, and for a size that no known model has, or more than one.
+  Raises UserError for an unknown name, and for a size that fits no known model or several.
   """
   name = text if text in NAMED or not text[:1].isdigit() else _of_size(text)
   model = named(name)

@@ -1,12 +1,11 @@
-"""Which teacher, trained how long, at which alpha: what the finished cells of a grid support, within a budget of FLOPs.
+"""Choose a teacher, its training tokens and alpha within a FLOP budget, from the finished cells of a grid.
 
-Three kinds of options compete: the arms that were measured, teachers in between that a surface predicts (kdjax/analysis/surface.py), and LM-only
-students that spent a teacher's FLOPs on more tokens.
+There are three kinds of options: measured arms, teachers between them that a surface predicts (kdjax/analysis/surface.py), and LM-only students
+that spent a teacher's FLOPs on more tokens.
 
-A measured arm counts as measured: its estimate is drawn towards the surface by no more than the surface's own error on teachers that it has
-not seen allows, and the surface promises nothing beyond the best measured arm. The best option is the one with the least expected regret.
-The choice is the cheapest one that is expected to lose no more than a declared margin to it. Where the best may be no gain at all, as the best
-of all that were looked at, there is no answer.
+The estimate of a measured arm is shrunk towards the surface. How far depends on the surface's error on left-out teachers. No prediction exceeds
+the best measured arm. The best option has the least expected regret. The choice is the cheapest option whose expected gain is within a declared
+margin of the best. There is no answer if the best gain may be 0 in a simultaneous interval over all options.
 """
 
 import dataclasses
@@ -38,19 +37,19 @@ from kdjax.models.named import NAMED
 
 __all__ = ['MARGIN', 'Advice', 'Option', 'advise', 'family', 'fit']
 
-MARGIN = 0.05  # of the best option's gain: what a cheaper choice may be expected to lose
-MIN_TEACHERS = 3  # with fewer, a surface says nothing of teachers between those that were measured
-ALPHAS = [i / 20 for i in range(1, 21)]  # tried for teachers that were not measured, within the grid's range
+MARGIN = 0.05  # the expected loss that a cheaper choice may have, as a share of the best option's gain
+MIN_TEACHERS = 3  # with fewer, no surface predicts the teachers between the measured ones
+ALPHAS = [i / 20 for i in range(1, 21)]  # tried for unmeasured teachers, within the grid's range
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-  """A teacher at a budget and an alpha, or (without a teacher) more tokens for the LM-only student."""
+  """A teacher with its training tokens and an alpha, or (without a teacher) more tokens for the LM-only student."""
 
-  gain: float  # expected, bits per byte saved against the LM-only student of the same tokens
+  gain: float  # expected, bits per byte saved against the LM-only student on the same tokens
   ledger: flops.Ledger
   student_tokens: int
-  draws: np.ndarray = dataclasses.field(repr=False, compare=False)  # of the gain, jointly with the other options'
+  draws: np.ndarray = dataclasses.field(repr=False, compare=False)  # of the gain, joint with the other options' draws
   teacher: str = ''
   teacher_params: int = 0  # outside the embedding
   teacher_tokens: int = 0
@@ -65,7 +64,7 @@ class Option:
 
   @property
   def difference(self) -> float:
-    """The option less the LM-only student, as every table has it: below 0 is better."""
+    """The option minus the LM-only student, as in every table: below 0 is better."""
     return -self.gain
 
   @property
@@ -87,7 +86,7 @@ class Option:
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-  """What to do, or why the data do not say."""
+  """The chosen option, or the reasons why the data do not support one."""
 
   surface: Surface
   student_params: int
@@ -96,12 +95,12 @@ class Advice:
   budget_flops: float
   margin: float
   reasons: list[str]  # why there is no answer; empty where there is one
-  choice: Option | None  # the cheapest within the margin of the best; None where there is no answer
-  best: Option | None  # of least expected regret, among the options that are covered and within the budget
-  lm_only_gain: float | None  # of the LM-only student that costs what the choice does; None where that was not measured
+  choice: Option | None  # the cheapest option within the margin of the best; None if there is no answer
+  best: Option | None  # least expected regret, among the covered options within the budget
+  lm_only_gain: float | None  # of the LM-only student of the choice's cost; None if it was not measured
   options: list[Option]  # within the budget, best first, extrapolated ones included
   over_budget: int  # options that cost too much
-  runs: list[str]  # which would help most
+  runs: list[str]  # the runs that would help most
 
   @property
   def supported(self) -> bool:
@@ -116,20 +115,20 @@ def advise(
   seq_len: int,
   margin: float = MARGIN,
 ) -> Advice:
-  """The teacher, budget and alpha to use, or more tokens instead.
+  """Choose a teacher, its training tokens and alpha, or more tokens instead of a teacher.
 
   Args:
-    student: with its vocabulary, which its teachers share.
+    student: its config, with the vocabulary that its teachers share.
     budget_flops: for the student's own training, the teacher's logits and the teacher's training.
     seq_len: the window, for the attention's FLOPs.
-    margin: the share of the best option's gain that a cheaper choice may be expected to lose.
+    margin: the expected loss that a cheaper choice may have, as a share of the best option's gain.
 
-  Raises UserError for a student without a vocabulary, or a margin outside [0, 1).
+  Raises UserError for a student without a vocabulary, and for a margin outside [0, 1).
   """
   if student.vocab_size < 1:
     raise UserError("advisor: the student's vocab_size is 0; give the tokenizer's")
   if not 0 <= margin < 1:
-    raise UserError(f'advisor: the margin is a share of the best gain, from 0 to below 1, got {margin:g}')
+    raise UserError(f'advisor: margin must be a share of the best gain, in [0, 1), got {margin:g}')
   params = flops.count_params(student).non_embedding
   student_flops = flops.training_flops(student, seq_len) * student_tokens
   refusals = [why for why in (refusal(surface, N_S, params), refusal(surface, D_S, student_tokens)) if why]
@@ -158,22 +157,22 @@ def advise(
 
 
 def _options(surface: Surface, student: ModelConfig, student_tokens: int, seq_len: int) -> list[Option]:
-  """All that could be done, the greatest expected gain first."""
+  """List all options, the greatest expected gain first."""
   rng = np.random.default_rng(0)
-  measured = _measured(surface, student, student_tokens, seq_len, rng)
+  measured = _measured_options(surface, student, student_tokens, seq_len, rng)
   bound = max((option.gain for option in measured), default=np.inf)
-  found = measured + _predicted(surface, student, student_tokens, seq_len, bound)
+  found = measured + _predicted_options(surface, student, student_tokens, seq_len, bound)
   return sorted(found, key=lambda option: -option.gain)
 
 
-def _measured(surface: Surface, student: ModelConfig, student_tokens: int, seq_len: int, rng) -> list[Option]:
-  """The grid's own arms of this student, and its LM-only students of more tokens."""
-  common = rng.normal(size=(len(surface.draws), 1))  # the baseline's noise, which all of them share
+def _measured_options(surface: Surface, student: ModelConfig, student_tokens: int, seq_len: int, rng) -> list[Option]:
+  """List this student's measured arms, and its LM-only students on more tokens."""
+  common = rng.normal(size=(len(surface.draws), 1))  # the baseline's noise, which all options share
   wide = _heavy_tails(surface, rng)
   arms = _arms(surface, student, student_tokens)
   out = []
   if len(arms):
-    own, error = _shrunk(surface, arms)
+    own, error = _shrink(surface, arms)
     noise = np.sqrt(SHARED) * arms['error'].to_numpy() * common + error * rng.normal(size=(len(common), len(arms)))
     draws = own + wide * noise
     for row, gain, drawn in zip(arms.itertuples(), own, draws.T, strict=True):
@@ -195,7 +194,7 @@ def _measured(surface: Surface, student: ModelConfig, student_tokens: int, seq_l
 
 
 def _arms(surface: Surface, student: ModelConfig, student_tokens: int):
-  """The surface's rows of this student, one a teacher, budget and alpha: repeated ones averaged by their precision."""
+  """Return the surface's rows for this student, one per teacher, budget and alpha; repeats are averaged by precision."""
   frame, size = surface.frame, flops.count_params(student).non_embedding
   same = np.abs(np.log(frame['student_params'] / size)) < SAME
   mine = frame[same & (np.abs(np.log(frame['student_tokens'] / student_tokens)) < SAME)]
@@ -206,8 +205,8 @@ def _arms(surface: Surface, student: ModelConfig, student_tokens: int):
   return arms.assign(gain=-arms['weighted'] / arms['weight'], error=arms['weight'] ** -0.5)
 
 
-def _shrunk(surface: Surface, arms) -> tuple[np.ndarray, np.ndarray]:
-  """(expected gains, standard errors of what is each arm's own): the measurement, drawn towards the surface's prediction."""
+def _shrink(surface: Surface, arms) -> tuple[np.ndarray, np.ndarray]:
+  """Shrink each arm's measurement towards the surface; return (expected gains, standard errors without the shared part)."""
   measured, own = arms['gain'].to_numpy(), (1 - SHARED) * arms['error'].to_numpy() ** 2
   if surface.n_teachers < MIN_TEACHERS:
     return measured, np.sqrt(own)
@@ -219,20 +218,20 @@ def _shrunk(surface: Surface, arms) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _heavy_tails(surface: Surface, rng) -> np.ndarray:
-  """[draws, 1] factors that make normal draws t distributed: the standard errors are themselves estimates."""
+  """Return factors [draws, 1] that make normal draws t distributed, because the standard errors are estimates."""
   df = PRIOR_DF + float(surface.frame['df'].fillna(1).clip(1, 1e6).median())
   return np.sqrt(df / rng.chisquare(df, size=(len(surface.draws), 1)))
 
 
 def _lm_only(surface: Surface, student: ModelConfig, student_tokens: int):
-  """The rows of FLOP-matched LM-only students, once each."""
+  """Return the rows of FLOP-matched LM-only students, each run once."""
   frame, size = surface.lm_only, flops.count_params(student).non_embedding
   same = np.abs(np.log(frame['student_params'] / size)) < SAME
   return frame[same & (np.abs(np.log(frame['student_tokens'] / student_tokens)) < SAME)].drop_duplicates('cells')
 
 
 def _lm_only_gain(options: list[Option], cost: float, student_flops: float) -> float | None:
-  """Of the LM-only student that costs so much: between those that were measured, linear in the logarithm of the tokens."""
+  """Interpolate the gain of an LM-only student of this cost, linearly in the logarithm of its FLOPs."""
   known = sorted((option.cost(), option.gain) for option in options if not option.teacher)
   if not known or cost > known[-1][0] * (1 + SAME):
     return None
@@ -240,8 +239,10 @@ def _lm_only_gain(options: list[Option], cost: float, student_flops: float) -> f
   return float(np.interp(np.log(cost), np.log(costs), gains))
 
 
-def _predicted(surface: Surface, student: ModelConfig, student_tokens: int, seq_len: int, bound: float) -> list[Option]:
-  """Teachers that were not measured, each at its best alpha, where the surface predicts left-out ones better than no surface does."""
+def _predicted_options(
+  surface: Surface, student: ModelConfig, student_tokens: int, seq_len: int, bound: float
+) -> list[Option]:
+  """List unmeasured teachers, each at its best alpha; none if the surface predicts left-out teachers no better than a constant does."""
   errors = surface.left_out
   if surface.n_teachers < MIN_TEACHERS or errors['surface'] >= min(errors['no gain'], errors['the mean gain']):
     return []
@@ -292,12 +293,12 @@ def _too_dear(options: list[Option], within: list[Option], student_flops: float,
 
 
 def _doubts(usable: list[Option], within: list[Option]) -> list[str]:
-  """Why the data do not support an answer; empty where they do."""
+  """List the reasons why the data do not support an answer."""
   if not usable:
-    return ['every option within the budget lies outside what the grid covers'] * bool(within)
+    return ['every option within the budget is outside the range that the grid covers'] * bool(within)
   best = usable[0]
   if best.gain <= 0:
-    return [f'nothing that was measured helps: the best of {len(usable)}, {best}: {best.interval}']
+    return [f'no option helps: the best of {len(usable)} is {best}: {best.interval}']
   if not _surely_helps(usable):
     return [f'the best of {len(usable)}, {best}: {best.interval}, may be no gain at all']
   return []
@@ -312,21 +313,24 @@ def _surely_helps(ranked: list[Option]) -> bool:
 
 
 def _runs(surface: Surface, options: list[Option], within: list[Option], near: list[Option]) -> list[str]:
-  """The runs that would help most, the most pressing first."""
+  """List the runs that would help most, the most useful first."""
   lines = []
   if surface.n_teachers < MIN_TEACHERS:
     lines.append('more teachers, weaker and stronger than the student')
   if options and all(option.teacher for option in options):
     lines.append(
-      'LM-only students at equal FLOPs (controls.flop_matched): whether more text would be better is unknown'
+      'LM-only students at equal FLOPs (controls.flop_matched), to see whether more text is better than a teacher'
     )
   for axis in (N_T, D_T, ALPHA):
     if axis in surface.fixed:
       lines.append(f'a second and a third {WORDS[axis]}: all cells have {count(surface.fixed[axis])}')
   beyond = [o for o in within if o.extrapolated and not (near and o.gain <= near[0].gain)]
-  lines += [f'{o}: outside what the grid covers, and predicted to be better than all inside' for o in beyond[:1]]
+  lines += [
+    f'{o}: outside the range that the grid covers, and predicted to be better than every option inside it'
+    for o in beyond[:1]
+  ]
   fresh = [o for o in near if not o.measured]
-  return lines + [f'{o}: may be as good as the best, and was not measured' for o in fresh[:1]]
+  return lines + [f'{o}: not measured, and may be as good as the best' for o in fresh[:1]]
 
 
 def family(name: str) -> str:

@@ -1,8 +1,8 @@
-"""The contrasts that a grid can declare: each a weighted sum of arms on one or several sets, with its question and its answers.
+"""The contrasts that a grid can declare: each is a weighted sum of arms on one or several sets, with its question and its answers.
 
-They are declared in the config before any run, and tested with seeds that chose nothing. The config names up to four primary tests. Their
-verdicts, intervals and minimum detectable effects are all at level 1 - 0.05/m (Bonferroni, m tests over all settings). Every other row is
-exploratory: an estimate with its plain 95% interval, and no verdict.
+They are declared in the config before any run, and tested with seeds that no choice was based on. The config names up to four primary tests.
+Their verdicts, intervals and minimum detectable effects are all at level 1 - 0.05/m (Bonferroni, m tests over all settings). Every other row
+is exploratory: an estimate with its plain 95% interval, and no verdict.
 """
 
 import functools
@@ -40,7 +40,7 @@ Answers = dict[str, str]  # verdict -> sentence
 
 
 def test_all(scores: Scores, ready: list[Group]) -> list[dict[str, Any]]:
-  """The rows of every declared contrast in every setting."""
+  """Return the rows of every declared contrast in every setting."""
   rows = []
   for setting in cells_lib.settings(scores.grid):
     arms = _Arms(scores, [group for group in ready if group.setting == setting], setting)
@@ -58,7 +58,7 @@ class _Arms:
     self._phase = 'validated' if self.validated else 'main'
 
   def teacher(self, source: Source) -> Arm:
-    """A teacher's students: at its validated alpha, or at the declared one where none was validated."""
+    """Return a teacher's students at its validated alpha, or at the declared one if none was validated."""
     alpha = None if self.validated else self._declared_alpha(source.teacher)
     return self._of('distilled', lambda g: g.source == source and alpha in (None, g.alpha))
 
@@ -70,7 +70,7 @@ class _Arms:
 
   @property
   def unigram(self) -> Arm:
-    """The unigram control at its own alpha: the validated one, or without a pilot the least that a teacher is tested at."""
+    """The unigram control at its own alpha: the validated one, or without a pilot the smallest at which a teacher is tested."""
     chosen = (self.scores.pilot or {'chosen': {}})['chosen'].get(cells_lib.pilot_key(self.setting, 'unigram'))
     alpha = chosen if self.validated else min(map(self._declared_alpha, self.scores.grid.teacher))
     return self._of('unigram', lambda g: g.alpha == alpha)
@@ -91,11 +91,11 @@ class _Arms:
 
   @property
   def curves(self) -> comparisons.Curves | None:
-    """The pilot's; None where it was skipped."""
+    """The pilot's curves; None if it was skipped."""
     return (self.scores.pilot or {'curves': {}})['curves'] if self.validated else None
 
   def level(self, contrast: str, where: str, detail: str) -> float | None:
-    """Of a primary test: that of its interval; None of an exploratory one."""
+    """Return the interval's level for a primary test; None for an exploratory one."""
     grid = self.scores.grid
     if detail or (contrast, where) not in grid_config.primary_tests(grid):
       return None
@@ -107,7 +107,7 @@ class _Arms:
 
   @property
   def _middle_alpha(self) -> float:
-    """No outcome has chosen it."""
+    """It depends on no outcome."""
     alphas = sorted(filter(None, self.scores.grid.alpha))
     return alphas[(len(alphas) - 1) // 2]
 
@@ -126,8 +126,8 @@ def _test(
   measure: str = 'bits_per_byte',
   detail: str = '',
 ) -> dict[str, Any]:
-  """One row: the terms' sum on in-domain, OOD mean, or OOD mean less in-domain. `detail`: a part of the pooled row, exploratory."""
-  terms = _with_common_seeds(terms)
+  """Return one row: the terms' sum on in-domain, OOD mean, or OOD mean less in-domain. `detail` names an exploratory part of the pooled row."""
+  terms = _keep_common_seeds(terms)
   if not terms[0][1][0]:
     return _untested(arms, contrast, where, 'the arms have no seed in common')
   weights = _weights(arms.scores.sets(terms[0][1][0][0]), where)
@@ -154,14 +154,14 @@ def _test(
   }
 
 
-def _with_common_seeds(terms: Terms) -> Terms:
-  """The terms' cells with the seeds that all of them have: a contrast is paired by seed."""
+def _keep_common_seeds(terms: Terms) -> Terms:
+  """Keep the cells whose seed all terms have, because a contrast is paired by seed."""
   shared = set.intersection(*({cell.seed for cell in cells} for _, groups in terms for cells in groups))
   return [(c, [[cell for cell in cells if cell.seed in shared] for cells in groups]) for c, groups in terms]
 
 
 def _effect(scores: Scores, terms: Terms, weights: dict[str, float], measure: str, level: float) -> Effect:
-  """The contrast, over seeds and documents; with one seed, over documents and each run's last checkpoints."""
+  """Estimate the contrast over seeds and documents; with one seed, over documents and each run's last checkpoints."""
   value, parts = MEASURES[measure], []
   for name in weights:
     first = scores.difference(terms[0][1], terms[0][1], name, value)
@@ -179,7 +179,7 @@ def _effect(scores: Scores, terms: Terms, weights: dict[str, float], measure: st
 
 
 def _weights(kinds: dict[str, str], where: str) -> dict[str, float]:
-  """set -> its weight in the value that `where` names."""
+  """Return set -> its weight in the value that `where` names."""
   ood, home = ([s for s, kind in kinds.items() if kind == wanted] for wanted in ('OOD', 'in-domain'))
   weights = {s: 1 / len(ood) for s in ood} if 'OOD' in where else {}
   if 'OOD' in where and not ood:
@@ -189,9 +189,9 @@ def _weights(kinds: dict[str, str], where: str) -> dict[str, float]:
 
 def _answer(verdict: str, answers: Answers, effect: Effect) -> str:
   if verdict == EXPLORATORY:
-    return 'exploratory: not corrected for the number of rows, so no verdict'
+    return 'exploratory: no verdict, because it is not corrected for the number of rows'
   if verdict == crossed.TOO_FEW:
-    return f'{verdict} ({effect.n_seeds}); a verdict takes {crossed.MIN_SEEDS} or more'
+    return f'{verdict} ({effect.n_seeds}); a verdict needs {crossed.MIN_SEEDS} or more'
   return answers[verdict]
 
 
@@ -230,14 +230,14 @@ def _many(arms: _Arms, sources: Sequence[Source]) -> Arm:
 
 
 def _each_and_pooled(sources: list[Source]) -> Iterator[tuple[list[Source], str]]:
-  """All teachers together, then each alone: (teachers, what to call a single one)."""
+  """Yield (teachers, label): all teachers together with no label, then each teacher alone."""
   yield sources, ''
   if len(sources) > 1:
     yield from (([source], source.name) for source in sources)
 
 
 def _runs(arms: _Arms) -> str:
-  """What a statement on teachers is about: a teacher is one training run, unless each student seed has a run of its own."""
+  """Return the qualifier of statements on teachers: a teacher is one training run, unless each student seed has its own."""
   return '' if arms.scores.grid.teacher_seed == 'paired' else ' (of these teacher runs)'
 
 
@@ -281,7 +281,7 @@ def _budget_reverses(arms: _Arms) -> Rows:
 
 
 def _reverses(arms: _Arms, contrast: str, pairs: list[tuple[Source, Source] | None], what: str) -> Rows:
-  """The most of `what` against a reference with less, each at its own alpha; several pairs together, then each alone."""
+  """Compare the most of `what` with a reference that has less, each at its own alpha; all pairs together, then each alone."""
   chosen = 'best of less in the pilot' if arms.validated else 'declared reference'
   known = [pair for pair in pairs if pair]
   for where in (IN_DOMAIN, OOD_MEAN):
@@ -319,7 +319,7 @@ def _reversal_at_equal_flops(arms: _Arms) -> Rows:
   pair = comparisons.size_pair(arms.setting, arms.sources, arms.curves) if arms.validated else None
   for where in grid_config.CONTRASTS[contrast]:
     if not pair or not arms.equal_compute(pair[1]) or not arms.flop_matched(pair[0], scenario):
-      yield _untested(arms, contrast, where, 'it takes two teacher sizes, the pilot, and the students at equal FLOPs')
+      yield _untested(arms, contrast, where, 'it needs two teacher sizes, the pilot, and the students at equal FLOPs')
       continue
     most, less = pair
     large, small, alone = arms.teacher(most), arms.equal_compute(less), arms.flop_matched(most, scenario)
@@ -342,10 +342,10 @@ def _reversal_at_equal_flops(arms: _Arms) -> Rows:
 
 
 def _more_than_calibration(arms: _Arms) -> Rows:
-  """A yes takes both: a gain over the LM-only student, and more of it than the unigram control's at its own alpha."""
+  """A yes requires a gain over the LM-only student that exceeds the gain of the unigram control at its own alpha."""
   control = arms.unigram
   if not arms.weak or not control:
-    why = 'a weak teacher, or the unigram control at an alpha of its own, is missing'
+    why = 'a weak teacher or the unigram control at its own alpha is missing'
     yield _untested(arms, 'more_than_calibration', OOD_MEAN, why)
     return
   answers = {
@@ -371,7 +371,7 @@ def _beats_tuned(arms: _Arms) -> Rows:
       yield _untested(arms, 'beats_tuned', where, 'a weak teacher or the tuned baseline is missing')
       continue
     answers = {
-      'better': f'yes: {where} better than an LM-only student with as many draws to tune{_runs(arms)}',
+      'better': f'yes: {where} better than an LM-only student tuned with as many draws{_runs(arms)}',
       'worse': f'no: {where} a tuned LM-only student is better{_runs(arms)}',
       'unresolved': f'{where} no difference to a tuned LM-only student was resolved',
     }

@@ -21,7 +21,7 @@ half^2 = t(S-1)^2 * seeds + t(documents)^2 * rest. Satterthwaite's single df tak
 many, and covers 92-94% for 95% at S = 3, and worse in the tails that a corrected test uses: 97.3% for 99.3%.
 
 A verdict, its interval and its minimum detectable effect share one level: 1 - 0.05/m for one of m primary tests
-(Bonferroni), so a verdict says exactly whether the printed interval excludes 0. One or two seeds give no verdict.
+(Bonferroni), so a verdict states exactly whether the printed interval excludes 0. One or two seeds give no verdict.
 """
 
 import math
@@ -31,12 +31,12 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, special
 
-ALPHA = 0.05  # the chance of any false verdict in a family of tests without effects
+ALPHA = 0.05  # the probability of any false verdict in a family of tests without effects
 POWER = 0.8
-MIN_SEEDS = 3  # with fewer, the variance between seeds is unknown or known with one degree of freedom
+MIN_SEEDS = 3  # with fewer, the variance between seeds is unknown or has one degree of freedom
 TOO_FEW = 'unresolved: too few seeds'
 QUADRATURE = (
-  64  # points for each part of a variance, when a power is integrated over what the parts might be estimated as
+  64  # points for each part of a variance, to integrate a power over the sampling distribution of its estimate
 )
 BOOTSTRAP_SEEDS = 10  # under this many, a bootstrap over seeds is too narrow: 73% and 83% for 95% at 3 and 5
 SMALLEST_TAIL = 1e-100  # quantiles overflow beyond it
@@ -151,7 +151,7 @@ def _leverage(share_D: np.ndarray) -> tuple[np.ndarray, float]:
 def _interval(
   estimate: float, variances: Sequence[float], dfs: Sequence[float], level: float
 ) -> tuple[tuple[float, float, float, float, float], tuple[tuple[float, float], ...]]:
-  """Effect's (low, high, error, df, p) and parts, where the variance is a sum of estimated parts, each with its own df."""
+  """Return an effect's (low, high, error, df, p) and its parts. The variance is a sum of estimated parts, each with its own df."""
   parts = tuple((float(variance), float(df)) for variance, df in zip(variances, dfs, strict=True) if variance != 0)
   variance_K, df_K = np.asarray(parts, float).reshape(-1, 2).T
   error = math.sqrt(variance_K.sum())
@@ -180,7 +180,7 @@ def _p(statistic: float, df_K: np.ndarray, quantile) -> float:
 
 
 def verdict(effect: Effect, lower_is_better: bool) -> str:
-  """'better' or 'worse' where the effect's interval excludes 0, else 'unresolved'; TOO_FEW with one or two seeds."""
+  """Return 'better' or 'worse' if the effect's interval excludes 0, else 'unresolved'; TOO_FEW with one or two seeds."""
   if effect.n_seeds < MIN_SEEDS:
     return TOO_FEW
   if not (effect.low > 0 or effect.high < 0):  # also where they are nan
@@ -189,16 +189,16 @@ def verdict(effect: Effect, lower_is_better: bool) -> str:
 
 
 def corrected_level(n_tests: int) -> float:
-  """The level of each of n intervals that are all right at once at least 95% of the time (Bonferroni)."""
+  """Return the level of each of n intervals so that all cover at once at least 95% of the time (Bonferroni)."""
   return 1 - ALPHA / max(n_tests, 1)
 
 
 def power(difference: float, parts: Sequence[tuple[float, float]], level: float = 0.95) -> float:
-  """The chance that an interval at `level` excludes 0 on the right side, for a true difference.
+  """Return the probability that an interval at `level` excludes 0 on the right side, for a true difference.
 
   Args:
     difference: in the estimate's unit.
-    parts: (variance, df) of each part of the squared standard error, as in `Effect.parts`; the true variances.
+    parts: (true variance, df) of each part of the squared standard error, as in `Effect.parts`.
     level: of the interval.
   """
   error = math.sqrt(sum(variance for variance, _ in parts))
@@ -206,12 +206,12 @@ def power(difference: float, parts: Sequence[tuple[float, float]], level: float 
 
 
 def _power(errors: float, halves: np.ndarray) -> float:
-  """The same with difference and half widths in standard errors, over all that the half width may be."""
+  """Do the same with difference and half widths in standard errors, averaged over the half widths."""
   return float(np.mean(special.ndtr(abs(errors) - halves)))
 
 
 def _half_widths(parts: Sequence[tuple[float, float]], level: float) -> np.ndarray:
-  """Half widths of intervals over what each variance may be estimated as, all equally likely."""
+  """Return equally likely half widths of intervals, over the sampling distribution of each variance's estimate."""
   midpoints = (np.arange(QUADRATURE) + 0.5) / QUADRATURE
   squared = np.zeros(1)
   for variance, df in parts:
@@ -221,9 +221,9 @@ def _half_widths(parts: Sequence[tuple[float, float]], level: float) -> np.ndarr
 
 
 def minimum_detectable_effect(effect: Effect, power_wanted: float = POWER, level: float = 0.95) -> float:
-  """The true effect, in the estimate's unit, that a new experiment of this size resolves at `level` with that power.
+  """Return the true effect, in the estimate's unit, that a new experiment of this size resolves at `level` with that power.
 
-  It takes the estimated variances for the true ones: `mde_range` says how uncertain that makes it.
+  The estimated variances stand in for the true ones; `mde_range` gives the resulting uncertainty.
   """
   if effect.error == 0 or math.isinf(effect.error):
     return effect.error
@@ -236,9 +236,9 @@ def minimum_detectable_effect(effect: Effect, power_wanted: float = POWER, level
 
 
 def mde_range(effect: Effect, mde: float, level: float = 0.95) -> tuple[float, float]:
-  """An interval for the minimum detectable effect: the standard error behind it is itself an estimate.
+  """Return an interval for the minimum detectable effect, because the standard error behind it is an estimate.
 
-  From the chi-square interval of error^2, whose degrees of freedom are Satterthwaite's.
+  It comes from the chi-square interval of error^2, with Satterthwaite's degrees of freedom.
   """
   if effect.error == 0 or math.isinf(effect.error):
     return mde, mde
@@ -261,7 +261,7 @@ def checkpoint_noise(values: Sequence[float]) -> float:
 def with_checkpoint_noise(
   effect: Effect, spreads: Sequence[float], n: int | None = None, level: float = 0.95
 ) -> Effect:
-  """Add the checkpoint noise of each run behind an effect of one seed to its error.
+  """Add the checkpoint noise of each run to the error of an effect of one seed.
 
   Args:
     effect: of one seed, over documents.

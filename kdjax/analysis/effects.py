@@ -1,8 +1,8 @@
 """A grid's comparisons as two tables: every arm against its baseline on every set, and the contrasts that the config declared.
 
 Everything is paired: an arm and its baseline share seed, initial weights, batches and documents. Intervals are of crossed random effects,
-seeds x documents (kdjax/analysis/crossed.py); where there is one seed they say so. The table of arms has hundreds of rows, and in most
-grids without any effect at least one of its 95% intervals excludes 0: so it holds no verdicts. Only primary contrasts do.
+seeds x documents (kdjax/analysis/crossed.py); with a single seed they say so. The table of arms has hundreds of rows. Even without any effect,
+at least one of its 95% intervals excludes 0 in most grids. So it has no verdicts; only primary contrasts do.
 """
 
 import dataclasses
@@ -136,7 +136,7 @@ def _effect(
   parts: Mapping[str, Paired],
   measure: Measure,
 ) -> Effect:
-  """The group less its baseline; with one seed, the spread of both runs' last checkpoints is part of the error."""
+  """Subtract the baseline from the group; with one seed, the spread of both runs' last checkpoints is part of the error."""
   effect = crossed.crossed_effect([parts[name] for name in weights], list(weights.values()))
   if effect.n_seeds > 1 or measure.task:
     return effect
@@ -187,7 +187,7 @@ def _warnings(scores: Scores, groups: list[Group], ready: list[Group]) -> list[s
     out.append('no primary contrast was declared: every row is exploratory, and there are no verdicts')
   if grid.teacher_seed == 'shared':
     out.append(
-      'each teacher is one training run: statements on teacher size and budget hold for these runs; '
+      'each teacher is one training run: statements on teacher size and budget hold for these runs only; '
       'teacher_seed=paired trains one for each student seed'
     )
   missing = len(groups) - len(ready)

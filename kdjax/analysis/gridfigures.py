@@ -103,7 +103,7 @@ def evidence(rows: pd.DataFrame) -> str:
 
 
 def quoted(contrasts: pd.DataFrame, names: Sequence[str]) -> list[str]:
-  """The declared contrasts that a figure bears on, with their verdicts."""
+  """Return the declared contrasts that a figure relates to, with their verdicts."""
   lines = []
   for row in gridrows.each(contrasts) if len(contrasts) else ():
     if row.contrast in names and not row.detail:

@@ -112,7 +112,7 @@ def heat(rows: pd.DataFrame) -> matplotlib.figure.Figure:
 
 
 def _heat(axes, rows: pd.DataFrame, teachers: list[str], budgets: list[float], limit: float):
-  """A cell says its estimate, interval and alpha; one that was not run says that."""
+  """Draw the heat map. A cell shows its estimate, interval and alpha, or 'not run'."""
   values = np.full((len(teachers), len(budgets)), np.nan)
   image = axes.imshow(values, cmap='RdBu_r', vmin=-limit, vmax=limit, origin='lower', aspect='auto')
   axes.set_facecolor('#eeeeee')

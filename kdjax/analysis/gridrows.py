@@ -136,7 +136,7 @@ def alphas(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def sets(rows: pd.DataFrame) -> pd.DataFrame:
-  """Each teacher's own rows under its label, with the unigram control beside; the tuned baseline under its own."""
+  """Place each teacher's rows and the unigram control under the teacher's label, and the tuned baseline under its own."""
   measures = rows[rows['measure'].isin([*FITTED, *FITTED.values()])]
   own = chosen(measures)
   own = own.assign(at=labels_of(own))
@@ -191,7 +191,7 @@ def equal_flops(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def difficulty(rows: pd.DataFrame) -> pd.DataFrame:
-  """Each teacher over the bins of difficulty, with the unigram control beside."""
+  """Return each teacher's rows over the bins of difficulty, and the unigram control's."""
   measured = rows[rows['measure'].isin(DIFFICULTY) & rows['set'].isin(SETS)]
   own = chosen(measured)
   uses = set(zip(own['alpha'], own['validated'], strict=True))
@@ -202,7 +202,7 @@ def difficulty(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _control(unigram: pd.DataFrame, alpha: float, validated: bool) -> pd.DataFrame:
-  """The unigram control beside a teacher: at the teacher's alpha, or else, beside a validated one, at its own validated alpha."""
+  """Return the unigram control to show beside a teacher: at the teacher's alpha, else (if validated) at its own validated alpha."""
   alike = unigram[unigram['validated'] == validated]
   same = alike[alike['alpha'] == alpha]
   return alike if validated and same.empty else same
@@ -249,7 +249,7 @@ def each(rows: pd.DataFrame) -> Iterator[Any]:
 
 
 def _variant(row) -> str:
-  """How a teacher's targets are used, where that is not plainly: iso-data, annealed, T = 1, all logits, normalised."""
+  """Describe how a teacher's targets differ from the plain use: iso-data, annealed, T = 1, all logits, normalised."""
   parts = [row.budget] * (row.budget == 'trunk') + [row.teacher_data] * (row.teacher_data == 'disjoint')
   parts += [f'T{exact_number(row.temperature)}'] * (row.temperature == row.temperature and row.temperature != 1)
   parts += [f'k{exact_number(row.top_k)}'] * (row.top_k == row.top_k and row.top_k != 0)

@@ -22,7 +22,7 @@ from kdjax.analysis.contrasts import NOT_TESTED
 from kdjax.grids.names import exact_count
 
 DIGITS = 9  # significant, of the embedded numbers
-CONFIGURED = ('alpha', 'temperature', 'top_k')  # these are told apart by every digit
+CONFIGURED = ('alpha', 'temperature', 'top_k')  # values may differ in any digit
 DERIVED = [
   'setting',
   'variant',
@@ -48,8 +48,8 @@ ARMS = {
   'distilled': 'a student that learned from a teacher (or, where the scenario is not empty, that student less an LM-only one of equal FLOPs)',
   'unigram': 'control: the teacher is no model but the training tokens’ frequencies',
   'tuned': 'control: an LM-only student whose stopping point, learning rate and weight decay were chosen on the validation split with as many draws',
-  'flop_matched': 'control: an LM-only student that got, as tokens, the FLOPs of the teacher that the scenario names',
-  'equal_compute': 'a student of a cheaper teacher on more tokens: the pair costs, in all, what the pair with the largest teacher does',
+  'flop_matched': 'control: an LM-only student that spent the teacher’s FLOPs named by the scenario on more tokens',
+  'equal_compute': 'a student of a cheaper teacher on more tokens: the pair has the same total cost as the pair with the largest teacher',
 }
 LEGEND = {
   'LM-only': 'the baseline: the same student trained on the text alone (alpha 0), with the same seeds, batches and tokens; every difference is less this, unless a scenario says otherwise',
@@ -64,12 +64,12 @@ LEGEND = {
   'top1': 'share of tokens whose likeliest prediction was right',
   'difficulty_1 ... difficulty_5': 'nats per token of the commonest fifth of the training text’s tokens, ..., of the rarest',
   'accuracy': 'of a downstream task’s items, by raw log-likelihood; accuracy_norm: by log-likelihood per byte',
-  'verdict': 'of primary contrasts alone. better or worse: the interval is on one side of 0; unresolved: it is not, or fewer than three seeds were run; exploratory: not corrected, so no verdict; not tested: a run is missing',
-  'level': 'of a contrast’s interval: 1 - 0.05/m for a primary one, with m primary tests in the grid; 0.95 for an exploratory one',
+  'verdict': 'only primary contrasts have one. better or worse: the interval excludes 0; unresolved: it contains 0, or fewer than three seeds were run; exploratory: not corrected, so no verdict; not tested: a run is missing',
+  'level': 'of a contrast’s interval: 1 - 0.05/m for a primary contrast, with m primary tests in the grid; 0.95 for an exploratory one',
   'interval': '95% unless a level is given; over seeds and documents: holds for other seeds and other documents of the set; over documents: only for these seeds',
   'MDE': 'minimum detectable effect: the true difference that a grid of this size resolves 4 times in 5, at the row’s level; its own 95% interval in brackets',
-  'p': 'two-sided, of one row, corrected for nothing',
-  'scenario': 'which of the teacher’s FLOPs the LM-only student got as tokens: logits (its forward passes over the student’s tokens), pretraining (its own training), or both',
+  'p': 'two-sided, for one row, uncorrected',
+  'scenario': 'which of the teacher’s FLOPs the LM-only student spent on more tokens: logits (its forward passes over the student’s tokens), pretraining (its own training), or both',
   'iso, disjoint': 'the teacher was trained on the student’s documents, or on others',
   'k, mixing': 'k0.05: the teacher’s likeliest 5% of the vocabulary only; a mixing other than normalised: CE + α KD, or (1 - α) CE + KD',
   'seeds, cells': 'the seeds averaged over, and the runs’ ids: folders under cells/ of the grid',
@@ -159,13 +159,13 @@ def payload(
     'arms': {arm: [SYMBOLS[marker], gridrows.COLOURS.get(arm, '')] for arm, marker in gridplots.ARMS.items()},
     'symbols': list(SYMBOLS.values()),
     'dashes': DASHES,
-    'alphas': {_in_javascript(alpha): gridplots.alpha_colour(alpha) for alpha in sorted(set(table['alpha'].dropna()))},
+    'alphas': {_format_for_js(alpha): gridplots.alpha_colour(alpha) for alpha in sorted(set(table['alpha'].dropna()))},
     'options': _options(table),
   }
 
 
 def contrast_table(contrasts: pd.DataFrame) -> str:
-  """HTML: the primary contrasts, then the exploratory ones; a verdict is a word and a colour."""
+  """Format the contrasts as HTML, primary ones first; a verdict is a word and a colour."""
   if contrasts.empty:
     return '<p>No contrasts were declared.</p>'
   several = len(contrasts[gridrows.SETTING].drop_duplicates()) > 1
@@ -175,8 +175,8 @@ def contrast_table(contrasts: pd.DataFrame) -> str:
   ordered = contrasts.sort_values('primary', ascending=False, kind='stable')
   lines = [_contrast(row, several) for row in ordered.itertuples()]
   caption = (
-    'Of what is compared, the first less the second; below 0 in bits per byte: better. Primary contrasts have verdicts; their intervals and MDE are '
-    'at a level that is corrected for all of them. The others are exploratory. MDE: the true difference that is resolved 4 times in 5.'
+    'Estimates are the first arm minus the second; in bits per byte, below 0 is better. Only primary contrasts have verdicts; their intervals and MDE '
+    'are at a level corrected for all of them. The others are exploratory. MDE: the true difference that is resolved 4 times in 5.'
   )
   cells = ''.join(f'<th scope="col">{_text(name)}</th>' for name in head)
   return f'<div class="box"><table class="contrasts"><thead><tr>{cells}</tr></thead><tbody>{"".join(lines)}</tbody></table></div><p class="how">{caption}</p>'
@@ -208,9 +208,9 @@ def _contrast(row, several: bool) -> str:
 
 
 def _packed(column: pd.Series, whole: bool = False) -> dict[str, Any]:
-  """{'values', 'index'}: each distinct value once; or {'values'} where most are distinct. Infinities are 'inf' and '-inf', nan is null.
+  """Pack a column as {'values', 'index'} with each distinct value once, or as {'values'} if most are distinct.
 
-  `whole`: with every digit.
+  Infinities become 'inf' and '-inf', and nan becomes null. `whole` keeps every digit.
   """
   values = [_plain(value, 17 if whole else DIGITS) for value in column]
   distinct = list(dict.fromkeys(values))
@@ -235,8 +235,8 @@ def _plain(value: Any, digits: int) -> Any:
   return value
 
 
-def _in_javascript(x: float) -> str:
-  """Write a number from 1e-6 up as `String(x)` does: the page looks things up by it."""
+def _format_for_js(x: float) -> str:
+  """Format a number from 1e-6 up as JavaScript's `String(x)` does: the page uses it as a key."""
   return np.format_float_positional(x, trim='-')
 
 
@@ -248,7 +248,7 @@ def _options(table: pd.DataFrame) -> dict[str, list[str]]:
     'student': unique(table['setting']),
     'teacher': unique(teachers['teacher']),
     'budget': unique(table[table['teacher'] != ''].sort_values('teacher_tokens', kind='stable')['budget_name']),
-    'alpha': [_in_javascript(alpha) for alpha in sorted(set(table['alpha'].dropna()))],
+    'alpha': [_format_for_js(alpha) for alpha in sorted(set(table['alpha'].dropna()))],
     'set': gridrows.ordered_sets(table),
     'measure': [measure for measure in gridrows.UNITS if (table['measure'] == measure).any()],
     'arm': [arm for arm in ARMS if (table['arm'] == arm).any()],

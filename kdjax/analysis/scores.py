@@ -74,7 +74,7 @@ class Scores:
 
   @functools.cached_property
   def pilot(self) -> dict[str, Any] | None:
-    """What the pilot chose, with its curves; None before it has."""
+    """The pilot's choices and curves; None before it has finished."""
     return runner.read_pilot(self.folder, self.grid)
 
   def has(self, groups: Iterable[Group]) -> bool:
@@ -136,12 +136,12 @@ class Scores:
   def checkpoint_spreads(
     self, coefficients: Mapping[str, float], weights: Mapping[str, float], measure: Measure
   ) -> tuple[list[float], int] | None:
-    """(the noise of each run's weighted value over its last checkpoints, times its coefficient; how many checkpoints).
+    """Measure the checkpoint noise of each run's weighted value, times its coefficient; return (noise of each run, number of checkpoints).
 
     Args:
       coefficients: run -> its coefficient in an estimate.
       weights: set -> its weight.
-    Returns None where a run has fewer than two scored checkpoints.
+    Returns None if a run has fewer than two scored checkpoints.
     """
     n = min(self.checkpoints(run) for run in coefficients)
     if n < 2:

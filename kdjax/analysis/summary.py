@@ -1,15 +1,15 @@
-"""A grid's results as a page of Markdown: the contrasts, then every arm at its validated alpha (or at each declared one)."""
+"""Format a grid's results as Markdown: the contrasts, then every arm at its validated alpha (or at each declared one)."""
 
 import pandas as pd
 
 from kdjax.analysis import gridrows
 from kdjax.analysis.contrasts import NOT_TESTED
 
-LEGEND = """Differences to the LM-only student of the same tokens, seeds and batches; below 0 in bits per byte: better, above 0 in accuracy: better.
-Primary contrasts: verdict, interval and MDE are all at level 1 - 0.05/m, for m primary tests in the grid. Everything else is exploratory:
-95% intervals that are corrected for nothing. MDE: the true difference that a grid of this size resolves 4 times in 5, with its own 95% interval.
-Fitted T: each model at its own best evaluation temperature. The unigram control's teacher is no model but the training text's token
-frequencies; FLOP-matched: an LM-only student that got, as tokens, the FLOPs of that teacher."""
+LEGEND = """Differences are to the LM-only student with the same tokens, seeds and batches. Below 0 in bits per byte is better, above 0 in accuracy is
+better. Primary contrasts: verdict, interval and MDE are all at level 1 - 0.05/m, for m primary tests in the grid. Everything else is exploratory,
+with uncorrected 95% intervals. MDE: the true difference that a grid of this size resolves 4 times in 5, with its own 95% interval.
+Fitted T: each model at its own best evaluation temperature. Unigram: the training text's token frequencies are the teacher.
+FLOP-matched: an LM-only student that spent that teacher's FLOPs on more tokens."""
 
 
 def markdown(effects: pd.DataFrame, contrasts: pd.DataFrame, warnings: list[str]) -> str:
@@ -49,7 +49,7 @@ def _contrasts(contrasts: pd.DataFrame, primary: bool) -> str:
 
 
 def mde(row) -> str:
-  """A contrast's minimum detectable effect with its interval."""
+  """Format a contrast's minimum detectable effect with its interval."""
   return f'{row.mde:.4f} [{row.mde_low:.4f}, {row.mde_high:.4f}]'
 
 

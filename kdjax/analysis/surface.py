@@ -60,10 +60,10 @@ class Cells(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Surface:
-  """A fitted gain surface and what is known of its worth."""
+  """A fitted gain surface and its prediction errors."""
 
   frame: pd.DataFrame  # the effects it was fitted on
-  lm_only: pd.DataFrame  # the effects of LM-only students of more tokens, on the same set
+  lm_only: pd.DataFrame  # the effects of LM-only students on more tokens, on the same set
   cells: Cells
   kind: str  # 'ridge' | 'law'
   predictor: Predictor
@@ -187,7 +187,7 @@ def _select(effects: pd.DataFrame, set_name: str) -> tuple[pd.DataFrame, list[st
 
 
 def _lm_only(effects: pd.DataFrame, set_name: str, frame: pd.DataFrame) -> pd.DataFrame:
-  """The FLOP-matched students of the same regime, with a standard error."""
+  """Return the FLOP-matched students of the same data regime that have a standard error."""
   rows = effects[
     (effects['arm'] == 'flop_matched') & (effects['measure'] == 'bits_per_byte') & (effects['set'] == set_name)
   ]

@@ -28,7 +28,7 @@ CONTROLLED = ('data', 'tokenizer', 'init')  # fingerprints that arms of one comp
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One model on one set. `per`: the column that bits are divided by; tokens where the tokenizer loses or rewrites text."""
+  """One model on one set. `per`: the column that bits are divided by; 'tokens' if the tokenizer loses or rewrites text."""
 
   documents: pd.DataFrame
   meta: dict
@@ -36,11 +36,11 @@ class Cell:
 
   @property
   def perplexity(self) -> float:
-    with np.errstate(over='ignore'):  # of a model that has diverged: inf
+    with np.errstate(over='ignore'):  # a diverged model gives inf
       return float(np.exp(self.documents['nll'].sum() / self.documents['tokens'].sum()))
 
   def bits(self, column: str = 'nll') -> float:
-    """Bits per byte, or per token."""
+    """Return bits per byte, or per token."""
     return float(self.documents[column].sum() / self.documents[self.per].sum() / LN2)
 
   def mean(self, column: str) -> float:
@@ -80,11 +80,11 @@ def _load(job: jobs.Job, step: int = 0) -> Cells:
     arm: {name: Cell(*results.read(paths.under(job.folder, file)), per) for name, file in sets.items()}
     for arm, sets in files.items()
   }
-  return _without_averages(cells)
+  return _drop_averages(cells)
 
 
-def _without_averages(cells: Cells) -> Cells:
-  """Leave out, with a warning, the harness's results of earlier versions that hold each item once a filter."""
+def _drop_averages(cells: Cells) -> Cells:
+  """Drop, with a warning, the harness results of earlier versions, which contain each item once per filter."""
   mixed = {
     name
     for sets in cells.values()
@@ -92,17 +92,17 @@ def _without_averages(cells: Cells) -> Cells:
     if cell.is_task and cell.documents['doc'].duplicated().any()
   }
   for name in sorted(mixed):
-    log.warning('warning: %s is an average over several filters and is left out; run kdjax.harness again', name)
+    log.warning('warning: %s averages over several filters and is left out; run kdjax.harness again', name)
   return {arm: {name: cell for name, cell in sets.items() if name not in mixed} for arm, sets in cells.items()}
 
 
 def text_lost(job: jobs.Job) -> dict[str, float]:
-  """What the tokenizer does not give back of the texts, as the runs recorded it; {}: all comes back."""
+  """Return the losses of the tokenizer's round trip, as the runs recorded them; {} if there are none."""
   return next((found for run in job.runs if (found := (run.identity() or {}).get('facts', {}).get('text_lost'))), {})
 
 
 def unit(cells: Cells) -> str:
-  """'byte' or 'token': what bits are counted per."""
+  """Return the unit that bits are counted per: 'byte' or 'token'."""
   return next((cell.per for sets in cells.values() for cell in sets.values()), 'bytes')[:-1]
 
 
@@ -128,7 +128,7 @@ def check_comparable(runs: list[RunFolder]) -> None:
 
 
 def difference(cell: Cell, baseline: Cell, column: str = 'nll') -> Effect:
-  """Bits per byte (or per token) of `cell` less those of `baseline`, paired by document; negative is better."""
+  """Subtract `baseline`'s bits per byte (or per token) from `cell`'s, paired by document; negative is better."""
   return crossed_effect([_bits(cell, baseline, column)])
 
 
@@ -204,7 +204,7 @@ def _text_values(cell: Cell) -> dict[str, Any]:
 
 
 def _task_values(cell: Cell) -> dict[str, Any]:
-  """The bytes and tokens are those of what was scored or written; the harness counts no tokens."""
+  """Return a task's row; bytes and tokens count the scored or generated text. The harness counts no tokens."""
   sums = {
     name: int(np.stack(cell.documents[name].to_list()).sum()) for name in ('bytes', 'tokens') if name in cell.documents
   }
@@ -220,7 +220,7 @@ def _task_values(cell: Cell) -> dict[str, Any]:
 
 
 def normalisation(cell: Cell) -> str:
-  """By what the log-likelihoods of a task's normalised accuracy are divided; '': it has none."""
+  """Name the length that divides log-likelihoods in a task's normalised accuracy; '' if it has none."""
   return cell.meta.get('normalised', 'per character' if cell.meta['set'].startswith(jobs.HARNESS) else 'per byte')
 
 
@@ -242,7 +242,7 @@ def format_all(folder: paths.Path, job: jobs.Job, cells: Cells, step: int = 0) -
 
 
 def _quality(cells: Cells, sets: list[str]) -> str:
-  """Bits per byte and perplexity as trained, then bits per byte at each model's fitted temperature. Per token where text is lost."""
+  """Format bits per byte and perplexity as trained, then bits per byte at each model's fitted temperature; per token if text is lost."""
   plain = [[f'bits/{unit(cells)} (perplexity)', *sets, 'top-1', 'ECE']]
   fitted = [[f'bits/{unit(cells)} at fitted T (T)', *sets]]
   for arm, scored in cells.items():
@@ -299,7 +299,7 @@ def _differences_table(cells: Cells, sets: list[str]) -> str:
 
 
 def _tasks_tables(tasks: Cells) -> list[str]:
-  """One table for each way in which accuracies are normalised: a label holds for its whole column."""
+  """Format one table per normalisation of the accuracy, so that a label holds for its whole column."""
   first = next(iter(tasks.values()))
   names = sorted(set.intersection(*(set(scored) for scored in tasks.values())))
   by_norm = {
@@ -309,7 +309,7 @@ def _tasks_tables(tasks: Cells) -> list[str]:
 
 
 def _tasks_table(tasks: Cells, names: list[str], norm: str) -> str:
-  """Accuracies of every arm, then the paired differences against the baseline."""
+  """Format the accuracies of every arm, then the paired differences against the baseline."""
   first = next(iter(tasks.values()))
   rows = [[f'accuracy ({norm} normalised)' if norm else 'accuracy', *names]]
   for arm, scored in tasks.items():

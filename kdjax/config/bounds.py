@@ -1,7 +1,7 @@
-"""The range of each field of a config section that checks itself, one line for each mistake.
+"""Check the fields of config sections that validate themselves, with one line for each mistake.
 
-A section of `schema` that a library call can build on its own refuses wrong values when it is built. Command-line configs go through
-the same checks: `reading` collects what each section refuses, so that all mistakes are reported at once.
+Library calls can build such a section of `schema` directly, so its constructor rejects wrong values. Command-line configs go through the same
+checks: `reading` collects the problems of each section, so that all mistakes are reported at once.
 """
 
 import math
@@ -18,7 +18,7 @@ MIXINGS = LOSS_CHOICES['mixing']
 
 
 def loss_problems(loss: Any) -> Iterator[str]:
-  """What is wrong with the fields of a `LossConfig`, as 'field: problem'."""
+  """Yield the problems of a `LossConfig`, as 'field: problem'."""
   for name, known in LOSS_CHOICES.items():
     if not isinstance(value := getattr(loss, name), str) or value not in known:
       yield f'{name}: unknown value {value!r}; known: {", ".join(known)}'
@@ -28,7 +28,7 @@ def loss_problems(loss: Any) -> Iterator[str]:
 
 
 def _number_problems(loss: Any, name: str) -> Iterator[str]:
-  """Traced or array values too are refused: these fields are static, and a new value of one compiles a new program."""
+  """Reject other types, traced values and arrays: these fields are static, and each new value compiles a new program."""
   value, whole = getattr(loss, name), name.startswith('chunk')
   kind = numbers.Integral if whole else numbers.Real
   if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):

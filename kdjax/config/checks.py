@@ -8,12 +8,12 @@ from typing import Any
 from kdjax.config.schema import Config, DataConfig, EvalConfig, StudentConfig, TeacherConfig
 
 MAX_STEPS = 10_000_000
-LONGEST_NAME = 150  # bytes: a file's whole name has at most 255
-SET_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]*')  # of sets, which name files
+LONGEST_NAME = 150  # bytes; a whole file name has at most 255
+SET_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]*')  # sets name files
 TRACKERS = ('tensorboard', 'csv', 'wandb')
 ARMS = ('baseline', 'distilled', 'unigram')
 OWN_SETS = ('in-domain', 'validation')  # of every corpus
-HARNESS_SETS = 'lm-eval-'  # how the names of sets begin that the harness has scored
+HARNESS_SETS = 'lm-eval-'  # prefix of the names of sets that the harness scored
 CHOICES = {
   'scale': ('laptop', 'colab', 'paper'),
   'model.dtype': ('auto', 'float32', 'bfloat16'),
@@ -87,7 +87,7 @@ NOT_NEGATIVE = (
 
 
 def problems(config: Config) -> Iterator[str]:
-  """What is wrong with a config whose fields and types are right. The loss is right already: a `LossConfig` checks itself."""
+  """Yield the problems of a config whose fields and types are right. A `LossConfig` has already checked itself."""
   flat = dict(values(config, ''))
   for key, value in flat.items():
     choices = next((c for name, c in CHOICES.items() if key == name or key.endswith('.' + name)), None)
@@ -175,29 +175,29 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def folder_problems(key: str, name: str) -> Iterator[str]:
-  """Names of folders in `runs`: a name that is a path would lead out of it."""
+  """Check the name of a folder in `runs`: a path could lead out of it."""
   if not name.strip() or name in ('.', '..'):
     yield f'{key}: must name a folder, got {name!r}'
   elif re.search(r'[/\\\x00-\x1f\x7f\ud800-\udfff]', name):
-    yield f'{key}: must be the name of one folder, without "/", "\\" and control characters, got {name!r}; `runs` says where it is'
+    yield f'{key}: must be the name of one folder, without "/", "\\" and control characters, got {name!r}; set its location in `runs`'
   elif len(name.encode()) > LONGEST_NAME:
     yield f'{key}: must have at most {LONGEST_NAME} bytes, got {len(name.encode())}'
 
 
 def set_problems(evals: EvalConfig) -> Iterator[str]:
-  """Names of sets: results are told apart by them, and they name files."""
+  """Check the names of sets: they identify results and name files."""
   for section, names in (('ood', evals.ood), ('tasks', evals.tasks)):
     for name in names:
       if name in OWN_SETS:
-        yield f'eval.{section}.{name}: that is the name of a set of data.source; take another'
+        yield f'eval.{section}.{name}: that is the name of a set of data.source; choose another'
       if not SET_NAME.fullmatch(name) or len(name) > LONGEST_NAME:
         kind = {'ood': 'set', 'tasks': 'task'}[section]
         yield (
-          f'eval.{section}: a {kind} is named {name!r}; use at most {LONGEST_NAME} letters, digits, "_", "-" and "." '
-          '(it names files), a letter or digit first'
+          f'eval.{section}: the {kind} name {name!r} is invalid; use at most {LONGEST_NAME} letters, digits, "_", "-" and ".", '
+          'with a letter or digit first'
         )
       if name.startswith(HARNESS_SETS):
-        yield f'eval.{section}.{name}: names that begin with {HARNESS_SETS} are for the results of kdjax.harness; take another'
+        yield f'eval.{section}.{name}: names that begin with {HARNESS_SETS} are reserved for results of kdjax.harness; choose another'
   for name, path in evals.tasks.items():
     if name in evals.ood:
       yield f'eval.tasks.{name}: eval.ood has a set of that name; take another'

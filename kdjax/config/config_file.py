@@ -1,4 +1,4 @@
-"""Config files: Python that a user wrote, read and run."""
+"""Read and run config files, which are Python written by the user."""
 
 import contextlib
 import difflib
@@ -19,20 +19,20 @@ EXAMPLE = 'write def get_config(arg=None), as configs/weak2strong.py does'
 
 
 def split(spec: str) -> tuple[pathlib.Path, str]:
-  """(file, argument) of `configs/weak2strong.py:scale=paper`. A file that is there is taken by its whole name, colons and all."""
-  spec = os.path.expanduser(spec)  # which the shell does not do after `--config=`
+  """Split `configs/weak2strong.py:scale=paper` into (file, argument). The whole text is the file if such a file exists, even with colons."""
+  spec = os.path.expanduser(spec)  # the shell does not after `--config=`
   name, _, arg = (spec, '', '') if os.path.isfile(spec) else spec.partition(':')
   return pathlib.Path(name), arg
 
 
 def read(path: pathlib.Path, arg: str) -> ml_collections.ConfigDict:
-  """Run a config file and return what its get_config(arg) returns. Raises ConfigError, in one line, where it cannot."""
+  """Run a config file and return the result of its get_config(arg). Raises a one-line ConfigError if that fails."""
   _check_name(path)
   module = types.ModuleType(f'kdjax_config_{path.stem}')
   module.__file__ = str(path)
-  sys.modules[module.__name__] = module  # dataclasses look for their module there
+  sys.modules[module.__name__] = module  # dataclasses look up their module there
   with errors_of(path):
-    # Not by importlib: its cache takes a file for the one before it where both have the same size and second.
+    # Not with importlib: its cache confuses a file with its previous version of the same size and second.
     exec(compile(path.read_bytes(), str(path), 'exec'), module.__dict__)
     config = _function(module, path)(arg or None)
   if not isinstance(config, ml_collections.ConfigDict):
@@ -44,7 +44,7 @@ def read(path: pathlib.Path, arg: str) -> ml_collections.ConfigDict:
 
 @contextlib.contextmanager
 def errors_of(path: pathlib.Path) -> Iterator[None]:
-  """Raise what a config file raises as a ConfigError that names its line. It is the user's code: that may be any exception."""
+  """Convert any exception of a config file, which is the user's code, into a ConfigError that names its line."""
   try:
     yield
   except UserError:
@@ -82,7 +82,7 @@ def _function(module: types.ModuleType, path: pathlib.Path) -> Any:
 
 
 def _line(error: BaseException, path: pathlib.Path) -> str:
-  """'line 12: ', the innermost line of the config file on the way to the error."""
+  """Format the innermost line of the config file in the traceback, as 'line 12: '."""
   line, trace = getattr(error, 'lineno', None), error.__traceback__
   while trace is not None:
     if trace.tb_frame.f_code.co_filename == str(path):

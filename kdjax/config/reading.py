@@ -56,7 +56,7 @@ def override(config: ml_collections.ConfigDict, overrides: Mapping[str, str], ki
     try:
       value = _parse(text, annotation)
     except ValueError as e:
-      problems.append(f'--config.{key}: expected {_expected(annotation, e)}, got {_shown(text)}')
+      problems.append(f'--config.{key}: expected {_expected(annotation, e)}, got {_shorten(text)}')
       continue
     node = config
     for name in parent.split('.') if parent else ():
@@ -112,12 +112,12 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str
       if isinstance(value, Mapping):
         built[name] = _build(typing.cast(type, annotation), value, f'{prefix}{name}.', problems)
       else:
-        problems.append(f'{prefix}{name}: expected a section with fields, got {_shown(value)}')
+        problems.append(f'{prefix}{name}: expected a section with fields, got {_shorten(value)}')
       continue
     try:
       built[name] = _convert(value, annotation)
     except ValueError as e:
-      problems.append(f'{prefix}{name}: expected {_expected(annotation, e)}, got {_shown(value)}')
+      problems.append(f'{prefix}{name}: expected {_expected(annotation, e)}, got {_shorten(value)}')
   try:
     return cls(**built)
   except ConfigError as e:  # a section that checks itself
@@ -126,7 +126,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str
 
 
 def _convert(value: Any, annotation: Any) -> Any:
-  """A value from a config file as the field's type; ValueError where it is of another."""
+  """Convert a value from a config file to the field's type. Raises ValueError if it has another type."""
   if isinstance(value, np.generic):
     value = value.item()
   origin = typing.get_origin(annotation)
@@ -174,8 +174,8 @@ def _parse(text: str, annotation: Any) -> Any:
   return _convert(tuple(_parse(item, kinds[0]) for item in items), annotation)
 
 
-def _shown(value: Any) -> str:
-  """The value in a message: its beginning, where it is long."""
+def _shorten(value: Any) -> str:
+  """Format a value for a message; a long one is cut."""
   try:
     text = repr(value)
   except ValueError:  # more digits than Python prints
@@ -188,7 +188,7 @@ def _bad() -> typing.NoReturn:
 
 
 class _TooLarge(ValueError):
-  """A whole number that no 64 bits hold."""
+  """A whole number that does not fit 64 bits."""
 
 
 def _expected(annotation: Any, error: ValueError) -> str:

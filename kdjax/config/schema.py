@@ -89,9 +89,9 @@ class AlphaSchedule:
 class LossConfig:
   """`L = (1 - alpha) * CE + alpha * T^2 * KL(teacher_T || student_T)` and the paper's variants of it.
 
-  Top-k and top-p truncate the teacher's distribution at the temperature T. Together they intersect: a token is kept if it is in both
-  sets, each cut from the whole distribution. Ties are never cut: all tokens with the k-th largest probability stay, and likewise all
-  with the probability of the last token of the nucleus. (The code of the paper's authors refuses top-k with top-p, and cuts ties by
+  Top-k and top-p truncate the teacher's distribution at the temperature T. Together they intersect: each set is cut from the whole
+  distribution, and a token is kept if it is in both. Ties are never cut: all tokens with the k-th largest probability stay, and all
+  tokens with the probability of the nucleus's last token. (The code of the paper's authors rejects top-k with top-p, and cuts ties by
   their index in the vocabulary.)
 
   Raises ConfigError for a field out of range.
@@ -104,7 +104,7 @@ class LossConfig:
     0.0  # 0: all; >= 1: that many tokens; in (0, 1): that share of the vocabulary; ties at the k-th all stay
   )
   teacher_top_p: float = (
-    1.0  # the smallest set of the likeliest tokens with at least this mass of softmax(teacher / T); 1: all
+    1.0  # the smallest set of the most likely tokens with at least this mass of softmax(teacher / T); 1: all
   )
   rest: str = 'renormalise'  # of the teacher's mass outside top-k / top-p: renormalise | other (one bucket)
   z_loss: float = 0.0
@@ -160,11 +160,11 @@ class DataConfig:
 
   source: str = 'embedded:speeches'  # or a path or glob: .txt, .jsonl, each also .gz, .xz, .zst
   text_field: str = 'text'
-  nulls: str = 'refuse'  # records whose text is null or missing, in every source: refuse | skip (left out and counted)
+  nulls: str = 'refuse'  # records whose text is null or missing, in every source: refuse | skip (omit and count)
   tokenizer: str = 'bpe'  # bpe (trained on the training split) | bytes | the path of a `tokenizers` JSON file
   vocab_size: int = 2048  # of the bpe that is trained
   separator: str = (
-    ''  # one token that starts and ends documents; '': the tokens that the tokenizer's files give these roles
+    ''  # one token that starts and ends documents; '': the tokens with these roles in the tokenizer's files
   )
   validation_fraction: float = 0.08
   test_fraction: float = 0.16
@@ -206,7 +206,7 @@ class EvalConfig:
 class CheckpointConfig:
   every: int = 0  # steps; 0: ten in a run
   keep: int = 2  # the newest
-  keep_period: int = 0  # steps; each multiple of it is saved too, and kept for good; 0: none but the last
+  keep_period: int = 0  # steps; each multiple is saved too and kept for good; 0: only the last
   keep_minutes: float = 0.0  # and, for good, one each time that so many minutes have gone by; 0: none
   local: str = ''  # a folder of each host's own, on its disk or in memory (/dev/shm/kdjax), for checkpoints between these; '': none
   local_every: int = 0  # steps between them (kdjax/local.py)

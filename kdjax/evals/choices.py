@@ -75,12 +75,12 @@ class ChoiceSet:
 
 
 def read(source: str) -> list[Item]:
-  """The items of JSON lines (a path, a glob or several; also .gz, .xz, .zst), each distinct one once, in their order.
+  """Read the items of JSON lines (a path, a glob or several; also .gz, .xz, .zst), each distinct one once, in order.
 
-  Raises UserError, with file and line, for a record that is none of the four kinds, and for weights: a task is all of its items.
+  Raises UserError, with file and line, for a record of none of the four kinds, and for weights, because a task uses all of its items.
   """
   if mixture(source) != [(source, 1.0)]:
-    raise UserError(f'{source}: a task has no shares of files; leave the weights (@0.3) out, and all items are taken')
+    raise UserError(f'{source}: a task uses all items of its files; remove the weights (@0.3)')
   return list(_read(source, signature(source)))
 
 
@@ -101,9 +101,9 @@ def read_all(
   """Read the items of eval.tasks, by name.
 
   Args:
-    max_items: of each task at most so many (0: all): the first by their hash, so the same in any order of lines.
-    folder: from which relative paths are seen; '': the current one.
-    kept: a folder where the items of each task are kept, for when its file is gone.
+    max_items: the most items of each task (0: all). They are the first by hash, so the order of lines does not matter.
+    folder: the base of relative paths; '': the current one.
+    kept: a folder that keeps a copy of each task's items, used if its file is gone.
   """
   found = {}
   for name, source in tasks.items():
@@ -122,7 +122,7 @@ def _read_or_recall(source: str, folder: str, copy: pathlib.Path | None) -> list
     known = paths.read_json(copy) if copy else None
     if known is None:
       raise
-    log.warning('the task %r is not there any more; using its items as they were, in %s', source, copy)
+    log.warning('the file of the task %r is gone; using the copy of its items in %s', source, copy)
     return [Item(id_, group, tuple(one), tuple(two), *rest) for id_, group, one, two, *rest in known['items']]
   if copy:
     paths.write_json(copy, {'source': source, 'items': items})
@@ -146,9 +146,9 @@ def score(
 
   Returns:
     Columns: doc (the item's id), group, answer, n_choices; logprob (nats), bytes and tokens of each continuation, as lists over the choices
-    (where items differ in their number, the shorter lists end in -inf, 0 and 0); predicted (the greatest logprob; the bad sentence of a
-    pair whose two are equal), predicted_norm (of logprob / bytes), correct and correct_norm (0 or 1); margin (nats: the answer's logprob
-    less the best other's), chance (1 / n_choices).
+    (if items differ in the number of choices, the shorter lists end in -inf, 0 and 0); predicted (the greatest logprob; on a tie in a
+    pair, the bad sentence), predicted_norm (by logprob / bytes), correct and correct_norm (0 or 1); margin (nats: the answer's logprob
+    minus the best other's), chance (1 / n_choices).
     The kind last_word has one choice, which is predicted where each of its tokens is the model's first (else -1), no margin (nan) and chance 0.
 
   Raises:
@@ -275,7 +275,7 @@ def _table(items: Sequence[Item], logprob_Q, tokens_Q, greedy_Q) -> pd.DataFrame
   greedy_N = np.where(by_item(greedy_Q, False)[:, 0], 0, -1)
 
   def best(values_NxC):
-    """The greatest; of equals the first, but of a pair the bad one: its good one always is the first."""
+    """Return the index of the greatest value. On a tie it is the first, but in a pair the second (bad) one."""
     first_N = values_NxC.argmax(1)
     tie_N = pair_N & ((values_NxC == values_NxC.max(1, keepdims=True)).sum(1) > 1)
     return np.where(last_word_N, greedy_N, np.where(tie_N, 1, first_N))

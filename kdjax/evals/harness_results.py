@@ -1,4 +1,4 @@
-"""Turn the harness's answers into result files: for each task and each of its filters one table of items."""
+"""Convert the harness's answers into result files: one table of items for each task and filter."""
 
 import logging
 import math
@@ -18,18 +18,18 @@ from kdjax.run import RunFolder
 
 log = logging.getLogger('kdjax')
 
-VERSION = 2  # of what a result means; 1 averaged over the filters
-ACCURACY = ('acc', 'exact_match', 'acc_mutual_info', 'pass@1')  # a task's first of these is its accuracy
-CHOSEN = ('acc', 'acc_mutual_info')  # of them, those where one of several choices is picked
-NORMALISED = {'acc_norm': 'per character', 'acc_bytes': 'per byte'}  # by what lm_eval divides log-likelihoods
+VERSION = 2  # of the meaning of a result; 1 averaged over the filters
+ACCURACY = ('acc', 'exact_match', 'acc_mutual_info', 'pass@1')  # the first of these that a task has is its accuracy
+CHOSEN = ('acc', 'acc_mutual_info')  # the metrics that pick one of several choices
+NORMALISED = {'acc_norm': 'per character', 'acc_bytes': 'per byte'}  # the length that divides lm_eval's log-likelihoods
 MEANS = {'accuracy': 'correct', 'accuracy_norm': 'correct_norm', 'chance': 'chance'}
-NO_FILTER = 'none'  # the harness's name for a task's filter where the task names none
+NO_FILTER = 'none'  # the harness's filter name for a task that names none
 
 Sample = Mapping[str, Any]
 
 
 class Items(NamedTuple):
-  """One task under one filter: a row an item, and the facts that its result file keeps."""
+  """One task under one filter: a table with a row per item, and the metadata of its result file."""
 
   name: str
   table: pd.DataFrame
@@ -37,21 +37,21 @@ class Items(NamedTuple):
 
 
 def read_items(answer: Mapping[str, Any]) -> Iterator[Items]:
-  """Yield the items of each task and filter that has an accuracy for each item; log which tasks have none.
+  """Yield the items of each task and filter with a per-item accuracy; log the tasks without one.
 
   Args:
-    answer: what lm_eval.simple_evaluate returns, samples included.
+    answer: the return value of lm_eval.simple_evaluate, with samples.
   """
   for task, samples in answer['samples'].items():
     filters = dict.fromkeys(sample['filter'] for sample in samples)
     found = [_items(answer, task, name, [s for s in samples if s['filter'] == name]) for name in filters]
     yield from (items for items in found if items)
     if not any(found):
-      log.info('%s: no accuracy for each item; it is in the table above and not in the experiment', task)
+      log.info('%s: no per-item accuracy; it is in the table above but not in that of the experiment', task)
 
 
 def write_items(run: RunFolder, step: int, items: Items, facts: dict[str, Any]) -> paths.Path:
-  """Write a result file of a run's folder. `facts`: what else the result depends on, and the file's metadata keep."""
+  """Write a result file into a run's folder. `facts` are what else the result depends on; the file's metadata keep them."""
   key = items.facts | facts | {'version': VERSION}
   target = results.path(run.results, step, re.sub(r'[^\w.@-]+', '_', items.name), config_lib.fingerprint(key))
   means = {name: float(items.table[column].mean()) for name, column in MEANS.items()}
@@ -62,11 +62,11 @@ def write_items(run: RunFolder, step: int, items: Items, facts: dict[str, Any]) 
 def add_to_experiment(
   job: jobs.Job, step: int, at: Mapping[str, int], found: Mapping[str, Mapping[str, paths.Path]]
 ) -> None:
-  """Add result files to those that make the experiment's table, in place of older ones of the same tasks.
+  """Add result files to the experiment's table; they replace older ones of the same tasks.
 
   Args:
-    step: the step whose table it is; 0: the newest.
-    at: arm -> the step that was scored. Files of another step leave the table: its columns are of one checkpoint.
+    step: the table's step; 0: the newest.
+    at: arm -> the step that was scored. Files of other steps are removed, because a table holds one checkpoint per arm.
     found: arm -> set -> result file.
   """
   file = job.folder / jobs.file_name(step)
@@ -77,7 +77,7 @@ def add_to_experiment(
     same = {name: kept for name, kept in old.items() if jobs.is_of_step(kept, at[arm])}
     if left_out := sorted(old.keys() - same.keys()):
       log.info(
-        '%s: %s leave the table: they are of another step than %d; kdjax.evaluate scores them again',
+        '%s: %s removed from the table, because they are not of step %d; kdjax.evaluate scores them again',
         arm, ', '.join(left_out), at[arm],
       )  # fmt: skip
     known[arm] = same | {name: paths.relative(path, job.folder) for name, path in new.items()}
@@ -85,11 +85,11 @@ def add_to_experiment(
 
 
 def _items(answer: Mapping[str, Any], task: str, filter_name: str, samples: Sequence[Sample]) -> Items | None:
-  """The items of one filter; None where they have no accuracy. Items with the same text are told apart by their number."""
+  """Return the items of one filter; None if they have no accuracy. The item number distinguishes items with the same text."""
   metric = next((name for name in ACCURACY if _is_mean(answer, task, name, samples)), '')
   if not metric:
     return None
-  own = answer['configs'][task].get('process_results') is not None  # how it scores is for the task's own code to say
+  own = answer['configs'][task].get('process_results') is not None  # the task's own code does the scoring
   norm = next((name for name in NORMALISED if metric == 'acc' and _all_numbers(samples, name)), '')
   table = pd.DataFrame({
     'doc': [digest(canonical([sample['doc_id'], str(sample['doc'])])).encode() for sample in samples],
@@ -112,7 +112,7 @@ def _items(answer: Mapping[str, Any], task: str, filter_name: str, samples: Sequ
 
 
 def _is_mean(answer: Mapping[str, Any], task: str, metric: str, samples: Sequence[Sample]) -> bool:
-  """Whether the harness's own result is the mean of the items' values: only then is a mean over items that accuracy."""
+  """Check that the harness's own result is the mean over items. Otherwise a mean over items is not the task's accuracy."""
   if not _all_numbers(samples, metric):
     return False
   mean = sum(float(sample[metric]) for sample in samples) / len(samples)
@@ -126,7 +126,7 @@ def _all_numbers(samples: Sequence[Sample], name: str) -> bool:
 
 
 def _chance(sample: Sample, metric: str) -> float:
-  """The share of right answers among an item's choices; 0 where none are given."""
+  """Return the share of right answers among an item's choices; 0 if there are no choices."""
   n = _n_choices(sample)
   if metric not in CHOSEN or n < 2:
     return 0.0
@@ -138,12 +138,12 @@ def _chance(sample: Sample, metric: str) -> float:
 
 
 def _n_choices(sample: Sample) -> int:
-  """Requests of an item, less those that acc_mutual_info adds: each choice without the question."""
+  """Count an item's requests without those that acc_mutual_info adds (each choice without the question)."""
   n = len(sample['resps'])
   return n // 2 if 'acc_mutual_info' in sample['metrics'] else n
 
 
 def _scored_text(sample: Sample) -> str:
-  """The continuations whose likelihood was asked for, or the texts that were written."""
+  """Join the scored continuations, or the generated texts."""
   asked = list(zip(sample['arguments'], sample['resps'], strict=True))[: _n_choices(sample)]
   return ''.join(''.join(resps) if isinstance(resps[0], str) else args[:2][-1] for args, resps in asked)

@@ -18,21 +18,21 @@ with contextlib.suppress(ImportError):  # reported by kdjax.harness
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-  """What to evaluate: `specs` are the names and files that the manager loads."""
+  """The tasks to evaluate: `specs` are the names and files that the manager loads."""
 
   manager: 'TaskManager'
   specs: list[str]
 
 
 def parse_names(texts: Iterable[str]) -> list[str]:
-  """Split names at commas that are in no file's name; each name counts once."""
+  """Split names at commas, except commas within the name of a file or folder, and drop repeats."""
   exists = lambda name: bool(name) and os.path.exists(paths.expand(name))
   matches = lambda name: name.endswith('.yaml') and bool(paths.match(paths.expand(name)))
   return list(dict.fromkeys(name for text in texts for name in paths.split(text, exists, matches)))
 
 
 def parse_limit(text: str) -> float:
-  """Read an option as the harness does: below 1 a share of the items, else a number of them, cut to a whole one."""
+  """Parse a limit as the harness does: below 1 it is a share of the items, else their number, rounded down."""
   try:
     value = float(text)
   except ValueError:
@@ -47,21 +47,21 @@ def parse_limit(text: str) -> float:
 def find_tasks(
   names: Sequence[str], include_path: str | None = None, defaults: bool = True, unsafe: bool = False
 ) -> Selection:
-  """Find and load tasks, so that a mistake is reported before any model is loaded.
+  """Find and load tasks, so that mistakes are reported before a model is loaded.
 
   Args:
     names: names or patterns of tasks, groups and tags; YAML files, or folders of them.
     include_path: a folder of further tasks.
     defaults: whether the harness's own tasks are known.
-    unsafe: whether tasks may run what a model writes.
+    unsafe: whether tasks may run code that a model writes.
 
   Raises:
-    UserError: a task is unknown, cannot be loaded, has no items, or needs images or leave to run code.
+    UserError: a task is unknown, cannot be loaded, has no items, needs images, or needs permission to run code.
   """
   if include_path and not os.path.isdir(include_path):
     raise UserError(f'--include-path {include_path}: no such folder')
   if not names:
-    raise UserError('--tasks names none')
+    raise UserError('--tasks is empty; name at least one task')
   manager = TaskManager(include_path=include_path, include_defaults=defaults)
   matches = {name: _match(name, manager) for name in names}
   if unknown := [name for name, found in matches.items() if not found]:
@@ -70,7 +70,7 @@ def find_tasks(
   loaded = {spec: _load(spec, manager) for spec in specs}
   for found in loaded.values():
     _check_tasks(found['tasks'], unsafe)
-  return Selection(manager, _without_repeats(loaded))
+  return Selection(manager, _drop_repeats(loaded))
 
 
 def _match(name: str, manager: 'TaskManager') -> list[str]:
@@ -89,14 +89,14 @@ def _nearest(unknown: Sequence[str], manager: 'TaskManager') -> str:
 
 def _known(manager: 'TaskManager', include_path: str | None, defaults: bool) -> str:
   if include_path and not defaults:
-    return f'the YAML files that can be read in {include_path} hold {", ".join(manager.all_tasks) or "none"}'
-  return 'lm-eval ls tasks lists them, --include-path adds a folder of your own'
+    return f'the readable YAML files in {include_path} define {", ".join(manager.all_tasks) or "none"}'
+  return 'list the known ones with lm-eval ls tasks, or add a folder of your own with --include-path'
 
 
 def _load(spec: str, manager: 'TaskManager') -> dict[str, Any]:
   try:
     return manager.load([spec])
-  except Exception as e:  # whatever a task's own code, its file or the library that fetches its data raises
+  except Exception as e:  # a task's code, its file or the library that fetches its data can raise anything
     what = (str(e).splitlines() or [''])[0][:300]
     raise UserError(
       f'the task {spec} cannot be loaded ({type(e).__name__}: {what}); correct its file or its data'
@@ -115,8 +115,8 @@ def _check_tasks(tasks: dict[str, Any], unsafe: bool) -> None:
       raise UserError(f'the task {name} has no items; correct its file or its data')
 
 
-def _without_repeats(loaded: dict[str, dict[str, Any]]) -> list[str]:
-  """Leave out what a group or tag among the others holds already. Raises UserError where two groups share a part of their tasks."""
+def _drop_repeats(loaded: dict[str, dict[str, Any]]) -> list[str]:
+  """Drop what another group or tag contains already. Raises UserError if two groups share only some of their tasks."""
   leaves = {spec: set(found['tasks']) for spec, found in loaded.items()}
   kept: list[str] = []
   for spec in sorted(loaded, key=lambda spec: (-len(leaves[spec]), not loaded[spec]['groups'])):

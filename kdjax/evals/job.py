@@ -43,7 +43,7 @@ class Job:
   """The models to score: run folders, the teacher first, and the config and teacher they share.
 
   Attributes:
-    folder: where they were found.
+    folder: the folder in which they were found.
     origin: where their training found its text.
   """
 
@@ -90,17 +90,17 @@ def find(workdir: paths.Path) -> Job:
 
 
 def origin_of(folder: paths.Path, known: dict[str, Any]) -> Origin:
-  """Where the text of a run or an experiment was found, by the JSON file that its folder keeps; unknown in those of earlier versions."""
+  """Return where a run or an experiment found its text, according to its folder's JSON file; earlier versions did not record it."""
   origin = known.get('origin', {})
   seen_from = os.path.abspath(paths.under(folder, origin['folder'])) if origin else os.getcwd()
   return Origin('' if seen_from == os.getcwd() else seen_from, origin.get('corpus', ''))
 
 
 def evaluate(job: Job, corpus: Corpus, mesh: Mesh, step: int = 0, progress: bool = True) -> None:
-  """Score what has not been scored yet, at the steps that `checkpoints` names.
+  """Score what has not been scored yet, at the steps that `checkpoints` returns.
 
-  The folder's evaluation.json (evaluation-step<N>.json where a step is named) then lists the result files that belong together:
-  arm -> set -> path.
+  Then list the result files that belong together (arm -> set -> path) in the folder's evaluation.json, or in evaluation-step<N>.json if a
+  step is named.
   """
   while True:
     chosen = step or _common_step(job)
@@ -122,15 +122,16 @@ def evaluate(job: Job, corpus: Corpus, mesh: Mesh, step: int = 0, progress: bool
 
 
 def checkpoints(job: Job, step: int = 0) -> list[tuple[RunFolder, int]]:
-  """Return (run, step) of each model: the teacher at the step that the students learn from, the students at `step`, else at the newest
-  that all of them have. Raises UserError where one has no such checkpoint.
+  """Return (run, step) of each model: the teacher at the step that the students learn from, the students at `step` or their newest common step.
+
+  Raises UserError if a model has no such checkpoint.
   """
   chosen = step or _common_step(job)
   return [(run, _step(run, job.teacher_step if job.is_teacher(run) else chosen)) for run in job.runs]
 
 
 def is_of_step(file: str, step: int) -> bool:
-  """Whether a result file is of that step: its name says so (results.path)."""
+  """Check by its name (results.path) that a result file is of that step."""
   return f'-step{step}-' in file.rpartition('/')[2]
 
 
@@ -181,7 +182,7 @@ def score_missing(
   for run, _ in checkpoints:
     run.check_fingerprints({'tokenizer': corpus.tokenizer.fingerprint})
   wanted_sets = _sets(job, corpus, sets)
-  teacher = ''  # of the students' key alone: a teacher that is still training has no final step yet
+  teacher = ''  # only in the students' key, because a teacher that is still training has no final step yet
   if job.teacher and not all(job.is_teacher(run) for run, _ in checkpoints):
     teacher = f'{_weights(job.teacher, _step(job.teacher, job.teacher_step))} in {job.config.teacher.dtype}'
   tasks = [
@@ -219,7 +220,7 @@ class Task:
 
   @property
   def vocab_size(self) -> int:
-    """Of the set's tokenizer: what a model's table has beyond it is never a label."""
+    """The vocabulary of the set's tokenizer. A model's embedding rows beyond it are never labels."""
     return _vocab_size(self.eval_set)
 
   @property
@@ -278,7 +279,7 @@ def _score(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
   """Return (per-document table of the test documents, metadata).
 
-  The temperature is fitted on the set's validation documents first. VALIDATION has none but those that are scored: no fit.
+  First fit the temperature on the set's validation documents. VALIDATION has no other documents, so it gets no fit.
   """
   assert isinstance(task.eval_set, EvalSet)
   window, stride = task.key['window'], task.key['stride']
@@ -332,7 +333,7 @@ class _Models:
     self._loaded: dict[str, Scored] = {}
 
   def load(self, run: RunFolder, step: int, dtype: str, vocab_size: int) -> Scored:
-    """The model over the first `vocab_size` tokens of its table."""
+    """Load a model restricted to the first `vocab_size` tokens of its embedding table."""
     name = f'{run.path}@{step}:{dtype}:{vocab_size}'
     if name not in self._loaded:
       kept = {

@@ -52,8 +52,8 @@ def score(
   """One row a document: bytes, tokens and sums over its tokens in nats.
 
   Columns: doc, bytes, tokens, nll, entropy, correct (top-1), with a teacher kl_to_teacher = KL(teacher || student) and agreement, nll_at
-  (a list, at each of `temperatures`; absent where there are none), bin_count, bin_confidence, bin_correct (lists over BINS bins of
-  confidence), and where `difficulty_V` gives each token's bin (see `difficulties`) difficulty_tokens, difficulty_nll (lists over the bins).
+  (a list, at each of `temperatures`; absent without temperatures), bin_count, bin_confidence, bin_correct (lists over BINS bins of
+  confidence), and if `difficulty_V` gives each token's bin (see `difficulties`) difficulty_tokens, difficulty_nll (lists over the bins).
   """
   temperatures = jnp.asarray(temperatures, jnp.float32)
   n = store.n_docs

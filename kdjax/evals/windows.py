@@ -1,9 +1,9 @@
 """Documents -> rows of windows: each token of a document is scored once, with as much context as the window holds.
 
-A document is its separator, its tokens, and its end token (or the separator, where one token does both): a text of n tokens has n + 1
-predictions, the first from the separator alone, the last of the end of the document. One that was cut (`eval.max_document_bytes`) does not
-end there: its end is not scored. A document longer than the window is cut into strided windows: each one after the first scores only the
-tokens that the one before did not reach, with at least `window - stride` tokens of context.
+A document is its separator, its tokens, and its end token (or the separator again if one token has both roles). A text of n tokens has n + 1
+predictions: the first from the separator alone, the last of the document's end. A document that was cut (`eval.max_document_bytes`) does not
+end at the cut, so its end is not scored. A document longer than the window is split into strided windows: each one after the first scores only
+the tokens that the previous one did not reach, with at least `window - stride` tokens of context.
 """
 
 from collections.abc import Iterator

@@ -57,7 +57,7 @@ class Group:
   alpha: float
   cells: tuple[Cell, ...]
   baseline: tuple[Cell, ...] = ()
-  scenario: str = ''  # of a flop_matched or equal_compute one: which of the teacher's FLOPs count
+  scenario: str = ''  # of a flop_matched or equal_compute group: which of the teacher's FLOPs count
   draw: str = ''  # of a pilot's tuned one: its values
 
   @property
@@ -117,11 +117,11 @@ def main_groups(grid: GridConfig) -> list[Group]:
 def validated_groups(
   grid: GridConfig, chosen: Mapping[str, Any], pairs: Sequence[tuple[Setting, Source, Source]] = ()
 ) -> list[Group]:
-  """Each teacher, and each control, at the alpha that the pilot chose for it, with fresh seeds.
+  """Return each teacher and each control at the alpha that the pilot chose for it, with fresh seeds.
 
   Args:
     chosen: pilot key -> alpha, and for the tuned baseline -> the name of its draw.
-    pairs: (setting, costlier teacher, cheaper teacher) to be compared at equal total FLOPs.
+    pairs: (setting, costlier teacher, cheaper teacher) to compare at equal total FLOPs.
   """
   if grid.pilot.skip:
     return []
@@ -133,7 +133,7 @@ def validated_groups(
     unigram = chosen.get(key('unigram'))
     out += _product(grid, setting, 'validated', seeds, alphas, [] if unigram is None else [float(unigram)])
     baselines = tuple(_baseline(grid, setting, seed) for seed in seeds)
-    tuned = _draw_named(grid, chosen.get(key('tuned')))
+    tuned = _find_draw(grid, chosen.get(key('tuned')))
     if tuned:
       cells = tuple(_tuned(grid, setting, tuned, seed) for seed in seeds)
       out.append(Group('tuned', 'validated', setting, Source(), 0.0, cells, baselines, draw=_draw_name(tuned)))
@@ -152,7 +152,7 @@ def cells_of(groups: Iterable[Group]) -> list[Cell]:
 
 
 def check(grid: GridConfig) -> None:
-  """Check that a grid has cells, and that each has a config that can run. Raises UserError."""
+  """Check that a grid has distilled cells and that every cell's config can run. Raises UserError."""
   groups = main_groups(grid)
   if not any(group.kind == 'distilled' for group in groups):
     raise UserError('include/exclude: the filters leave no distilled cell; loosen them')
@@ -176,7 +176,7 @@ def relationship(student: str, student_tokens: int, source: Source) -> str:
 def _product(
   grid: GridConfig, setting: Setting, phase: str, seeds, alphas, unigram: Sequence[float] | None = None
 ) -> Iterator[Group]:
-  """The baselines, each teacher at its alphas, and the unigram control at alphas of its own, or at each that a teacher has."""
+  """Yield the baselines, each teacher at its alphas, and the unigram control at its own alphas, or (None) at every alpha of a teacher."""
   baselines = {seed: _baseline(grid, setting, seed) for seed in seeds}
   yield Group('baseline', phase, setting, Source(), 0.0, tuple(baselines.values()))
   used: dict[float, set[int]] = {}
@@ -256,7 +256,7 @@ def _distilled(grid: GridConfig, setting: Setting, source: Source, alpha: float,
 
 
 def _teacher_seed(grid: GridConfig, seed: int) -> int:
-  """The seed of the teacher that students of `seed` learn from: never a student's own, or a teacher of their size would be their twin."""
+  """Return the teacher's seed for students of `seed`. It never equals a student's, or a teacher of the same size would be identical."""
   shared = grid.base.teacher.seed
   return shared + 10_007 * (seed + 1) if grid.teacher_seed == 'paired' else shared
 
@@ -300,7 +300,7 @@ def _flop_matched(
 def _equal_compute(
   grid: GridConfig, setting: Setting, costly: Source, cheap: Source, alpha: float, baselines: tuple[Cell, ...]
 ) -> Group:
-  """Students of the cheaper teacher on so many tokens that the pair costs, in all, what the costlier pair does."""
+  """Train students of the cheaper teacher on as many tokens as make the total cost of both pairs equal."""
   scenario, seq_len = grid.controls.flop_matched[-1], grid.base.data.seq_len
   counted = {'count_logits': 'logits' in scenario, 'count_pretraining': 'pretraining' in scenario}
   student, large, small = (sized(grid, name) for name in (setting.student, costly.teacher, cheap.teacher))
@@ -317,11 +317,11 @@ def sized(grid: GridConfig, name: str) -> ModelConfig:
 
 
 def vocab_size(grid: GridConfig) -> int:
-  """Count the tokens of the grid's tokenizer. Raises UserError where its file cannot be read."""
+  """Count the tokens of the grid's tokenizer. Raises UserError if its file cannot be read."""
   try:
     return grid.vocab_size or corpus.vocab_size(grid.base.data)
   except UserError as e:
-    raise UserError(f'{e}; to plan before the file is there, set vocab_size to its number of tokens') from None
+    raise UserError(f'{e}; to plan before the file exists, set vocab_size to its number of tokens') from None
 
 
 def _model(base: ModelConfig, name: str) -> ModelConfig:
@@ -349,8 +349,8 @@ def _draw_name(draw: tuple[float, float, float]) -> str:
   return 'stop{}-lr{}-wd{}'.format(*map(exact_number, draw))
 
 
-def _draw_named(grid: GridConfig, name: str | None) -> tuple[float, float, float] | None:
-  """The draw that the pilot chose; older pilots wrote six digits of each number."""
+def _find_draw(grid: GridConfig, name: str | None) -> tuple[float, float, float] | None:
+  """Find the draw that the pilot chose. Older pilots wrote six digits of each number."""
   draws = _draws(grid)
   older = {'stop{:g}-lr{:g}-wd{:g}'.format(*draw): draw for draw in reversed(draws)}
   return (older | {_draw_name(draw): draw for draw in draws}).get(name or '')

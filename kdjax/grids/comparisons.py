@@ -1,7 +1,7 @@
-"""Which teachers a test of reversal compares: the one with the most of an axis, and its reference among those with less.
+"""Choose the two teachers that a test of reversal compares: the one with the largest value on an axis, and a reference with less.
 
-The reference is fixed before any run that is tested. With a pilot it is the teacher whose student did best on the validation split, with the
-pilot's own seed. Without one it is declared: the student's own size (or number of tokens), else the nearest below the most.
+The reference is fixed before any tested run. With a pilot it is the teacher whose student did best on the validation split with the pilot's
+seed. Without a pilot it is declared: the teacher of the student's own size (or number of tokens), else the next below the largest.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ Curves = Mapping[str, Mapping[str, float]]  # the pilot's: pilot_key -> alpha ->
 
 
 def plain_sources(grid: GridConfig, setting: Setting) -> list[Source]:
-  """Teachers used plainly (T = 1, all logits, normalised, the student's documents), weakest first: by size, then by tokens."""
+  """List the teachers with default targets (T = 1, all logits, normalised, the student's documents), weakest first: by size, then by tokens."""
   plain = {'temperature': 1.0, 'top_k': 0.0, 'mixing': 'normalised', 'teacher_data': 'iso'}
   found = [s for s in cells_lib.sources(grid, setting) if s == dataclasses.replace(s, **plain)]  # type: ignore[arg-type]
   return sorted(found, key=lambda s: (size(grid, s), s.teacher_tokens))
@@ -27,29 +27,29 @@ def size(grid: GridConfig, source: Source) -> int:
 
 
 def by_size(sources: Sequence[Source]) -> list[Source]:
-  """The teachers of the largest budget, smallest first."""
+  """List the teachers of the largest budget, smallest first."""
   most = max((s.teacher_tokens for s in sources), default=0)
   return [s for s in sources if s.teacher_tokens == most]
 
 
 def by_budget(sources: Sequence[Source]) -> list[list[Source]]:
-  """The budgets of each teacher size, least first."""
+  """List the budgets of each teacher size, smallest first."""
   teachers = dict.fromkeys(s.teacher for s in sources)
   return [sorted((s for s in sources if s.teacher == t), key=lambda s: s.teacher_tokens) for t in teachers]
 
 
 def size_pair(setting: Setting, sources: Sequence[Source], curves: Curves | None) -> tuple[Source, Source] | None:
-  """(largest, reference) at the largest budget; None where there is nothing to compare. `curves`: None without a pilot."""
+  """Return (largest teacher, reference) at the largest budget; None if there is nothing to compare. `curves`: None without a pilot."""
   return _pair(setting, by_size(sources), curves, lambda s: s.teacher == setting.student)
 
 
 def budget_pair(setting: Setting, sources: Sequence[Source], curves: Curves | None) -> tuple[Source, Source] | None:
-  """(most tokens, reference) of one teacher size."""
+  """Return (most tokens, reference) of one teacher size."""
   return _pair(setting, sources, curves, lambda s: s.teacher_tokens == setting.student_tokens)
 
 
 def reversal_pairs(grid: GridConfig, curves: Curves | None) -> list[tuple[Setting, Source, Source]]:
-  """The pairs of `size_pair` to be compared at equal total FLOPs too; before the pilot (None) with the declared reference."""
+  """List the pairs of `size_pair` to compare at equal total FLOPs too; with the declared reference if `curves` is None (before the pilot)."""
   if 'reversal_at_equal_flops' not in grid.contrasts or not grid.controls.flop_matched:
     return []
   settings = cells_lib.settings(grid)
@@ -70,7 +70,7 @@ def _declared(less: Sequence[Source], own: Callable[[Source], bool]) -> Source:
 
 
 def _best(setting: Setting, less: Sequence[Source], curves: Curves) -> Source | None:
-  """The teacher with the least bits per byte at any alpha above 0."""
+  """Return the teacher with the fewest bits per byte at any alpha above 0."""
   lowest: dict[Source, float] = {}
   for source in less:
     values = [

@@ -20,7 +20,7 @@ TEACHER_SEEDS = ('shared', 'paired')
 SCENARIOS = ('logits', 'pretraining', 'logits+pretraining')
 IN_DOMAIN, OOD_MEAN = 'in-domain', 'OOD mean'
 OOD_LESS_IN_DOMAIN = f'{OOD_MEAN} less {IN_DOMAIN}'
-CONTRASTS = {  # and the sets that each is tested on
+CONTRASTS = {  # contrast -> the sets that it is tested on
   'weak_helps': (IN_DOMAIN, OOD_MEAN),
   'size_reverses': (IN_DOMAIN, OOD_MEAN),
   'budget_reverses': (IN_DOMAIN, OOD_MEAN),
@@ -29,7 +29,7 @@ CONTRASTS = {  # and the sets that each is tested on
   'more_than_calibration': (OOD_MEAN,),
   'beats_tuned': (IN_DOMAIN, OOD_MEAN),
 }
-MAX_PRIMARY = 4  # tests of a family: each is at level 0.05 / m, so a fifth would cost the others more than it tells
+MAX_PRIMARY = 4  # each test is at level 0.05 / m, so every further test costs the others power
 AXES = (
   'student',
   'student_tokens',
@@ -46,7 +46,7 @@ AXES = (
 )
 
 
-# Fields whose values take the place of a field of `base`, and that one.
+# Grid field -> the field of `base` that its values replace.
 FIELDS_OF_BASE = {
   'student_tokens': 'student.tokens',
   'distinct_tokens': 'data.distinct_tokens',
@@ -60,7 +60,7 @@ FIELDS_OF_BASE = {
   'validated_seed': 'student.seed',
   'pilot.seed': 'student.seed',
 }
-DEFAULTS = (('teacher_tokens', 0),)  # values that stand for another
+DEFAULTS = (('teacher_tokens', 0),)  # values that mean a default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ class ControlsConfig:
 class HardwareConfig:
   """What a plan's times and cohorts are computed for."""
 
-  device: str = 'cpu'  # a name of kdjax/flops.py (v5p, H100, L4, ...) or cpu
+  device: str = 'cpu'  # cpu, or a device that kdjax/flops.py knows (v5p, H100, L4, ...)
   devices: int = 1
   gib: float = 16.0  # memory of one device
   utilisation: float = 0.4  # model FLOPs over peak FLOPs
@@ -142,12 +142,12 @@ class GridConfig:
   )
   declared_alpha: tuple[
     float, ...
-  ] = ()  # without a pilot: where each teacher is tested, one value each; (): the middle one
-  teacher_seed: str = 'shared'  # shared: a teacher is one run | paired: each student seed has a teacher run of its own
+  ] = ()  # without a pilot: the alpha at which each teacher is tested, one value each; (): the middle one
+  teacher_seed: str = 'shared'  # shared: a teacher is one run | paired: each student seed has its own teacher run
   last: int = 3  # checkpoints scored where an arm has one seed: the noise of a single run
   cohort: int = 8  # students that train side by side, at most
   hardware: HardwareConfig = HardwareConfig()
-  vocab_size: int = 0  # of a tokenizer file; 0: read from it. Set it to plan before the file is there
+  vocab_size: int = 0  # of a tokenizer file; 0: read from it. Set it to plan before the file exists
 
 
 def problems(grid: GridConfig) -> Iterator[str]:
@@ -227,12 +227,12 @@ def _hardware_problems(hardware: HardwareConfig) -> Iterator[str]:
     names = ', '.join(name for name, _ in flops.PEAKS)
     yield (
       f'hardware.device: unknown device {hardware.device!r}; known: cpu, {names}; '
-      'for any other set hardware.device=cpu and hardware.cpu_gflops to its peak'
+      'for any other device set hardware.device=cpu and hardware.cpu_gflops to its peak'
     )
 
 
 def _axis_problems(grid: GridConfig) -> Iterator[str]:
-  """What an ordinary config's checks say of each value that takes a field's place in `base`, under the name of the grid's field."""
+  """Run an ordinary config's checks on each value that replaces a field of `base`, and report problems under the grid's field."""
   already = set(checks.problems(grid.base))
   for name, field in FIELDS_OF_BASE.items():
     values = functools.reduce(getattr, name.split('.'), grid)
@@ -283,12 +283,12 @@ def _filter_problems(text: str) -> Iterator[str]:
 
 
 def primary_tests(grid: GridConfig) -> set[tuple[str, str]]:
-  """The (contrast, set) of each primary test."""
+  """Return the (contrast, set) of each primary test."""
   return set(map(_one_primary, grid.primary))
 
 
 def n_primary(grid: GridConfig) -> int:
-  """The size of the family that the primary tests are corrected for: all student settings together."""
+  """Count the primary tests over all student settings: the family that they are corrected for."""
   return len(primary_tests(grid)) * len(grid.student) * len(grid.student_tokens) * len(grid.distinct_tokens)
 
 
@@ -303,13 +303,13 @@ def _primary_problems(grid: GridConfig) -> Iterator[str]:
       yield f'primary: unknown contrast {contrast!r}; known: {", ".join(CONTRASTS)}'
     elif where not in CONTRASTS[contrast]:
       known = ' or '.join(f'{contrast}:{each}' for each in CONTRASTS[contrast])
-      yield f'primary: {name!r} names no set that {contrast} is tested on; write {known}'
+      yield f'primary: {name!r} names no set on which {contrast} is tested; write {known}'
     elif contrast not in grid.contrasts:
-      yield f'primary: {contrast} is not among contrasts ({_list(grid.contrasts)}); add it there or leave it out here'
+      yield f'primary: {contrast} is not in contrasts ({_list(grid.contrasts)}); add it there or remove it here'
   if n_primary(grid) > MAX_PRIMARY:
     yield (
-      f'primary: {len(grid.primary)} tests of each student setting are {n_primary(grid)} in all; '
-      f'at most {MAX_PRIMARY} can be primary: leave some out, they are then exploratory'
+      f'primary: {len(grid.primary)} tests for each student setting are {n_primary(grid)} in total, but at most '
+      f'{MAX_PRIMARY} can be primary; remove some (they become exploratory)'
     )
 
 
@@ -321,10 +321,10 @@ def _one_primary(name: str) -> tuple[str, str]:
 def _declared_alpha_problems(grid: GridConfig) -> Iterator[str]:
   values = grid.declared_alpha
   if values and len(values) != len(grid.teacher):
-    yield f'declared_alpha: {len(values)} values for {len(grid.teacher)} teachers; give one for each, or none'
+    yield f'declared_alpha: {len(values)} values for {len(grid.teacher)} teachers; give one for each teacher, or none'
   for alpha in values:
     if alpha not in grid.alpha or not alpha:
-      yield f'declared_alpha: {alpha:g} is no alpha above 0 of the grid ({_list(grid.alpha)})'
+      yield f'declared_alpha: {alpha:g} is not an alpha above 0 of the grid ({_list(grid.alpha)})'
 
 
 def _unknown_model(axis: str, model: str) -> Iterator[str]:

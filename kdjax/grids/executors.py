@@ -67,7 +67,7 @@ def printed(work: Work, runners: int) -> str:
 def slurm_script(work: Work, runners: int, options: Sequence[str]) -> str:
   """The batch script of an array of runners.
 
-  Slurm tells a runner before its time is over (or it is preempted). It saves and exits with TEMPORARY, and then goes back into the queue.
+  Slurm signals a runner before its time limit or a preemption. The runner saves and exits with TEMPORARY, and the script requeues it.
   """
   ask = [
     f'--job-name={work.name}',
@@ -128,7 +128,7 @@ def run_on_ray(work: Work, runners: int, per_runner: Mapping[str, float], addres
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(address or None, log_to_driver=True, logging_level=logging.ERROR)
     if callable(handler):
-      signal.signal(signal.SIGTERM, handler)  # Ray has put its own in the place of ours
+      signal.signal(signal.SIGTERM, handler)  # Ray has replaced ours
   except (ConnectionError, ValueError, RuntimeError) as e:
     raise UserError(
       f'--executor=ray: no cluster ({(str(e).splitlines() or [""])[0]}); ray start --head, or give --address'
@@ -156,7 +156,7 @@ def _task(ray, per_runner: Mapping[str, float]):
 
 
 def _runner(number: int, folder: str, words: Sequence[str]) -> tuple[int, str]:
-  """Run a runner on a node of the cluster, and again while it stops with work left; return (exit code, last line of its stderr)."""
+  """Run a runner on a node of the cluster, and rerun it while it stops with work left; return (exit code, last line of its stderr)."""
   for _ in range(RETRIES):
     code, last = _run_once(number, folder, words)
     if code != TEMPORARY:
@@ -165,7 +165,7 @@ def _runner(number: int, folder: str, words: Sequence[str]) -> tuple[int, str]:
 
 
 def _run_once(number: int, folder: str, words: Sequence[str]) -> tuple[int, str]:
-  # A child, which dies with this process (distributed.watch): kdjax and JAX begin with an environment of their own.
+  # A child process gives kdjax and JAX a clean environment. It dies with this process (distributed.watch).
   child = subprocess.Popen(
     list(words),
     cwd=folder,

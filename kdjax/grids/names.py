@@ -1,4 +1,4 @@
-"""What is compared in a grid, and its names: short ones for people, and exact ones for keys, which two values never share."""
+"""What a grid compares, and its names: short ones for people, and exact ones for keys, which are unique."""
 
 import dataclasses
 import decimal
@@ -8,7 +8,7 @@ UNITS = (('T', 10**12), ('B', 10**9), ('M', 10**6), ('k', 10**3))
 
 
 def count(n: float) -> str:
-  """Write a count in four digits: 50_000_000_000 -> '50B', 1_543_420 -> '1.543M'."""
+  """Format a count with four digits: 50_000_000_000 -> '50B', 1_543_420 -> '1.543M'."""
   for unit, size in UNITS:
     if n >= size:
       return f'{n / size:.4g}{unit}'
@@ -16,7 +16,7 @@ def count(n: float) -> str:
 
 
 def exact_count(n: float) -> str:
-  """Write a whole count with as many digits as it takes: as `count` where that is exact, else 1_543_420 -> '1.54342M'."""
+  """Format a whole count exactly: like `count` if that is exact, else with more digits: 1_543_420 -> '1.54342M'."""
   for unit, size in UNITS:
     if n >= size and n == int(n):
       digits = (decimal.Decimal(int(n)) / size).normalize()
@@ -25,19 +25,19 @@ def exact_count(n: float) -> str:
 
 
 def exact_number(x: float) -> str:
-  """Write a number so that it reads back as the same one: as '%g' does where six digits are enough."""
+  """Format a number so that it reads back as the same one: like '%g' if six digits are enough."""
   short = f'{x:g}'
   return short if float(short) == x else repr(float(x))
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """What one student's experiment is, less teacher, alpha and seed: everything compared within it shares this."""
+  """One student's experiment without teacher, alpha and seed: everything compared within it shares this."""
 
   student: str
   student_tokens: int
   distinct_tokens: int
-  split: bool = False  # the student has one half of the documents, so that a teacher can have the other
+  split: bool = False  # the student gets one half of the documents, so that a teacher can get the other
 
   @property
   def name(self) -> str:
@@ -57,7 +57,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """What a student learns from beside the text: a teacher and how its targets are used. An empty teacher: token frequencies."""
+  """What a student learns from besides the text: a teacher and how its targets are used. An empty teacher means token frequencies."""
 
   teacher: str = ''
   teacher_tokens: int = 0

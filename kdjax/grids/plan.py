@@ -118,13 +118,13 @@ def cost(grid: GridConfig, job: Job) -> Cost:
 
 
 def _n_checkpoints(config: Config, section: TeacherConfig | StudentConfig) -> int:
-  """Checkpoints that a run keeps, at most: the newest, and one a period."""
+  """Return the most checkpoints that a run keeps: the newest, and one per period."""
   period = config.checkpoint.keep_period
   return config.checkpoint.keep + (config_lib.n_steps(section, config.data) // period if period else 0)
 
 
 def seconds(hardware: HardwareConfig, flop: float) -> float:
-  """Wall seconds of so many model FLOPs on the plan's hardware."""
+  """Convert model FLOPs to wall seconds on the plan's hardware."""
   peak = 1e9 * hardware.cpu_gflops if hardware.device.lower() == 'cpu' else flops.peak_flops(hardware.device)
   if peak is None:
     raise UserError(f'hardware.device: unknown device {hardware.device!r}')

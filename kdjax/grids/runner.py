@@ -47,7 +47,7 @@ STATES = ('done', 'running', 'stopped', 'failed', 'missing')
 POLL = 5.0  # seconds between looks at jobs that other runners do
 PILOT = 'pilot.json'
 CORPUS = 'corpus.json'
-CONTROLS = ('unigram', 'tuned')  # that the pilot chooses something for
+CONTROLS = ('unigram', 'tuned')  # the controls that the pilot chooses something for
 NOT_IDENTITY = ('runs', 'hardware', 'cohort', 'last', 'vocab_size')  # fields that change no result
 
 
@@ -56,10 +56,10 @@ def folder_of(grid: GridConfig, workdir: paths.Path | None = None) -> paths.Path
 
 
 def identity(grid: GridConfig) -> dict[str, Any]:
-  """What a grid's results depend on; the contrasts too, which are declared before the runs and not after."""
+  """Return what a grid's results depend on. The contrasts are part of it, because they are declared before the runs."""
   values = {name: value for name, value in config_lib.as_dict(grid).items() if name not in NOT_IDENTITY}
   base = training.experiment(grid.base) | {'eval': values['base']['eval']}
-  for temperature in grid.temperature:  # each cell's takes the place of the base's
+  for temperature in grid.temperature:  # each cell's temperature replaces the base's
     base['loss'] |= training.nucleus_identity(dataclasses.replace(grid.base.loss, temperature=temperature))
   return json.loads(json.dumps(values | {'base': base}))
 
@@ -70,7 +70,7 @@ def claim(folder: paths.Path, grid: GridConfig) -> None:
   if known is not None:
     RunFolder(folder).compare(known['identity'], identity(grid))
   elif jax.process_index() == 0:
-    # With the vocabulary's size, so that a report needs no tokenizer file.
+    # The vocabulary's size is recorded so that a report needs no tokenizer file.
     noted = {'runs': paths.relative(grid.runs, folder), 'vocab_size': cells_lib.vocab_size(grid)}
     resolved = config_lib.as_dict(grid) | noted
     write_json(
@@ -86,14 +86,14 @@ def claim(folder: paths.Path, grid: GridConfig) -> None:
 
 
 def record_corpus(folder: paths.Path, corpus: Corpus) -> None:
-  """Keep what was found when the text was read, for the report: documents of a test set that are in the training text too, above all."""
+  """Record counts from reading the text for the report, above all the test documents that are in the training text too."""
   if jax.process_index() == 0:
     known = {'name': corpus.folder.name, 'fingerprint': corpus.fingerprint, 'counts': corpus.meta['counts']}
     write_json(folder / CORPUS, known)
 
 
 def origin_of(folder: paths.Path) -> Origin:
-  """What an earlier start of the grid says of its text."""
+  """Return where an earlier start of the grid found its text."""
   return Origin(corpus=(read_json(folder / CORPUS) or {}).get('name', ''))
 
 
@@ -102,7 +102,7 @@ def cell_folder(folder: paths.Path, cell: Cell) -> RunFolder:
 
 
 def phases(grid: GridConfig, folder: paths.Path) -> list[tuple[str, list[Group]]]:
-  """(phase, its groups), as far as they are known: the validated cells only once the pilot's outcome is."""
+  """Return (phase, its groups) of each known phase. The validated cells are known once the pilot has finished."""
   pilot = read_pilot(folder, grid)
   known = [('pilot', cells_lib.pilot_groups(grid)), ('main', cells_lib.main_groups(grid))]
   if pilot is None:
@@ -285,7 +285,7 @@ class Runner:
     if jax.process_index() == 0 and not (self.folder / PILOT).exists():
       write_json(self.folder / PILOT, outcome)
     for key, values in outcome.get('not_finite', {}).items():
-      log.warning('pilot: %s: the likelihood at %s is not finite: never chosen', key, ', '.join(values))
+      log.warning('pilot: %s: the likelihood at %s is not finite, so it is never chosen', key, ', '.join(values))
     log.info('pilot: %s', ', '.join(f'{key}: {value}' for key, value in outcome['chosen'].items()))
 
   def _claims(self, here: RunFolder) -> bool:
@@ -313,12 +313,12 @@ def _of_pilot(jobs: list[Job]) -> list[Job]:
 
 
 def choose(curves: dict[str, dict[str, float]]) -> dict[str, Any]:
-  """The pilot's outcome: of each curve the value with the least bits per byte on the validation split.
+  """Choose from each curve the value with the fewest bits per byte on the validation split.
 
-  For a teacher the least among the alphas above 0: whether it beats the baseline is for the fresh seeds to say. A value that is not
-  finite, of a run that diverged, is never chosen; `not_finite` lists such values, and the curves leave them out.
+  For a teacher only alphas above 0 count: the fresh seeds decide whether it beats the baseline. The value of a diverged run is not finite
+  and is never chosen; `not_finite` lists such values, and the curves omit them.
 
-  Raises UserError where a curve has no finite value to choose.
+  Raises UserError if a curve has no finite value to choose.
   """
   chosen: dict[str, Any] = {}
   kept, not_finite, hopeless = {}, {}, []
@@ -336,7 +336,7 @@ def choose(curves: dict[str, dict[str, float]]) -> dict[str, Any]:
       hopeless.append(key)
   if hopeless:
     raise UserError(
-      f'pilot: no run of {", ".join(hopeless)} has a finite likelihood on the validation split: all diverged; lower the learning rate'
+      f'pilot: no run of {", ".join(hopeless)} has a finite likelihood on the validation split, all diverged; lower the learning rate'
     )
   content = {'chosen': chosen, 'curves': kept, 'criterion': 'bits per byte of the in-domain validation split'}
   content |= {'not_finite': not_finite} if not_finite else {}
@@ -348,7 +348,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def read_pilot(folder: paths.Path, grid: GridConfig) -> dict[str, Any] | None:
-  """The pilot's outcome. Raises UserError where it is not what was written down before the main cells started."""
+  """Read the pilot's outcome. Raises UserError if it differs from what was recorded before the main cells started."""
   pilot = read_json(folder / PILOT)
   if pilot is None:
     return None
@@ -357,15 +357,15 @@ def read_pilot(folder: paths.Path, grid: GridConfig) -> dict[str, Any] | None:
     raise UserError(
       f'{folder / PILOT} has been changed since it was written; restore it, or delete the grid and run it again'
     )
-  return pilot | {name: _with_exact_keys(grid, pilot[name]) for name in ('chosen', 'curves')}
+  return pilot | {name: _upgrade_keys(grid, pilot[name]) for name in ('chosen', 'curves')}
 
 
 def _learners(grid: GridConfig, setting: Setting, *controls: str) -> list[Source | str]:
   return [*cells_lib.sources(grid, setting), *controls]
 
 
-def _with_exact_keys(grid: GridConfig, table: dict[str, Any]) -> dict[str, Any]:
-  """Bring a pilot's table to exact keys. Older pilots wrote short ones: an entry that two of them would share is nobody's."""
+def _upgrade_keys(grid: GridConfig, table: dict[str, Any]) -> dict[str, Any]:
+  """Convert a pilot's table to exact keys. Older pilots wrote short ones; an entry whose short key is ambiguous is dropped."""
   short: dict[str, list[str]] = {}
   for setting in cells_lib.settings(grid):
     for learner in _learners(grid, setting, *CONTROLS):

@@ -43,15 +43,15 @@ HARDWARE = {
   'paper': HardwareConfig('TPU v5p', 64, 95.0, 0.4),
 }
 ALPHAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
-SCAN = {'laptop': (43, 44, 45), 'colab': (43, 44, 45), 'paper': (43,)}  # seeds of a scan over alpha, which is no test
+SCAN = {'laptop': (43, 44, 45), 'colab': (43, 44, 45), 'paper': (43,)}  # seeds of a scan over alpha, without tests
 TESTED = (
   43,
   44,
   45,
   46,
   47,
-)  # of arms that a contrast tests where there is no pilot: fewer than five hardly resolve anything
-FRESH = (46, 47, 48, 49, 50)  # of the alphas that a pilot chose
+)  # seeds of tested arms without a pilot: fewer than five hardly resolve anything
+FRESH = (46, 47, 48, 49, 50)  # seeds of the alphas that a pilot chose
 # The best alpha of each of the four sizes in the paper's own 50B grid (Lu & Liu 2026): declared for studies without a pilot.
 PUBLISHED_ALPHAS = (0.2, 0.4, 0.6, 0.6)
 REVERSAL = ('weak_helps:in-domain', 'size_reverses:in-domain', 'size_reverses:OOD mean', 'ood_more')
@@ -76,15 +76,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     with node.ignore_type():
       node[leaf] = value
   if not piloted:
-    config.include = _tested_often(config, SCAN[scale])
+    config.include = _seed_filters(config, SCAN[scale])
   if study == 'second_family' and scale == 'paper':
     for section in (config.base.teacher, config.base.student):
       section.optimizer.learning_rate = 5e-4
   return config
 
 
-def _tested_often(config: ml_collections.ConfigDict, scan: tuple[int, ...]) -> tuple[str, ...]:
-  """Filters: the whole product with the seeds of a scan, and what the contrasts test with all of them."""
+def _seed_filters(config: ml_collections.ConfigDict, scan: tuple[int, ...]) -> tuple[str, ...]:
+  """Return filters that keep the whole product with the seeds of a scan, and the tested arms with all seeds."""
   plain = '&temperature=1&top_k=0&mixing=normalised'
   declared = zip(config.teacher, config.declared_alpha, strict=True)
   return (
@@ -129,7 +129,7 @@ def _study(study: str, scale: str) -> dict[str, object]:
   return common | {
     'size_alpha': {},
     'second_family': {},
-    # Several settings are one family of tests: what is primary in each is the study's own question.
+    # Several settings are one family of tests, so only the study's own question is primary in each.
     'student_size': {'student': (sizes[0], sizes[2], sizes[3]), 'primary': ('size_reverses:in-domain',)},
     'horizon': {
       'student_tokens': billions(100, 300),

@@ -31,9 +31,9 @@ def export(
   Args:
     dtype: of the weights in the files: float32 | bfloat16 | float16.
     max_bytes: of one file.
-    max_positions: the longest text that the model is said to be good for; 0: the model's max_seq_len.
+    max_positions: the longest text that config.json declares; 0: the model's max_seq_len.
     origin: kept as kdjax.json, for people.
-    trained_here: the model's documents began with the separator: so does what the exported tokenizer makes of a text.
+    trained_here: the model's documents began with the separator, so the exported tokenizer puts it before a text.
 
   Raises:
     UserError: the folder exists, or no known architecture is this model.
@@ -66,7 +66,7 @@ def export(
 
 
 def check_new(out: str | os.PathLike) -> None:
-  """Raises UserError where `export` would not write. To be asked before a model is read for it."""
+  """Raise UserError if `export` could not write to `out`. Call it before a model is read."""
   if paths.is_remote(out):
     raise UserError(f'{out}: a Hugging Face folder is written on a disk; name a folder there and copy it')
   if pathlib.Path(paths.expand(out)).exists():
@@ -90,19 +90,19 @@ def tokenizer_file(tokenizer: Tokenizer, trained_here: bool) -> str:
 
 
 def _token_ids(tokenizer: Tokenizer, n_rows: int) -> dict[str, int | list[int]]:
-  """The roles as config.json has them; transformers stops a generation at the end tokens."""
+  """Return the token roles for config.json; transformers stops a generation at the end tokens."""
   stops = [id_ for id_ in tokenizer.stop_ids if id_ < n_rows]
   found: dict[str, int | list[int]] = {
     'bos_token_id': tokenizer.separator_id,
     'eos_token_id': stops if len(stops) > 1 else tokenizer.end_id,
   }
   padding = tokenizer.padding_id
-  # An added token may have no row; transformers' embedding takes no padding beyond its rows.
+  # An added token may have no row, and transformers' embedding rejects a padding id beyond its rows.
   return found if padding is None or padding >= n_rows else found | {'pad_token_id': padding}
 
 
 def _token_names(tokenizer: Tokenizer, trained_here: bool) -> dict[str, str | None]:
-  """The roles as tokenizer_config.json has them: null is 'there is none'."""
+  """Return the token roles for tokenizer_config.json; null means none."""
   roles = tokenizer.roles
   named = {'bos_token': roles.begin or (roles.separator if trained_here else None), 'eos_token': roles.end}
   return named | ({'pad_token': roles.padding} if roles.padding else {})

@@ -179,7 +179,7 @@ def _check_sizes(known: Mapping[str, Any], where: str) -> None:
 def _gemma_scales(known: Mapping[str, Any], d_model: int, head_dim: int, where: str) -> dict[str, float]:
   scalar = known['query_pre_attn_scalar']
   if type(scalar) not in (int, float) or not scalar > 0:
-    raise UserError(f'{where}: query_pre_attn_scalar = {scalar!r} is no number above 0')
+    raise UserError(f'{where}: query_pre_attn_scalar must be a number above 0, got {scalar!r}')
   return {'embed_scale': math.sqrt(d_model), 'attn_scale': 0.0 if scalar == head_dim else scalar**-0.5}
 
 
@@ -238,15 +238,13 @@ def _write(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def _rope_sections(known: Mapping[str, Any], family: Family, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-  """The rotary positions of (the layers that see all, the local ones), each with its rope_theta.
+  """Return the rotary settings of (the global layers, the local layers), each with its rope_theta.
 
-  transformers 5 has them in `rope_parameters`, 4 in fields of their own. Raises UserError for what the two read differently.
+  transformers 5 keeps them in `rope_parameters`, 4 in separate fields. Raises UserError for values that the two versions read differently.
   """
   parameters, scaling = (_object(known.get(name), name, where) for name in ('rope_parameters', 'rope_scaling'))
   if parameters and scaling and parameters != scaling:
-    raise UserError(
-      f'{where}: it has both rope_parameters and rope_scaling, which differ; keep the one that was trained with'
-    )
+    raise UserError(f'{where}: rope_parameters and rope_scaling differ; keep the one that the model was trained with')
   separate = 'rope_local_base_freq' in family.defaults
   nested = {name: _object(parameters.get(name), name, where) for name in ('full_attention', 'sliding_attention')}
   if parameters and separate != any(name in parameters for name in nested):
@@ -269,7 +267,7 @@ def _rope_sections(known: Mapping[str, Any], family: Family, where: str) -> tupl
 
 def _object(value: Any, name: str, where: str) -> dict[str, Any]:
   if not isinstance(value or {}, dict):
-    raise UserError(f'{where}: {name} = {value!r} is no object with fields')
+    raise UserError(f'{where}: {name} must be an object with fields, got {value!r}')
   return value or {}
 
 
@@ -301,10 +299,10 @@ def _write_scaling(scaling: RopeScaling) -> dict[str, Any] | None:
 def _read_window(
   known: Mapping[str, Any], family: Family, n_layers: int, local_theta: float, where: str
 ) -> dict[str, Any]:
-  """The fields of the local layers; none where all layers see all."""
+  """Return the fields of the local layers; {} if all layers are global."""
   pattern = known.get('sliding_window_pattern') or known.get('_sliding_window_pattern') or family.global_every
   if type(pattern) is not int or pattern < 0:
-    raise UserError(f'{where}: sliding_window_pattern = {pattern!r} is no whole number above 0')
+    raise UserError(f'{where}: sliding_window_pattern must be a whole number above 0, got {pattern!r}')
   kinds = known.get('layer_types') or _layer_types(n_layers, pattern)
   kinds = kinds if isinstance(kinds, list) else [kinds]
   if len(kinds) != n_layers or any(kind not in ('full_attention', 'sliding_attention') for kind in kinds):

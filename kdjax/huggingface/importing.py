@@ -35,7 +35,7 @@ class Source:
 
   Args:
     path: the folder, on a disk.
-    separator: one token that starts and ends documents; '': the tokens that the folder's files give these roles.
+    separator: one token that starts and ends documents; '': the tokens with these roles in the folder's files.
     tokenizer: another tokenizer's file or folder; '': the folder's own.
 
   Raises:
@@ -63,10 +63,10 @@ class Source:
   def tokenizer(self) -> Tokenizer:
     found = Tokenizer.from_file(self._tokenizer or self.path, self._separator)
     rows = self.model.config.vocab_size
-    if beyond := found.tokens_beyond(rows):  # other added tokens may be: no text contains a special one
+    if beyond := found.tokens_beyond(rows):  # special tokens may have no row, because no text contains them
       raise UserError(
-        f'{self.path}: its tokenizer has {found.vocab_size} tokens and its model {rows}: texts can hold {beyond[0]!r}, which has no row; '
-        'they are not of one model, or the embedding was not resized for added tokens (resize_token_embeddings)'
+        f'{self.path}: the tokenizer has {found.vocab_size} tokens but the model {rows} rows, and {beyond[0]!r}, which texts can contain, has none; '
+        "use the model's own tokenizer, or resize the embedding for added tokens (resize_token_embeddings)"
       )
     return found
 

@@ -237,10 +237,10 @@ def _leaves(tree) -> Mapping[str, Any]:
 
 
 def _files(folder: pathlib.Path) -> list[str]:
-  """Names of the folder's safetensors files: the single one where there is one, as transformers has it, else those of the index."""
+  """List the folder's safetensors files: the single file if it exists, as in transformers, else those of the index."""
   if (folder / SINGLE).is_file():
     if (folder / INDEX).exists() and _index(folder) != [SINGLE]:
-      log.warning('%s: %s is read; the %s beside it is of other files and is ignored', folder, SINGLE, INDEX)
+      log.warning('%s: reading %s and ignoring %s, which lists other files', folder, SINGLE, INDEX)
     return [SINGLE]
   if (folder / INDEX).exists():
     return _shards(folder)
@@ -254,10 +254,10 @@ def _files(folder: pathlib.Path) -> list[str]:
 
 
 def _shards(folder: pathlib.Path) -> list[str]:
-  """The files that the index names. Raises UserError where it names none, or files that are not in the folder."""
+  """List the files that the index names. Raises UserError if it names none, or files that are not in the folder."""
   names = _index(folder)
   if not names:
-    raise UserError(f'{folder / INDEX}: no index of safetensors files; fetch it again')
+    raise UserError(f'{folder / INDEX}: not an index of safetensors files; fetch it again')
   outside = [name for name in names if pathlib.PurePath(name).is_absolute() or '..' in pathlib.PurePath(name).parts]
   if outside:
     raise UserError(
@@ -265,12 +265,12 @@ def _shards(folder: pathlib.Path) -> list[str]:
     )
   missing = [name for name in names if not (folder / name).is_file()]
   if missing:
-    raise UserError(f'{folder}: its index names files that are not there: {_some(missing)}; fetch them')
+    raise UserError(f'{folder}: files that its index names are missing: {_some(missing)}; fetch them')
   return names
 
 
 def _index(folder: pathlib.Path) -> list[str]:
-  """The files that an index names; [] where it is none."""
+  """Read the file names in an index; [] if it is not a valid index."""
   try:
     names = paths.parse_json((folder / INDEX).read_bytes())['weight_map'].values()
     return sorted({name for name in names if isinstance(name, str)})

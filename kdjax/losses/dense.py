@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from kdjax.config import LossConfig
 from kdjax.losses import inputs
 
-LEAST = -1e30  # a teacher's logit of -inf becomes this one: finite, so that 0 times a difference of logits is 0
+LEAST = -1e30  # replaces a teacher's logit of -inf: finite, so that 0 times a difference of logits is 0
 
 
 def dense_loss(
@@ -35,14 +35,14 @@ def dense_loss(
     alpha: the share of the KD term, a scalar.
     teacher_BxTxV: the teacher's logits, or None for the LM loss alone.
     loss: the kind of KD, its temperature and how the two are mixed.
-    diagnostics: also give entropies and top-1 agreement.
+    diagnostics: also return entropies and top-1 agreement.
 
   Returns:
     (loss, sums): a scalar and a dict of weighted sums in nats (`ce`, `kd`, `student_entropy`, ...), as the fused loss gives.
 
   Raises:
-    UserError: arguments that do not fit together, or a label that is no token where the weight is not 0. Under `jax.jit` labels are
-      not known: such a token makes the loss and its gradient NaN.
+    UserError: arguments do not fit together, or a label with a nonzero weight is outside the vocabulary. Under `jax.jit` label values
+      are unknown, so such a label makes the loss and its gradient NaN.
   """
   labels_BxT, weights_BxT = _check(student_BxTxV, labels_BxT, weights_BxT, alpha, teacher_BxTxV, loss)
   return _loss_and_sums(student_BxTxV, labels_BxT, weights_BxT, alpha, teacher_BxTxV, loss, diagnostics)
@@ -66,7 +66,7 @@ def top_k_count(loss: LossConfig, vocab_size: int) -> int:
 
 
 def _check(student_BxTxV, labels_BxT, weights_BxT, alpha, teacher_BxTxV, loss) -> tuple[jax.Array, jax.Array]:
-  """Refuse arguments that cannot be right; return labels and weights (losses/inputs.py)."""
+  """Check the arguments; return labels and weights (losses/inputs.py)."""
   inputs.check_settings(loss)
   sizes: inputs.Sizes = {}
   inputs.check_array('student_BxTxV', student_BxTxV, 'floating', sizes)
@@ -76,7 +76,7 @@ def _check(student_BxTxV, labels_BxT, weights_BxT, alpha, teacher_BxTxV, loss) -
   return inputs.check_tokens(labels_BxT, weights_BxT, student_BxTxV.shape[-1], sizes)
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6), inline=True)  # one program also for who calls it outside of a jit
+@functools.partial(jax.jit, static_argnums=(5, 6), inline=True)  # one program for callers outside a jit too
 def _loss_and_sums(student_BxTxV, labels_BxT, weights_BxT, alpha, teacher_BxTxV, loss: LossConfig, diagnostics: bool):
   real_BxT = weights_BxT != 0
   student_BxTxV = jnp.where(real_BxT[..., None], student_BxTxV, 0)
@@ -98,7 +98,7 @@ def _loss_and_sums(student_BxTxV, labels_BxT, weights_BxT, alpha, teacher_BxTxV,
 
 
 def _kd(student_BxTxV, teacher_BxTxV, lse_BxT, loss: LossConfig):
-  """The KD term of each token, [B, T]; `lse_BxT` normalises the student at temperature 1."""
+  """Compute the KD term of each token, [B, T]; `lse_BxT` normalises the student at temperature 1."""
   if loss.kd == 'hard_label':  # CE to the teacher's argmax; tokens that tie share it
     best = teacher_BxTxV == teacher_BxTxV.max(-1, keepdims=True)
     return lse_BxT - jnp.sum(jnp.where(best, student_BxTxV, 0), axis=-1) / best.sum(-1)
@@ -114,16 +114,17 @@ def _kd(student_BxTxV, teacher_BxTxV, lse_BxT, loss: LossConfig):
   kl_BxT = jnp.sum(jnp.where(kept, kl_BxTxV, 0), axis=-1)
   if loss.rest == 'other':
     log_q_BxT, log_p_BxT = (jax.nn.logsumexp(jnp.where(kept, -jnp.inf, x), axis=-1) for x in (t_BxTxV, s_BxTxV))
-    some = jnp.isfinite(log_q_BxT)  # nothing is left over where all tokens are kept
+    some = jnp.isfinite(log_q_BxT)  # False if all tokens are kept, so nothing is left over
     log_q_BxT, log_p_BxT = jnp.where(some, log_q_BxT - lse_q_BxT, 0), jnp.where(some, log_p_BxT - lse_p_BxT, 0)
     kl_BxT += jnp.where(some, jnp.exp(log_q_BxT) * (log_q_BxT - log_p_BxT), 0)
   return loss.temperature**2 * kl_BxT
 
 
 def _kept(t_BxTxV, loss: LossConfig):
-  """Mark the tokens that the truncated teacher keeps, from its logits over the temperature; None: all.
+  """Mark the tokens that the truncated teacher keeps, given its logits divided by the temperature; None: all.
 
-  Those of at least the k-th largest logit, and those of the smallest top set with mass >= p: both where both are asked for. Ties stay.
+  Top-k keeps logits of at least the k-th largest. Top-p keeps the smallest top set with mass >= p. With both, a token must be in both sets.
+  Ties are kept.
   """
   vocab = t_BxTxV.shape[-1]
   t_BxTxV = jax.lax.stop_gradient(t_BxTxV)
@@ -131,7 +132,7 @@ def _kept(t_BxTxV, loss: LossConfig):
   if (count := top_k_count(loss, vocab)) < vocab:
     least.append(
       jax.lax.top_k(t_BxTxV, count)[0].min(-1, keepdims=True)
-    )  # of a slice XLA's CPU backend makes a full sort
+    )  # min, because XLA's CPU backend turns a slice of top_k into a full sort
   if loss.teacher_top_p < 1:
     descending = jnp.sort(t_BxTxV, axis=-1, descending=True)
     mass = jax.nn.softmax(descending, axis=-1)
@@ -141,7 +142,7 @@ def _kept(t_BxTxV, loss: LossConfig):
 
 
 def _diagnostics(student_BxTxV, lse_BxT, teacher_BxTxV):
-  """Entropies and top-1 agreement of each token. Among tokens that tie for the teacher's best, any one agrees."""
+  """Compute each token's entropies and top-1 agreement. If tokens tie for the teacher's best, any of them agrees."""
   entropy = lambda z, lse: -jnp.sum(jnp.exp(z - lse[..., None]) * (z - lse[..., None]), axis=-1)
   terms = {'student_entropy': entropy(student_BxTxV, lse_BxT)}
   if teacher_BxTxV is not None:

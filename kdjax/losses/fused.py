@@ -80,8 +80,8 @@ def fused_loss(
     (loss, sums): a scalar, differentiable in hidden and head, and a dict of weighted sums in nats, without gradient.
 
   Raises:
-    UserError: arguments that do not fit together, or a label that is no token where the weight is not 0. Under `jax.jit` labels are
-      not known: such a token makes the loss and its gradient NaN.
+    UserError: arguments do not fit together, or a label with a nonzero weight is outside the vocabulary. Under `jax.jit` label values
+      are unknown, so such a label makes the loss and its gradient NaN.
   """
   student = Student(hidden_BxTxD, head_DxV, alpha, None if targets is None else 0)
   return fused_losses(
@@ -150,8 +150,8 @@ def token_losses(
     'teacher_entropy', 'agreement'; in nats, float32. Padding labels (< 0) give values to be masked by the caller.
 
   Raises:
-    UserError: arguments that do not fit together, or a label beyond the vocabulary. Under `jax.jit` labels are not known: a token with
-      such a label has a 'ce' and 'nll_at' of NaN.
+    UserError: arguments do not fit together, or a label is beyond the vocabulary. Under `jax.jit` label values are unknown, so a token
+      with such a label gets NaN for 'ce' and 'nll_at'.
   """
   student = Student(hidden_BxTxD, head_DxV, target=None if targets is None else 0)
   sizes = inputs.check_cohort([student], [] if targets is None else [targets], loss, vocab_size, chunk)

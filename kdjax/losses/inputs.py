@@ -1,8 +1,8 @@
-"""Refuse arguments of a loss that cannot be right: one line names the argument, what it is and what it must be.
+"""Check the arguments of a loss. An error is one line: the argument, what it must be and what it is.
 
-Shapes and dtypes are checked at every call, also while `jax.jit` traces. Values are checked where they are known, which is outside of
-`jax.jit`. Inside it a label that is no token poisons the loss instead: the weight of its token becomes NaN, and with it the loss and the
-gradient. A plausible number would be worse. Labels of tokens of weight 0 may be anything.
+Shapes and dtypes are checked at every call, also while `jax.jit` traces. Values are checked if they are concrete, which they are outside of
+`jax.jit`. Inside it a label outside the vocabulary sets its token's weight to NaN, and thereby the loss and the gradient: a plausible number
+would be worse. Tokens of weight 0 may have any label.
 
 An argument's name ends in its dimensions, and equal letters are equal sizes: `hidden_BxTxD` is [B, T, D].
 """
@@ -26,7 +26,7 @@ Sizes = dict[str, tuple[int, str]]  # dimension -> its size, and the argument th
 
 
 def check_cohort(students: Any, targets: Any, loss: Any, vocab_size: Any, chunk: Any) -> Sizes:
-  """Check all arguments of the fused loss but labels and weights; return the sizes that those must have."""
+  """Check all arguments of the fused loss except labels and weights; return the sizes that labels and weights must have."""
   check_settings(loss, vocab_size, chunk)
   for name, value in (('students', students), ('targets', targets)):
     if not isinstance(value, Sequence):
@@ -45,10 +45,10 @@ def check_cohort(students: Any, targets: Any, loss: Any, vocab_size: Any, chunk:
 
 
 def check_tokens(labels_BxT, weights_BxT, vocab_size: int, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
-  """Check labels and weights; return both, the weights NaN where a token that counts has a label outside of the vocabulary."""
+  """Check and return labels and weights; a nonzero weight becomes NaN if its label is outside the vocabulary."""
   check_array('labels_BxT', labels_BxT, 'integer', sizes)
   check_array('weights_BxT', weights_BxT, 'number', sizes)
-  labels, weights = _known(labels_BxT), _known(weights_BxT)
+  labels, weights = _concrete(labels_BxT), _concrete(weights_BxT)
   if labels is not None and weights is not None:
     _check_labels(labels, weights != 0, vocab_size, 'give a token without a label the weight 0')
   labels_BxT, weights_BxT = _widen(labels_BxT), jnp.asarray(weights_BxT)
@@ -61,36 +61,36 @@ def check_tokens(labels_BxT, weights_BxT, vocab_size: int, sizes: Sizes) -> tupl
 def check_evaluated(labels_BxT, temperatures_K, vocab_size: int, sizes: Sizes) -> None:
   """Check the labels (below 0: padding) and the temperatures of an evaluation."""
   check_array('labels_BxT', labels_BxT, 'integer', sizes)
-  if (labels := _known(labels_BxT)) is not None:
+  if (labels := _concrete(labels_BxT)) is not None:
     _check_labels(labels, labels >= 0, vocab_size, 'a label below 0 marks padding')
   if temperatures_K is not None:
     temperatures_K = np.asarray(temperatures_K) if isinstance(temperatures_K, Sequence) else temperatures_K
     check_array('temperatures_K', temperatures_K, 'number', {})
-    known = _known(temperatures_K)
+    known = _concrete(temperatures_K)
     if known is not None and not (np.isfinite(known) & (known > 0)).all():
       raise UserError(f'temperatures_K: must be above 0, got {", ".join(f"{t:g}" for t in known)}')
 
 
 def mark_unlabelled(values: dict[str, jax.Array], labels_BxT, vocab_size: int) -> dict[str, jax.Array]:
-  """Make NaN what depends on a label beyond the vocabulary."""
+  """Set values that depend on a label beyond the vocabulary to NaN."""
   beyond_BxT = _widen(labels_BxT) >= vocab_size
   marked = {'ce': beyond_BxT, 'nll_at': beyond_BxT[..., None]}
   return {name: jnp.where(marked[name], jnp.nan, x) if name in marked else x for name, x in values.items()}
 
 
 def check_alpha(name: str, alpha: Any, loss: LossConfig) -> None:
-  """Check that alpha is a scalar and, where its value is known, a share."""
+  """Check that alpha is a scalar and, if its value is concrete, in range."""
   is_array = hasattr(alpha, 'shape') and hasattr(alpha, 'dtype')
   if not (alpha.shape == () and _is_kind(alpha.dtype, 'number') if is_array else isinstance(alpha, int | float)):
     raise UserError(f'{name}: expected a scalar, got {_describe(alpha)}')
-  known = _known(alpha)
+  known = _concrete(alpha)
   most = np.inf if loss.mixing == 'ce_plus_alpha_kd' else 1
   if known is not None and not 0 <= known <= most:
     raise UserError(f'{name}: must be {"at least 0" if most > 1 else "in [0, 1]"}, got {float(known):g}')
 
 
 def check_settings(loss: Any, vocab_size: Any = None, chunk: Any = None) -> None:
-  """Check what is static."""
+  """Check the static arguments."""
   if not isinstance(loss, LossConfig):
     raise UserError(f'loss: expected a LossConfig, got {_describe(loss)}')
   for name, value in (('vocab_size', vocab_size), ('chunk', chunk)):
@@ -99,7 +99,7 @@ def check_settings(loss: Any, vocab_size: Any = None, chunk: Any = None) -> None
 
 
 def check_array(name: str, value: Any, kind: str, sizes: Sizes) -> None:
-  """Check an array's rank, sizes and dtype; sizes that are new are added to `sizes`."""
+  """Check an array's rank, sizes and dtype; add new sizes to `sizes`."""
   match = DIMENSIONS.search(name)
   assert match, f'{name} names no dimensions'
   dimensions = match[1].split('x')
@@ -116,7 +116,7 @@ def check_array(name: str, value: Any, kind: str, sizes: Sizes) -> None:
 
 
 def _check_student(name: str, student: Any, n_targets: int, loss: LossConfig, sizes: Sizes) -> None:
-  """`name` is put before each argument's. Students of a cohort may differ in their width D."""
+  """Check one student; `name` is the prefix of its arguments' names. Students of a cohort may differ in their width D."""
   if not all(hasattr(student, field) for field in ('hidden_BxTxD', 'head_DxV', 'alpha', 'target')):
     raise UserError(f'{name.rstrip(".") or "students[0]"}: expected a Student(hidden, head), got {_describe(student)}')
   own = dict(sizes)
@@ -125,11 +125,11 @@ def _check_student(name: str, student: Any, n_targets: int, loss: LossConfig, si
   sizes |= {dimension: own[dimension] for dimension in 'BTV'}
   check_alpha(f'{name}alpha', student.alpha, loss)
   if student.target is not None and not 0 <= student.target < n_targets:
-    raise UserError(f'{name}target: there are {n_targets} targets, and none has the index {student.target}')
+    raise UserError(f'{name}target: must be an index of the {n_targets} targets, got {student.target}')
 
 
 def _check_targets(name: str, targets: Any, sizes: Sizes) -> None:
-  """Their width and their vocabulary are their own: `fused` fits the vocabulary."""
+  """Check one element of the targets. Its width and vocabulary may differ from the students': `fused` fits the vocabulary."""
   if isinstance(targets, type) or not all(hasattr(targets, part) for part in PARTS_OF_TARGETS):
     wrap = 'wrap logits as LogitTargets(logits), a model as ModelTargets(hidden, head)'
     raise UserError(f'{name}: expected Targets, got {_describe(targets)}; {wrap}')
@@ -140,7 +140,7 @@ def _check_targets(name: str, targets: Any, sizes: Sizes) -> None:
   batch = own['B'][0], own['T'][0]
   for leaf in jax.tree.leaves(targets.tokenwise):
     if leaf.shape[:2] != batch:
-      raise UserError(f'{name}: an array of its tokens has shape {list(leaf.shape)}, not {[*batch, "..."]}')
+      raise UserError(f'{name}: expected arrays per token of shape {[*batch, "..."]}, got {list(leaf.shape)}')
 
 
 def _check_labels(labels_BxT: np.ndarray, counts_BxT: np.ndarray, vocab_size: int, advice: str) -> None:
@@ -148,19 +148,19 @@ def _check_labels(labels_BxT: np.ndarray, counts_BxT: np.ndarray, vocab_size: in
   if wrong_BxT.any():
     first = tuple(int(i) for i in np.argwhere(wrong_BxT)[0])
     raise UserError(
-      f'labels_BxT: {wrong_BxT.sum()} of {wrong_BxT.size} outside of the vocabulary of {vocab_size} tokens, '
+      f'labels_BxT: {wrong_BxT.sum()} of {wrong_BxT.size} are outside the vocabulary of {vocab_size} tokens, '
       f'first {labels_BxT[first]} at {list(first)}; {advice}'
     )
 
 
 def _widen(labels_BxT) -> jax.Array:
-  """Labels in a dtype that holds any size of a vocabulary."""
+  """Convert labels to a dtype that holds any vocabulary size."""
   labels_BxT = jnp.asarray(labels_BxT)
   return labels_BxT.astype(jnp.promote_types(labels_BxT.dtype, jnp.int32))
 
 
-def _known(value: Any) -> np.ndarray | None:
-  """The value as NumPy has it; None where it is traced or not all of it is on this process."""
+def _concrete(value: Any) -> np.ndarray | None:
+  """Convert a concrete value to NumPy; None if it is traced or not fully on this process."""
   if isinstance(value, jax.core.Tracer) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
     return None
   return np.asarray(value)

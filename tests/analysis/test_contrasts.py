@@ -55,7 +55,7 @@ def test_one_or_two_seeds_give_no_verdict_however_clear_the_effect(n_seeds):
   assert len(primary) == 4
   for row in primary:
     assert row['verdict'] == 'unresolved: too few seeds'
-    assert f'({n_seeds}); a verdict takes 3' in row['answer']
+    assert f'({n_seeds}); a verdict needs 3' in row['answer']
 
 
 def test_with_five_seeds_a_clear_effect_has_a_verdict_on_primary_tests_alone():

@@ -468,7 +468,7 @@ def test_tasks_are_named_on_the_command_line(tmp_path):
     ({'eval.tasks.far': 'x.jsonl'}, 'eval.tasks.far: eval.ood has a set of that name'),
     ({'eval.tasks.validation': 'x.jsonl'}, 'eval.tasks.validation: that is the name of a set of data.source'),
     ({'eval.ood.in-domain': 'x.jsonl'}, 'eval.ood.in-domain: that is the name of a set of data.source'),
-    ({'eval.tasks.a/b': 'x.jsonl'}, "eval.tasks: a task is named 'a/b'"),
+    ({'eval.tasks.a/b': 'x.jsonl'}, "eval.tasks: the task name 'a/b' is invalid"),
     ({'eval.tasks.mine': ' '}, 'eval.tasks.mine: must name a file'),
     ({'eval.max_items': -1}, 'eval.max_items: must not be below 0'),
   ],

@@ -49,9 +49,9 @@ def test_a_tasks_files_have_no_weights(tmp_path):
   read(tmp_path, *ITEMS)
   file = tmp_path / 'items.jsonl'
   for source in (f'{file}@0.5', f'{file}@0.9,{file}@0.1'):
-    with pytest.raises(UserError, match='a task has no shares of files; leave the weights'):
+    with pytest.raises(UserError, match='a task uses all items of its files; remove the weights'):
       choices.read(source)
-  with pytest.raises(UserError, match=r'^eval\.tasks\.mine: .*leave the weights'):
+  with pytest.raises(UserError, match=r'^eval\.tasks\.mine: .*remove the weights'):
     choices.read_all({'mine': f'{file}@0.5'})
   assert len(choices.read(f'{file}, {file}')) == 3
 

@@ -191,7 +191,7 @@ def test_what_is_no_mean_over_items_is_no_accuracy(evaluate, caplog):
   }
   with caplog.at_level('INFO', 'kdjax'):
     assert not evaluate(rolling, items())[1]
-  assert 'task: no accuracy for each item' in caplog.text
+  assert 'task: no per-item accuracy' in caplog.text
   median = lm_eval_tasks.MULTIPLE_CHOICE | {
     'metric_list': [{'metric': 'acc', 'aggregation': 'median', 'higher_is_better': True}]
   }

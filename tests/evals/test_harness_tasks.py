@@ -99,12 +99,12 @@ def test_what_a_group_or_tag_holds_is_evaluated_once(folder):
   [
     (
       ['mymc_x'],
-      r'unknown tasks: mymc_x \(did you mean mymc_[ab] or mymc_[ab]\?\); the YAML files that can be read in',
+      r'unknown tasks: mymc_x \(did you mean mymc_[ab] or mymc_[ab]\?\); the readable YAML files in',
     ),
-    (['zzz*', 'mymc_a'], r'unknown tasks: zzz\*; .* hold group, lonely, mymc_a, mymc_b, other, overlap, tagged'),
+    (['zzz*', 'mymc_a'], r'unknown tasks: zzz\*; .* define group, lonely, mymc_a, mymc_b, other, overlap, tagged'),
     (['groop, qqq'], r'unknown tasks: groop \(did you mean group\?\), qqq; '),
     (['none.yaml'], 'unknown tasks: none.yaml'),
-    ([' , '], '--tasks names none'),
+    ([' , '], '--tasks is empty'),
   ],
 )
 def test_an_unknown_task_is_one_line_with_those_that_are_near(texts, line, folder):

@@ -307,10 +307,10 @@ def test_the_evidence_is_the_main_grid_with_every_control_and_contrast_and_enoug
       {'primary': 'weak_helps'},
       r"primary: 'weak_helps' names no set .* write weak_helps:in-domain or weak_helps:OOD mean",
     ),
-    ({'contrasts': 'weak_helps', 'primary': 'ood_more'}, r'primary: ood_more is not among contrasts'),
-    ({'student': 'tiny-0.3m,tiny-1m'}, r'primary: 4 tests of each student setting are 8 in all; at most 4'),
+    ({'contrasts': 'weak_helps', 'primary': 'ood_more'}, r'primary: ood_more is not in contrasts'),
+    ({'student': 'tiny-0.3m,tiny-1m'}, r'primary: 4 tests for each student setting are 8 in total, but at most 4'),
     ({'declared_alpha': '0.2'}, r'declared_alpha: 1 values for 3 teachers'),
-    ({'declared_alpha': '0.2,0.4,0.7'}, r'declared_alpha: 0.7 is no alpha above 0 of the grid'),
+    ({'declared_alpha': '0.2,0.4,0.7'}, r'declared_alpha: 0.7 is not an alpha above 0 of the grid'),
     ({'teacher_seed': 'own'}, r"teacher_seed: unknown value 'own'; known: shared, paired"),
     ({'exclude': 'teacher:tiny-1m'}, r"include/exclude: 'teacher:tiny-1m' is no filter"),
     ({'exclude': 'techer=tiny-1m'}, r'is no filter'),
@@ -390,7 +390,7 @@ def test_flop_matched_students_get_the_tokens_of_the_tokenizers_own_size(tmp_pat
 def test_a_missing_tokenizer_file_is_reported_unless_its_size_is_given(tmp_path):
   data = dataclasses.replace(GridConfig().base.data, tokenizer=str(tmp_path / 'none.json'))
   g = grid(base=dataclasses.replace(GridConfig().base, data=data))
-  with pytest.raises(UserError, match=r'none.json cannot be read .*; to plan before the file is there, set vocab_size'):
+  with pytest.raises(UserError, match=r'none.json cannot be read .*; to plan before the file exists, set vocab_size'):
     cells.sized(g, 'tiny-3m')
   assert cells.sized(dataclasses.replace(g, vocab_size=49_152), 'tiny-3m').vocab_size == 49_152
   assert cells.sized(g, 'llama3-8b').vocab_size == 128_256  # this model has its own vocabulary

@@ -125,7 +125,7 @@ def test_a_diverged_run_of_the_pilot_is_logged_and_recorded(grid, folder, tmp_pa
   pilot = runner.read_pilot(tmp_path / 'grid', grid)
   ((key, names),) = pilot['not_finite'].items()
   assert names == ['0.3'] and pilot['chosen'][key] == 0.6
-  assert f'pilot: {key}: the likelihood at 0.3 is not finite: never chosen' in caplog.text
+  assert f'pilot: {key}: the likelihood at 0.3 is not finite, so it is never chosen' in caplog.text
 
 
 def test_a_pilot_of_an_older_version_is_found_by_its_short_names(grid, tmp_path):

@@ -192,7 +192,7 @@ def test_truncated_and_missing_files_are_named(llama, tmp_path):
   assert 'no model.safetensors and no model.safetensors.index.json in it' in refused(folder)
   sharded = make(tmp_path / 'sharded', max_bytes=40_000)
   next(sharded.glob('model-00002-of-*.safetensors')).unlink()
-  assert 'its index names files that are not there: model-00002-of-' in refused(sharded)
+  assert 'files that its index names are missing: model-00002-of-' in refused(sharded)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_an_index_that_is_none_is_refused(index, llama, tmp_path):
   folder = copied(llama, tmp_path / 'x')
   (folder / 'model.safetensors').unlink()
   (folder / 'model.safetensors.index.json').write_bytes(index.encode('latin-1'))
-  assert 'model.safetensors.index.json: no index of safetensors files; fetch it again' in refused(folder)
+  assert 'model.safetensors.index.json: not an index of safetensors files; fetch it again' in refused(folder)
 
 
 @pytest.mark.parametrize('name', ['../secret.safetensors', '/etc/passwd', 'inner/../../secret.safetensors', '..'])
@@ -226,7 +226,7 @@ def test_a_single_file_wins_over_an_index_beside_it(shards, tmp_path, caplog):
   jax.tree.map(np.testing.assert_array_equal, Source(folder).load(one_device()), random_params(LLAMA))
   said = [record.getMessage() for record in caplog.records]
   assert said == [
-    f'{folder}: model.safetensors is read; the model.safetensors.index.json beside it is of other files and is ignored'
+    f'{folder}: reading model.safetensors and ignoring model.safetensors.index.json, which lists other files'
   ]
 
 
@@ -307,7 +307,7 @@ def test_the_tokenizer_is_the_folders_and_no_larger_than_the_model(llama, tmp_pa
   (folder / 'tokenizer_config.json').unlink()
   assert 'there is no tokenizer.json in it' in refused(folder)
   small = make(tmp_path / 'small', dataclasses.replace(LLAMA, vocab_size=200))
-  assert 'its tokenizer has 257 tokens and its model 200' in refused(small)
+  assert 'the tokenizer has 257 tokens but the model 200 rows' in refused(small)
 
 
 def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):

@@ -65,7 +65,9 @@ def test_a_special_token_beyond_the_table_is_no_obstacle(shape, content, tmp_pat
 @pytest.mark.parametrize('content', ['<table>', 'word'])
 def test_an_ordinary_token_beyond_the_table_is_refused(content, tmp_path):
   folder = with_token(shapes.make(tmp_path / 'x', SOFT), content, special=False)
-  with pytest.raises(UserError, match=rf"texts can hold '{content}', which has no row; they are not of one model"):
+  with pytest.raises(
+    UserError, match=rf"'{content}', which texts can contain, has none; use the model's own tokenizer"
+  ):
     Source(folder).tokenizer  # noqa: B018
 
 
@@ -74,7 +76,7 @@ def test_an_end_token_beyond_the_table_is_refused_and_as_a_further_stop_it_is_no
   (folder / 'generation_config.json').write_text('{"eos_token_id": [2, 259]}')
   assert Source(folder).tokenizer.stop_ids == (2, 259)
   (folder / 'tokenizer_config.json').write_text('{"eos_token": "<eot>"}')
-  with pytest.raises(UserError, match=r"texts can hold '<eot>', which has no row"):
+  with pytest.raises(UserError, match=r"'<eot>', which texts can contain, has none"):
     Source(folder).tokenizer  # noqa: B018
 
 

@@ -244,7 +244,7 @@ def test_models_and_targets_that_do_not_fit_are_refused(call, changes, message):
     ([], [], 'students: at least one is needed'),
     (Student(X, W), [], 'students[0]: expected a Student(hidden, head), got an array'),
     ([(X, W)], [], 'students[0]: expected a Student(hidden, head), got a tuple'),
-    ([Student(X, W, 0.4, 0)], [], 'target: there are 0 targets, and none has the index 0'),
+    ([Student(X, W, 0.4, 0)], [], 'target: must be an index of the 0 targets, got 0'),
     ([Student(X, W, 0.4, 0)], ModelTargets(XT, WT), 'targets: expected a list, got a ModelTargets'),
     ([Student(X, W), Student(X, W[:, :20])], [], 'students[1].head_DxV: its V is 20, but that of students[0].head_DxV'),
     ([Student(X, W), Student(X[:, :2], W)], [], 'students[1].hidden_BxTxD: its T is 2'),
@@ -272,7 +272,7 @@ def test_evaluation_temperatures_that_are_none_are_refused(temperatures, message
 def test_a_label_that_is_no_token_is_refused_where_its_token_counts(call, label):
   message = refuse(call, labels=LABELS.at[1, 2].set(label))
   assert message == (
-    f'labels_BxT: 1 of 6 outside of the vocabulary of {V} tokens, first {label} at [1, 2]; '
+    f'labels_BxT: 1 of 6 are outside the vocabulary of {V} tokens, first {label} at [1, 2]; '
     'give a token without a label the weight 0'
   )
   good = GOOD['dense' if call == 'dense' else 'fused'] | {'labels': LABELS.at[1, 2].set(label)}

@@ -258,16 +258,16 @@ def test_mistakes_are_one_line(folder, tasks, capsys):
   for argv, line in (
     (
       ['--tasks', 'none_such'],
-      f'unknown tasks: none_such; the YAML files that can be read in {tasks} hold small_choices',
+      f'unknown tasks: none_such; the readable YAML files in {tasks} define small_choices',
     ),
-    (['--tasks', ','], '--tasks names none'),
+    (['--tasks', ','], '--tasks is empty'),
     (['--tasks', 'small_choices', '--include-path', 'nowhere'], '--include-path nowhere: no such folder'),
     (['--tasks', 'small_choices', '--limit', '0'], 'must be at least 1, got 0'),
     (['--tasks', 'small_choices', '--step', '5'], 'is a Hugging Face folder: it has no steps; leave --step out'),
     (['--tasks', 'without_data'], 'the task without_data cannot be loaded (FileNotFoundError: '),
     (
       ['--tasks', 'small_texts', '--gen-kwargs', 'max_gen_toks=600'],
-      'the task asks for 600 tokens, and the model sees 512 at once',
+      'the task asks for 600 tokens, but the context holds 512',
     ),
   ):
     with pytest.raises(SystemExit) as e:
