@@ -316,7 +316,7 @@ def measure(n: int, run) -> dict[str, list[dict[str, Any]]]:
 
 def markdown(tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
   """Format the tables of docs/STATISTICS.md, by name."""
-  return {name: _table(rows) for name, rows in tables.items() if rows}
+  return {name: _table(rows) for name, rows in tables.items()}
 
 
 def write_page(tables: Mapping[str, list[dict[str, Any]]]) -> None:
