@@ -28,7 +28,7 @@ from kdjax.data.corpus import prepare
 from kdjax.errors import TrainingError, UserError
 from kdjax.evals import choices
 from kdjax.grids import cells as cells_lib
-from kdjax.grids import comparisons, executors, plan, runner
+from kdjax.grids import comparisons, executors, pilots, plan, runner
 from kdjax.grids import config as grid_config
 from kdjax.grids.config import GridConfig
 from kdjax.grids.plan import Job
@@ -175,7 +175,7 @@ def plan_text(grid: GridConfig, folder: paths.Path) -> str:
   ]
   if grid.pilot.skip:
     lines.append('The pilot is skipped: every table will say "alpha not validated".')
-  elif not (folder / runner.PILOT).exists():
+  elif not (folder / pilots.FILE).exists():
     lines.append(
       'The pilot chooses the alphas shown as a?, and the cheaper teacher of the comparison at equal total FLOPs.'
     )
@@ -211,7 +211,7 @@ def status_text(grid: GridConfig, folder: paths.Path) -> str:
   done = [read_json(folder / 'jobs' / job.id / 'job.json') or {} for job, state in states if state == 'done']
   spent, flop = (sum(record.get(name, 0.0) for record in done) for name in ('seconds', 'flops'))
   left = sum(plan.cost(grid, job).flops for job, state in states if state != 'done')
-  if not grid.pilot.skip and not (folder / runner.PILOT).exists():
+  if not grid.pilot.skip and not (folder / pilots.FILE).exists():
     left += sum(plan.cost(grid, job).flops for job in _after_pilot(grid, [job for job, _ in states]))
   if spent and left:
     lines.append(

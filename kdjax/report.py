@@ -25,7 +25,7 @@ from kdjax.analysis.table import align
 from kdjax.errors import UserError
 from kdjax.grids import cells as cells_lib
 from kdjax.grids import config as grid_config
-from kdjax.grids import runner
+from kdjax.grids import pilots, runner
 from kdjax.grids.config import OOD_MEAN, GridConfig
 from kdjax.paths import read_json, write_text
 from kdjax.run import versions
@@ -104,7 +104,7 @@ def write(grid: GridConfig, folder: paths.Path, tables: Tables) -> str:
 
 def facts(grid: GridConfig, folder: paths.Path, tables: Tables) -> dict[str, object]:
   """Collect the page's facts about the grid itself."""
-  known, pilot = read_json(folder / 'grid.json') or {}, runner.read_pilot(folder, grid)
+  known, pilot = read_json(folder / 'grid.json') or {}, pilots.read(folder, grid)
   jobs = runner.jobs_of(grid, folder)
   return {
     'name': grid.name,

@@ -17,7 +17,7 @@ from kdjax.errors import UserError
 from kdjax.evals import job as jobs
 from kdjax.evals import results
 from kdjax.evals.score import DIFFICULTIES
-from kdjax.grids import runner
+from kdjax.grids import pilots, runner
 from kdjax.grids.cells import Cell, Group
 from kdjax.grids.config import GridConfig
 from kdjax.run import RunFolder
@@ -75,7 +75,7 @@ class Scores:
   @functools.cached_property
   def pilot(self) -> dict[str, Any] | None:
     """The pilot's choices and curves; None before it has finished."""
-    return runner.read_pilot(self.folder, self.grid)
+    return pilots.read(self.folder, self.grid)
 
   def has(self, groups: Iterable[Group]) -> bool:
     """Whether every cell of the groups, and of their baselines, has been scored."""

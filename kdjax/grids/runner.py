@@ -11,10 +11,8 @@ Any number of runners may work on one grid. A job is claimed as a run folder is;
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
-import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -33,10 +31,10 @@ from kdjax.errors import OwnedError, UserError
 from kdjax.evals import job as evaluation
 from kdjax.evals import results
 from kdjax.grids import cells as cells_lib
-from kdjax.grids import comparisons, plan
+from kdjax.grids import comparisons, pilots, plan
 from kdjax.grids.cells import Cell, Group
 from kdjax.grids.config import GridConfig
-from kdjax.grids.names import Setting, Source, exact_number, pilot_key
+from kdjax.grids.names import exact_number, pilot_key
 from kdjax.grids.plan import Job
 from kdjax.paths import read_json, write_json
 from kdjax.run import Heartbeat, RunFolder, git_commit, versions
@@ -45,9 +43,7 @@ log = logging.getLogger('kdjax')
 
 STATES = ('done', 'running', 'stopped', 'failed', 'missing')
 POLL = 5.0  # seconds between looks at jobs that other runners do
-PILOT = 'pilot.json'
 CORPUS = 'corpus.json'
-CONTROLS = ('unigram', 'tuned')  # the controls that the pilot chooses something for
 NOT_IDENTITY = ('runs', 'hardware', 'cohort', 'last', 'vocab_size')  # fields that change no result
 
 
@@ -103,7 +99,7 @@ def cell_folder(folder: paths.Path, cell: Cell) -> RunFolder:
 
 def phases(grid: GridConfig, folder: paths.Path) -> list[tuple[str, list[Group]]]:
   """Return (phase, its groups) of each known phase. The validated cells are known once the pilot has finished."""
-  pilot = read_pilot(folder, grid)
+  pilot = pilots.read(folder, grid)
   known = [('pilot', cells_lib.pilot_groups(grid)), ('main', cells_lib.main_groups(grid))]
   if pilot is None:
     return known
@@ -154,7 +150,7 @@ class Runner:
     """Does what is wanted (and the teachers that it needs) and missing, phase after phase; returns the jobs that failed."""
     failed: dict[str, Job] = {}
     self._phase(_of_pilot, wanted, failed)
-    if cells_lib.pilot_groups(self.grid) and not self._agreed((self.folder / PILOT).exists()):
+    if cells_lib.pilot_groups(self.grid) and not self._agreed((self.folder / pilots.FILE).exists()):
       pilot = [job.id for job in jobs_of(self.grid, self.folder) if job.phase == 'pilot']
       missing = [name for name, done in zip(pilot, self._done(pilot), strict=True) if not done]
       if missing:
@@ -277,13 +273,13 @@ class Runner:
       table, _ = results.read(paths.under(self.folder, newest(scores[cell.id])[evaluation.VALIDATION]))
       value = results.bits_per_byte(table)
       if group.kind == 'baseline':
-        for learner in _learners(self.grid, group.setting, 'unigram'):
+        for learner in pilots.learners(self.grid, group.setting, 'unigram'):
           curves.setdefault(pilot_key(group.setting, learner), {})['0'] = value
       else:
         curves.setdefault(group.pilot_key, {})[group.draw or exact_number(group.alpha)] = value
-    outcome = choose(curves)
-    if jax.process_index() == 0 and not (self.folder / PILOT).exists():
-      write_json(self.folder / PILOT, outcome)
+    outcome = pilots.choose(curves)
+    if jax.process_index() == 0 and not (self.folder / pilots.FILE).exists():
+      write_json(self.folder / pilots.FILE, outcome)
     for key, values in outcome.get('not_finite', {}).items():
       log.warning('pilot: %s: the likelihood at %s is not finite, so it is never chosen', key, ', '.join(values))
     log.info('pilot: %s', ', '.join(f'{key}: {value}' for key, value in outcome['chosen'].items()))
@@ -310,69 +306,6 @@ def _of_pilot(jobs: list[Job]) -> list[Job]:
   """The pilot's jobs and the teachers that they need."""
   needed = {job.teacher for job in jobs if job.phase == 'pilot'}
   return [job for job in jobs if job.phase == 'pilot' or job.id in needed]
-
-
-def choose(curves: dict[str, dict[str, float]]) -> dict[str, Any]:
-  """Choose from each curve the value with the fewest bits per byte on the validation split.
-
-  For a teacher only alphas above 0 count: the fresh seeds decide whether it beats the baseline. The value of a diverged run is not finite
-  and is never chosen; `not_finite` lists such values, and the curves omit them.
-
-  Raises UserError if a curve has no finite value to choose.
-  """
-  chosen: dict[str, Any] = {}
-  kept, not_finite, hopeless = {}, {}, []
-  for key, curve in curves.items():
-    kept[key] = {name: value for name, value in curve.items() if math.isfinite(value)}
-    if left_out := [name for name in curve if name not in kept[key]]:
-      not_finite[key] = left_out
-    tuned = key.endswith('/tuned')
-    candidates = [name for name in curve if tuned or float(name) > 0]
-    finite = [name for name in candidates if name in kept[key]]
-    if finite:
-      best = min(finite, key=lambda name: curve[name])
-      chosen[key] = best if tuned else float(best)
-    elif candidates:
-      hopeless.append(key)
-  if hopeless:
-    raise UserError(
-      f'pilot: no run of {", ".join(hopeless)} has a finite likelihood on the validation split, all diverged; lower the learning rate'
-    )
-  content = {'chosen': chosen, 'curves': kept, 'criterion': 'bits per byte of the in-domain validation split'}
-  content |= {'not_finite': not_finite} if not_finite else {}
-  return content | {'time': time.time(), 'hash': _digest(content)}
-
-
-def _digest(content: dict[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def read_pilot(folder: paths.Path, grid: GridConfig) -> dict[str, Any] | None:
-  """Read the pilot's outcome. Raises UserError if it differs from what was recorded before the main cells started."""
-  pilot = read_json(folder / PILOT)
-  if pilot is None:
-    return None
-  content = {key: value for key, value in pilot.items() if key not in ('time', 'hash')}
-  if _digest(content) != pilot['hash']:
-    raise UserError(
-      f'{folder / PILOT} has been changed since it was written; restore it, or delete the grid and run it again'
-    )
-  return pilot | {name: _upgrade_keys(grid, pilot[name]) for name in ('chosen', 'curves')}
-
-
-def _learners(grid: GridConfig, setting: Setting, *controls: str) -> list[Source | str]:
-  return [*cells_lib.sources(grid, setting), *controls]
-
-
-def _upgrade_keys(grid: GridConfig, table: dict[str, Any]) -> dict[str, Any]:
-  """Convert a pilot's table to exact keys. Older pilots wrote short ones; an entry whose short key is ambiguous is dropped."""
-  short: dict[str, list[str]] = {}
-  for setting in cells_lib.settings(grid):
-    for learner in _learners(grid, setting, *CONTROLS):
-      name = f'{setting.name}/{learner if isinstance(learner, str) else learner.name}'
-      short.setdefault(name, []).append(pilot_key(setting, learner))
-  older = {keys[0]: table[name] for name, keys in short.items() if name in table and len(keys) == 1}
-  return {**older, **table}
 
 
 def read_scores(grid: GridConfig, folder: paths.Path) -> dict[str, dict[str, dict[str, str]]]:

@@ -13,7 +13,7 @@ from kdjax import report
 from kdjax.errors import TrainingError, UserError
 from kdjax.evals import job as evaluation
 from kdjax.evals import results
-from kdjax.grids import cells, runner
+from kdjax.grids import cells, pilots, runner
 from kdjax.grids.names import exact_number
 from kdjax.paths import read_json
 from kdjax.run import RunFolder
@@ -63,14 +63,14 @@ def test_every_cell_of_every_phase_is_trained_and_scored(grid, folder):
 
 
 def test_the_pilot_is_written_down_before_the_main_cells_start(grid, folder):
-  pilot = runner.read_pilot(folder, grid)
+  pilot = pilots.read(folder, grid)
   for group in [g for phase, found in runner.phases(grid, folder) if phase != 'pilot' for g in found]:
     for cell in group.cells:
       assert runner.cell_folder(folder, cell).identity()['commands'][0]['time'] > pilot['time']
 
 
 def test_the_pilot_keeps_its_whole_curve_and_chooses_the_least(grid, folder):
-  pilot = runner.read_pilot(folder, grid)
+  pilot = pilots.read(folder, grid)
   for key, curve in pilot['curves'].items():
     if key.endswith('/tuned'):
       assert pilot['chosen'][key] == min(curve, key=curve.get)
@@ -81,12 +81,12 @@ def test_the_pilot_keeps_its_whole_curve_and_chooses_the_least(grid, folder):
 
 
 def test_a_changed_pilot_is_refused(grid, folder, tmp_path):
-  shutil.copy(folder / runner.PILOT, tmp_path)
-  pilot = json.loads((tmp_path / runner.PILOT).read_text())
+  shutil.copy(folder / pilots.FILE, tmp_path)
+  pilot = json.loads((tmp_path / pilots.FILE).read_text())
   pilot['chosen'][next(iter(pilot['chosen']))] = 0.123
-  (tmp_path / runner.PILOT).write_text(json.dumps(pilot))
+  (tmp_path / pilots.FILE).write_text(json.dumps(pilot))
   with pytest.raises(UserError, match='has been changed since it was written'):
-    runner.read_pilot(tmp_path, grid)
+    pilots.read(tmp_path, grid)
 
 
 NAN, INF = float('nan'), float('inf')
@@ -100,7 +100,7 @@ def test_a_value_that_is_not_finite_is_never_chosen():
     'x/tuned': {'a': NAN, 'b': 2.0, 'c': INF},
     'x/unigram': {'0': NAN},  # no control was run: there is nothing to choose from
   }
-  outcome = runner.choose(curves)
+  outcome = pilots.choose(curves)
   assert outcome['chosen'] == {'x/t': 0.6, 'x/u': 0.2, 'x/tuned': 'b'}
   assert outcome['not_finite'] == {'x/t': ['0.2'], 'x/u': ['0', '0.4'], 'x/tuned': ['a', 'c'], 'x/unigram': ['0']}
   assert outcome['curves']['x/t'] == {'0': 2.0, '0.4': 1.9, '0.6': 1.8}
@@ -111,7 +111,7 @@ def test_curves_without_a_finite_value_are_refused():
   with pytest.raises(
     UserError, match=r'pilot: no run of x/t, x/tuned has a finite likelihood .* lower the learning rate'
   ):
-    runner.choose({'x/t': {'0': 2.0, '0.2': NAN}, 'x/tuned': {'a': NAN}, 'x/u': {'0.2': 1.0}})
+    pilots.choose({'x/t': {'0': 2.0, '0.2': NAN}, 'x/tuned': {'a': NAN}, 'x/u': {'0.2': 1.0}})
 
 
 def test_a_diverged_run_of_the_pilot_is_logged_and_recorded(grid, folder, tmp_path, monkeypatch, caplog):
@@ -120,9 +120,9 @@ def test_a_diverged_run_of_the_pilot_is_logged_and_recorded(grid, folder, tmp_pa
   value_of = lambda table: next(values, lambda _: 2.5)(table)
   monkeypatch.setattr(runner.results, 'bits_per_byte', value_of)
   shutil.copytree(folder, tmp_path / 'grid')
-  (tmp_path / 'grid' / runner.PILOT).unlink()
+  (tmp_path / 'grid' / pilots.FILE).unlink()
   runner.Runner(grid, tmp_path / 'grid', None, None)._choose()
-  pilot = runner.read_pilot(tmp_path / 'grid', grid)
+  pilot = pilots.read(tmp_path / 'grid', grid)
   ((key, names),) = pilot['not_finite'].items()
   assert names == ['0.3'] and pilot['chosen'][key] == 0.6
   assert f'pilot: {key}: the likelihood at 0.3 is not finite, so it is never chosen' in caplog.text
@@ -135,8 +135,8 @@ def test_a_pilot_of_an_older_version_is_found_by_its_short_names(grid, tmp_path)
   short = [f'{s.name}/{t.name}' for s in cells.settings(close) for t in cells.sources(close, s)]
   assert keys[0] != short[0] and short[1] == short[2] == keys[1] != keys[2]
   content = {'chosen': {short[0]: 0.3, short[1]: 0.6}, 'curves': {}, 'criterion': 'x'}
-  (tmp_path / runner.PILOT).write_text(json.dumps(content | {'time': 0, 'hash': runner._digest(content)}))
-  chosen = runner.read_pilot(tmp_path, close)['chosen']
+  (tmp_path / pilots.FILE).write_text(json.dumps(content | {'time': 0, 'hash': pilots._digest(content)}))
+  chosen = pilots.read(tmp_path, close)['chosen']
   assert chosen[keys[0]] == 0.3 and keys[2] not in chosen
 
 
@@ -148,7 +148,7 @@ def test_an_alpha_of_more_digits_is_chosen_with_all_of_them(grid, folder):
     curves.setdefault(group.pilot_key, {})[exact_number(group.alpha)] = 2.0 - k / 10
   (curve,) = curves.values()
   assert len(curve) == 2
-  chosen = runner.choose(curves)['chosen']
+  chosen = pilots.choose(curves)['chosen']
   groups = [g for g in cells.validated_groups(exact, chosen) if g.kind == 'distilled']
   assert [g.alpha for g in groups] == [0.1234568] and groups[0].cells[0].alpha == 0.1234568
 
@@ -221,7 +221,7 @@ def test_one_cell_alone_does_what_it_needs_and_no_more(grid, home):
   done = [job for job in runner.jobs_of(grid, folder) if runner.state(folder, job, 60) == 'done']
   assert [bool(job.cells) for job in done] == [False, True]
   assert cell.id in {c.id for job in done for c in job.cells}
-  assert not (folder / runner.PILOT).exists()
+  assert not (folder / pilots.FILE).exists()
 
 
 def test_main_cells_wait_for_the_pilot(grid, home, caplog):
