@@ -8,15 +8,21 @@ NO_READER = 141  # 128 + SIGPIPE: nobody reads the output
 
 
 class UserError(Exception):
-  """Says in one line what is wrong, where, and how to fix it."""
+  """Says in one line (or one line for each of several problems) what is wrong, where, and how to fix it.
+
+  Control characters in the names and values that a line quotes are escaped.
+  """
+
+  def __init__(self, *lines: str):
+    super().__init__('\n'.join(map(_escape, lines)))
 
 
 class ConfigError(UserError):
   """Every mistake found in a config, one line each."""
 
   def __init__(self, problems: list[str]):
-    self.problems = problems
-    super().__init__('\n'.join(f'config error: {p}' for p in problems))
+    self.problems = [_escape(problem) for problem in problems]
+    super().__init__(*(f'config error: {problem}' for problem in problems))
 
 
 class SourceGone(UserError):
@@ -33,3 +39,7 @@ class OwnedError(UserError):
 
 class ProcessLost(UserError):
   """Another process of the job is gone."""
+
+
+def _escape(text: str) -> str:
+  return text if text.isprintable() else ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)

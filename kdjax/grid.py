@@ -102,7 +102,7 @@ def run(
   work = runner.Runner(grid, folder, corpus, mesh, progress)
   failed = work.run(_wanted(grid, folder, cell, shard))
   if failed:
-    raise TrainingError('\n'.join(runner.failed_lines(folder, failed)))
+    raise TrainingError(*runner.failed_lines(folder, failed))
   print(status_text(grid, folder))
 
 

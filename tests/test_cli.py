@@ -110,7 +110,7 @@ def test_a_config_file_without_its_suffix_or_with_none_of_its_name_is_refused(tm
   assert found.endswith(f'mine does not exist; did you mean {tmp_path / "mine.py"}?')
   assert load_error('') == ['--config names no file; e.g. --config=configs/weak2strong.py']
   (found,) = load_error('a\nb.py')
-  assert found.startswith("config file 'a\\nb.py' does not exist")
+  assert found.startswith(r'config file a\nb.py does not exist')
 
 
 def test_a_folder_is_no_config_file(tmp_path):
@@ -423,3 +423,11 @@ def test_a_process_with_mistakes_exits_with_2_and_one_line_each(tmp_path):
 
 def test_the_tiny_config_is_the_same_in_a_file_and_in_process(tmp_path):
   assert cli.load_config(str(tiny.write_config(tmp_path))) == tiny.config(tmp_path)
+
+
+def test_what_an_error_quotes_cannot_break_its_line():
+  assert str(UserError('no file a\n\tb\u2028ü')) == r'no file a\n\tb\u2028ü'
+  assert str(ConfigError(['name: a\nb', 'seed: 1'])) == 'config error: name: a\\nb\nconfig error: seed: 1'
+  assert load_error(CONFIG, {'trackers': 'a\nb'}) == [
+    r'trackers: must be different ones of tensorboard, csv, wandb, got a\nb'
+  ]

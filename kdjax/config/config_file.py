@@ -66,8 +66,7 @@ def _check_name(path: pathlib.Path) -> None:
   near = (
     [f'{path.name}{SUFFIX}'] if f'{path.name}{SUFFIX}' in names else difflib.get_close_matches(path.name, names, n=1)
   )
-  shown = path if str(path).isprintable() else repr(str(path))
-  raise ConfigError([f'config file {shown} {what}' + (f'; did you mean {folder / near[0]}?' if near else '')])
+  raise ConfigError([f'config file {path} {what}' + (f'; did you mean {folder / near[0]}?' if near else '')])
 
 
 def _function(module: types.ModuleType, path: pathlib.Path) -> Any:

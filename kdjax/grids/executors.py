@@ -202,7 +202,7 @@ def _follow(ray, work: Work, tasks: dict[Any, int]) -> None:
       told = now
       log.info('%s  %s', time.strftime('%H:%M:%S'), now)
   if failed:
-    raise TrainingError('\n'.join(f'{n} runners failed: {line}' for line, n in failed.items()))
+    raise TrainingError(*(f'{n} runners failed: {line}' for line, n in failed.items()))
 
 
 def _usual_share(total: Mapping[str, float]) -> dict[str, float]:
