@@ -80,6 +80,42 @@ def test_verdict_interval_and_mde_are_of_one_level(seed):
     assert row['mde_low'] < row['mde'] < row['mde_high']
 
 
+def recorded_effects(monkeypatch):
+  """The effects behind the rows, by (estimate, low, high), as the contrasts are tested."""
+  found, effect_of = {}, contrasts._effect
+
+  def record(*arguments):
+    effect = effect_of(*arguments)
+    found[effect[:3]] = effect
+    return effect
+
+  monkeypatch.setattr(contrasts, '_effect', record)
+  return found
+
+
+def test_the_mde_is_that_of_the_rows_own_effect_at_the_rows_own_level(monkeypatch):
+  effects = recorded_effects(monkeypatch)
+  found = rows(simulated.design(5), lambda group, name: -0.05 * (group.kind == 'distilled'))
+  assert {row['primary'] for row in found} == {True, False} and len({row['level'] for row in found}) == 2
+  for row in found:
+    effect = effects[row['estimate'], row['low'], row['high']]
+    mde = crossed.minimum_detectable_effect(effect, level=row['level'])
+    assert row['mde'] == pytest.approx(mde)
+    assert (row['mde_low'], row['mde_high']) == pytest.approx(crossed.mde_range(effect, mde))
+
+
+@pytest.mark.parametrize('n_seeds', [3, 5])
+def test_no_effect_beyond_its_mde_is_unresolved(n_seeds):
+  beyond = 0
+  for seed in range(12):
+    gains = lambda group, name, seed=seed: -0.01 * seed * (group.kind == 'distilled')
+    for row in rows(simulated.design(n_seeds), gains, seed=seed):
+      if row['primary'] and abs(row['estimate']) > row['mde']:
+        beyond += 1
+        assert row['verdict'] in ('better', 'worse')
+  assert beyond > 5
+
+
 def test_each_weak_teacher_has_a_row_beside_the_pooled_one():
   only = lambda group, name: -CLEAR * (group.kind == 'distilled' and group.source.name == 'tiny-0.1m-512k')
   found = rows(simulated.design(5), only)
