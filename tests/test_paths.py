@@ -13,8 +13,8 @@ import threading
 
 import pytest
 
-from kdjax import config as config_lib
 from kdjax import aot, compiling, convert, evaluate, generate, grid, paths, prepare, report
+from kdjax import config as config_lib
 from kdjax import train as train_command
 from kdjax.data.sources import documents, signature
 from kdjax.data.tokenizer import Tokenizer, train_bpe
