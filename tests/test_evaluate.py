@@ -7,11 +7,13 @@ import shutil
 import threading
 import time
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
 
-from kdjax import evaluate, train
+from kdjax import evaluate, paths, sharding, teachers, train
+from kdjax.checkpoint import steps_in
 from kdjax.config import Config
 from kdjax.errors import UserError
 from kdjax.evals import job as jobs
@@ -92,6 +94,32 @@ def test_on_another_mesh_the_numbers_are_the_same(folder, capsys):
   again = pd.read_csv(folder / 'results.csv')
   for column in ('bits_per_byte', 'perplexity', 'entropy', 'kl_to_teacher'):
     np.testing.assert_allclose(again[column], frame[column], rtol=1e-4)
+
+
+def test_a_teacher_named_at_a_step_is_scored_with_that_steps_weights(folder, main_job, tmp_path, monkeypatch):
+  trunk = jobs.find(folder).teacher
+  first, newest = steps_in(trunk.checkpoints)
+  fields = {'teacher.run': str(trunk.path), 'teacher.step': first, 'student.arms': ('distilled',)}
+  places = tiny.write_text(main_job) | {'data.cache': str(folder.parent / 'stores')}
+  folder = train.run(tiny.config(tmp_path, **fields, **places), progress=False)
+  for path in trunk.results.glob('*.parquet'):
+    path.unlink()
+  loaded, load = [], teachers.load
+
+  def record(run, *arguments, **options):
+    found = load(run, *arguments, **options)
+    loaded.extend([found[1]] * (run.path == trunk.path))
+    return found
+
+  monkeypatch.setattr(teachers, 'load', record)
+  evaluate.main([f'--workdir={folder}'])
+  for name, file in read_json(folder / 'evaluation.json')['teacher'].items():
+    _, meta = results.read(paths.under(folder, file))
+    assert meta['step'] == first and meta['set'] == name
+  mesh = jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])
+  wanted, other = (teachers.weights(trunk, mesh, step)[1] for step in (first, newest))
+  same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+  assert loaded and all(same(used, wanted) and not same(used, other) for used in loaded)
 
 
 def test_evaluating_again_changes_no_file(folder, capsys):

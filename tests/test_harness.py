@@ -213,12 +213,30 @@ def test_the_teacher_is_the_one_that_the_students_learned_from(experiment, tasks
   assert set(steps) == {tiny.STEPS // 2} and {'in-domain', 'lm-eval-mymc_a', 'lm-eval-mymc_b'} <= set(steps.index)
   assert f'in {tiny.STEPS // 2} steps of {tiny.STEPS}' in out
   (used,) = (one.params for path, one in weights.items() if path == str(teacher.path))
+  assert is_of_step(used, teacher, tiny.STEPS // 2) and not is_of_step(used, teacher, tiny.STEPS)
+
+
+def is_of_step(params, run: RunFolder, step: int) -> bool:
+  """Whether weights are those of a checkpoint of a run."""
   mesh = jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])
-  same = lambda step: all(
-    np.array_equal(a, b)
-    for a, b in zip(jax.tree.leaves(used), jax.tree.leaves(teachers.weights(teacher, mesh, step)[1]), strict=True)
-  )
-  assert same(tiny.STEPS // 2) and not same(tiny.STEPS)
+  wanted = teachers.weights(run, mesh, step)[1]
+  return all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(wanted)))
+
+
+def test_a_teacher_named_at_a_step_is_evaluated_at_that_step(experiment, trunk, tasks, tmp_path, monkeypatch):
+  """As with teacher.run=TRUNK and teacher.step=N: the trunk has newer checkpoints."""
+  teacher, step = jobs.find(experiment).teacher, tiny.STEPS // 2
+  fields = {'teacher.run': str(teacher.path), 'teacher.step': step, 'student.arms': ('distilled',)}
+  places = tiny.write_text(trunk.parents[1]) | {'data.cache': str(trunk.parent / 'stores')}
+  folder = pathlib.Path(train.run(tiny.config(tmp_path, **fields, **places), progress=False))
+  used, open_model = {}, pretrained.opened
+  opened = lambda path, *args: used.setdefault(path, open_model(path, *args))
+  monkeypatch.setattr(harness, 'pretrained', SimpleNamespace(opened=opened))
+  run(tasks, folder, '--tasks', 'mymc_a')
+  _, meta = read_task(folder, 'teacher', 'lm-eval-mymc_a')
+  assert meta['step'] == used[str(teacher.path)].step == step
+  params = used[str(teacher.path)].params
+  assert is_of_step(params, teacher, step) and not is_of_step(params, teacher, tiny.STEPS)
 
 
 def test_a_named_steps_results_are_in_that_steps_table_alone(experiment, tasks, capsys):

@@ -13,8 +13,8 @@ import threading
 
 import pytest
 
+from kdjax import aot, compiling, convert, evaluate, generate, grid, paths, prepare, report
 from kdjax import config as config_lib
-from kdjax import convert, evaluate, generate, paths, prepare, report
 from kdjax import train as train_command
 from kdjax.data.sources import documents, signature
 from kdjax.data.tokenizer import Tokenizer, train_bpe
@@ -23,7 +23,8 @@ from kdjax.huggingface import is_folder
 from kdjax.metrics import MetricWriter, read_metrics
 from kdjax.run import RunFolder
 from kdjax.trackers import KINDS
-from tests import bucket, runs, tiny
+from tests import bucket, runs, test_aot, tiny
+from tests.evals import lm_eval_tasks
 
 STORE = f'gs://{bucket.BUCKET}'
 
@@ -316,13 +317,14 @@ def test_a_backslash_in_the_name_of_runs_is_refused(tmp_path):
 
 @pytest.fixture
 def at_home(tmp_path, monkeypatch) -> pathlib.Path:
-  """A home folder. The current folder is another one, which must stay empty."""
+  """A home folder. The current folder is another one, which must stay empty; nowhere is a '~' in the name of a file."""
   (tmp_path / 'home').mkdir()
   (tmp_path / 'here').mkdir()
   monkeypatch.setenv('HOME', str(tmp_path / 'home'))
   monkeypatch.chdir(tmp_path / 'here')
   yield tmp_path / 'home'
   assert os.listdir(tmp_path / 'here') == []
+  assert not list(tmp_path.rglob('~*'))
 
 
 def test_a_tilde_is_expanded_in_front_alone_and_in_no_store(at_home):
@@ -385,3 +387,47 @@ def test_every_command_takes_a_tilde_for_its_folders(main_job, at_home, capsys):
     with pytest.raises(SystemExit) as caught:
       main(argv)
     assert caught.value.code == 2 and 'nothing' in capsys.readouterr().err
+
+
+def test_train_takes_a_tilde_for_its_folder(home, at_home, capsys):
+  shutil.move(tiny.write_config(at_home / 'configs', **tiny.write_text(home)), at_home / 'mine.py')
+  fields = ['--config.runs=~/runs', f'--config.data.cache={home}/runs/stores', '--config.student.arms=baseline']
+  train_command.main(['--config=~/mine.py', '--workdir=~/x', *fields])
+  assert RunFolder(at_home / 'x' / 'students' / 'baseline').is_done() and (at_home / 'x' / 'table.txt').exists()
+  assert f'figure: {at_home}/x/run.png' in capsys.readouterr().out
+
+
+def test_a_grid_takes_a_tilde_for_its_folder(at_home, capsys):
+  (at_home / 'configs').mkdir()
+  shutil.move(tiny.write_grid_config(at_home / 'configs', at_home / 'texts'), at_home / 'mine.py')
+  for command, says in (
+    (['plan'], f'{at_home}/g\n'),
+    (['status'], f'tiny-grid: {at_home}/g\n'),
+    (['run', '--executor=print'], f' --workdir={at_home}/g'),
+  ):
+    grid.main([*command, '--config=~/mine.py', '--config.runs=~/runs', '--workdir=~/g'])
+    assert says in capsys.readouterr().out
+
+
+def test_the_harness_takes_a_tilde_for_its_files(main_job, at_home, capsys):
+  pytest.importorskip('lm_eval', reason='the harness is not installed (the [lm-eval] extra)')
+  from kdjax import harness
+
+  shutil.copytree(main_job / 'runs', at_home / 'runs')
+  (run,) = (at_home / 'runs').glob('tiny-*/students/distilled')
+  for name in ('t', 'others'):
+    (at_home / name).mkdir()
+    items = [{'context': 'a', 'choices': [' b', ' c'], 'answer': k % 2, 'id': k} for k in range(2)]
+    lm_eval_tasks.write(at_home / name, f'task_{name}', items, lm_eval_tasks.MULTIPLE_CHOICE)
+  argv = ['--include-path=~/t', '--no-defaults', '--output=~/o.json', '--replica=8', '--fsdp=1']
+  harness.main(
+    [f'~/{run.relative_to(at_home)}', *argv, '--tasks', 'task_t,~/others/*.yaml', '~/others/task_others.yaml']
+  )
+  assert set(paths.read_json(at_home / 'o.json')['distilled']) == {'task_t', 'task_others'}
+
+
+def test_the_compiler_takes_a_tilde_for_its_figures(at_home, monkeypatch, capsys):
+  shutil.move(tiny.write_config(at_home / 'configs'), at_home / 'mine.py')
+  monkeypatch.setattr(compiling, 'compile_step', lambda *_: test_aot.report())
+  aot.main(['--config=~/mine.py', '--topology=v6e-64', '--json=~/f'])
+  assert paths.read_json(at_home / 'f')['chips'] == 64

@@ -1,6 +1,7 @@
 """Whole commands as notebooks, pipelines and schedulers run them."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,7 +10,11 @@ import time
 
 import pytest
 
+from kdjax import cli
 from kdjax.evals import job as jobs
+from kdjax.grids import config as grid_config
+from kdjax.grids import runner
+from kdjax.grids.config import GridConfig
 from kdjax.paths import write_json
 from kdjax.run import RunFolder
 from tests import runs, several, tiny
@@ -134,3 +139,59 @@ def test_a_live_trainer_of_another_container_of_the_same_name_keeps_its_folder(t
     third.kill()
   finally:
     first.kill()
+
+
+SHORT_GRID = {  # a baseline, a teacher and its student, without a pilot: overrides of the tiny grid
+  'seed': '43',
+  'student_tokens': f'{200 * 8 * 16}',
+  'base.checkpoint.every': '150',
+  'base.eval.every': '150',
+  'pilot.skip': 'true',
+  'controls.tuned.enabled': 'false',
+  'controls.unigram': 'false',
+  'controls.flop_matched': '',
+  'contrasts': 'weak_helps',
+  'primary': 'weak_helps:in-domain',
+}
+
+
+def test_a_grid_that_is_told_to_stop_says_so_and_is_finished_by_the_same_command(home, tmp_path):
+  """In the middle of a cell, and between two jobs: the teacher's is owned by this process, and its student waits."""
+  config, folder = tiny.write_grid_config(tmp_path, home), tmp_path / 'grid'
+  overrides = [f'--config.{name}={value}' for name, value in SHORT_GRID.items()]
+  go = lambda: runs.start(config, folder, 'run', *overrides, module='kdjax.grid')
+  grid = cli.load_as(GridConfig, grid_config.problems, str(config), SHORT_GRID)
+  all_jobs = runner.jobs_of(grid, folder)
+  states = lambda: {
+    name: runner.state(folder, job, 60) for name, job in zip(('teacher', 'lm', 'kd'), all_jobs, strict=True)
+  }
+  baseline = RunFolder(folder / 'cells' / all_jobs[1].cells[0].id)
+  teacher = RunFolder(folder / 'jobs' / all_jobs[0].id)
+  teacher.claim(60)
+
+  process = go()
+  runs.wait_for(lambda: baseline.metrics.exists() and baseline.metrics.read_bytes(), process)
+  process.send_signal(signal.SIGTERM)
+  assert runs.finish(process, timeout=60) == [75]
+  told = [line for line in runs.errors(process).splitlines() if 'sees' not in line and 'goodput' not in line]
+  assert told[0] == 'Stopping after this step. The run is saved, and the same command resumes it.'
+  assert len(told) == 2 and re.fullmatch(
+    r'student: stopped at step \d+ of 200 and saved. The same command resumes it.', told[1]
+  )
+  stopped_at = runs.leaves(baseline.path)['step']
+  assert 0 < stopped_at < 200 and states() == {'teacher': 'missing', 'lm': 'stopped', 'kd': 'missing'}
+
+  process = go()
+  runs.wait_for(lambda: states()['lm'] == 'done', process)
+  process.send_signal(signal.SIGTERM)
+  assert runs.finish(process, timeout=60) == [75]
+  told = [line for line in runs.errors(process).splitlines() if 'sees' not in line and 'goodput' not in line]
+  assert told == ['Stopped by SIGTERM. The same command resumes what is left.']
+  assert states() == {'teacher': 'missing', 'lm': 'done', 'kd': 'missing'}
+
+  teacher.release()
+  process = go()
+  assert runs.finish(process, timeout=180) == [0]
+  assert 'all done' in runs.output(process)[0] and set(states().values()) == {'done'}
+  assert [record['step'] for record in runs.metrics(baseline.path)][-1] == 200
+  assert len(baseline.identity()['commands']) == 2

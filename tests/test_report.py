@@ -116,6 +116,10 @@ def test_every_declared_contrast_is_answered(grid, tables):
       assert row['level'] == (pytest.approx(0.9875) if row['primary'] else 0.95)
 
 
+def test_the_table_of_arms_has_no_verdicts(tables):
+  assert 'verdict' in tables.contrasts and not {'verdict', 'answer', 'primary'} & set(tables.effects)
+
+
 def test_a_contrast_is_the_difference_of_its_sides(grid, folder, tables):
   scores = Scores(grid, folder)
   (row,) = tables.contrasts.query("contrast == 'weak_helps' and set == 'in-domain'").to_dict('records')

@@ -1,20 +1,22 @@
 """The contrasts on simulated grids with known effects: which get a verdict, at which level, and what they compare."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 
 from benchmarks import statistics as simulated
-from kdjax import cli
+from kdjax import cli, scales
 from kdjax.analysis import contrasts, crossed
 from kdjax.analysis.scores import MEASURES, Scores
 from kdjax.grids import cells as cells_lib
-from kdjax.grids import comparisons
+from kdjax.grids import comparisons, studies
 from kdjax.grids import config as grid_config
 from kdjax.grids.config import GridConfig
 
 CLEAR = 0.5  # bits per byte: an effect that every grid resolves
+OWN = simulated.UNIGRAM_ALPHA
 
 
 def rows(design, effects=simulated.no_effect, regime='mixed', seed=0):
@@ -80,6 +82,42 @@ def test_verdict_interval_and_mde_are_of_one_level(seed):
     assert row['mde_low'] < row['mde'] < row['mde_high']
 
 
+def recorded_effects(monkeypatch):
+  """The effects behind the rows, by (estimate, low, high), as the contrasts are tested."""
+  found, effect_of = {}, contrasts._effect
+
+  def record(*arguments):
+    effect = effect_of(*arguments)
+    found[effect[:3]] = effect
+    return effect
+
+  monkeypatch.setattr(contrasts, '_effect', record)
+  return found
+
+
+def test_the_mde_is_that_of_the_rows_own_effect_at_the_rows_own_level(monkeypatch):
+  effects = recorded_effects(monkeypatch)
+  found = rows(simulated.design(5), lambda group, name: -0.05 * (group.kind == 'distilled'))
+  assert {row['primary'] for row in found} == {True, False} and len({row['level'] for row in found}) == 2
+  for row in found:
+    effect = effects[row['estimate'], row['low'], row['high']]
+    mde = crossed.minimum_detectable_effect(effect, level=row['level'])
+    assert row['mde'] == pytest.approx(mde)
+    assert (row['mde_low'], row['mde_high']) == pytest.approx(crossed.mde_range(effect, mde))
+
+
+@pytest.mark.parametrize('n_seeds', [3, 5])
+def test_no_effect_beyond_its_mde_is_unresolved(n_seeds):
+  beyond = 0
+  for seed in range(12):
+    gains = lambda group, name, seed=seed: -0.01 * seed * (group.kind == 'distilled')
+    for row in rows(simulated.design(n_seeds), gains, seed=seed):
+      if row['primary'] and abs(row['estimate']) > row['mde']:
+        beyond += 1
+        assert row['verdict'] in ('better', 'worse')
+  assert beyond > 5
+
+
 def test_each_weak_teacher_has_a_row_beside_the_pooled_one():
   only = lambda group, name: -CLEAR * (group.kind == 'distilled' and group.source.name == 'tiny-0.1m-512k')
   found = rows(simulated.design(5), only)
@@ -104,13 +142,63 @@ def test_more_than_calibration_takes_a_gain_and_more_of_it_than_the_control_has(
   assert of(rows(simulated.design(5), effects), 'more_than_calibration')['verdict'] == verdict
 
 
+def with_unigram_at(design, alphas):
+  """The design with unigram groups at further alphas, before the one that the pilot chose."""
+  (own,) = [g for g in design.groups if g.kind == 'unigram']
+  more = [at_alpha(design.grid, own, alpha) for alpha in alphas]
+  return dataclasses.replace(design, groups=tuple(more) + design.groups)
+
+
+def at_alpha(grid, group, alpha):
+  """A unigram group at another alpha."""
+  cells = tuple(cells_lib._unigram(grid, group.setting, alpha, cell.seed) for cell in group.cells)
+  return dataclasses.replace(group, alpha=alpha, cells=cells)
+
+
+def unigram_alphas(row):
+  """The alphas of the unigram cells that a row reads."""
+  return set(re.findall(r'_unigram_a([\d.]+)_', row['cells']))
+
+
 def test_the_control_is_the_one_at_its_own_validated_alpha():
-  row = of(rows(simulated.design(5), gain), 'more_than_calibration')
-  assert f'_unigram_a{simulated.UNIGRAM_ALPHA:g}_' in row['cells'] or 'LM-only' in row['right']
+  design = with_unigram_at(simulated.design(5), (0.1, 0.6))
+  strong = lambda group, name: gain(group, name) - 3 * CLEAR * (group.kind == 'unigram' and group.alpha != OWN)
+  row = of(rows(design, strong), 'more_than_calibration')
+  assert row['verdict'] == 'better'  # although the control gains more at the alphas that were not chosen
+  own = lambda group, name: gain(group, name) - CLEAR / 2 * (group.kind == 'unigram' and group.alpha == OWN)
+  row = of(rows(design, own), 'more_than_calibration')
+  assert unigram_alphas(row) == {f'{OWN:g}'} and f'unigram at alpha {OWN:g}' in row['right']
+
+
+def test_without_the_control_more_than_calibration_is_not_tested():
   design = simulated.design(5)
   other = [g for g in design.groups if g.kind != 'unigram']
   untested = of(rows(dataclasses.replace(design, groups=tuple(other))), 'more_than_calibration')
   assert untested['verdict'] == 'not tested' and 'unigram control' in untested['answer']
+
+
+@pytest.mark.parametrize('study', [study for study in studies.STUDIES if study not in ('main', 'mechanism')])
+def test_without_a_pilot_the_control_is_at_the_least_alpha_that_a_teacher_is_tested_at(study):
+  design = without_pilot(study)
+  least = min(design.grid.declared_alpha)
+  assert len({g.alpha for g in design.groups if g.kind == 'unigram'}) > 1
+  decided_by_the_control = lambda group, name: gain(group, name) - CLEAR / 2 * (group.kind == 'unigram')
+  found = [row for row in rows(design, decided_by_the_control) if row['contrast'] == 'more_than_calibration']
+  tested = [row for row in found if row['verdict'] != 'not tested']
+  for row in tested:
+    assert unigram_alphas(row) == {f'{least:g}'} and f'unigram at alpha {least:g}' in row['right']
+  # A setting without a weaker teacher than its student has nothing to compare with the control.
+  weak = {s.key for s in cells_lib.settings(design.grid) if has_weak_teacher(design, s)}
+  assert len({(row['student'], row['student_tokens']) for row in tested}) == len(weak)
+
+
+def has_weak_teacher(design, setting):
+  kinds = {
+    cells_lib.relationship(setting.student, setting.student_tokens, g.source)
+    for g in design.groups
+    if g.kind == 'distilled' and g.setting == setting
+  }
+  return 'weak-to-strong' in kinds
 
 
 def test_at_equal_total_flops_pairs_are_compared_and_lm_only_is_a_third_arm():
@@ -144,6 +232,42 @@ def test_without_a_pilot_reversal_is_tested_at_declared_alphas_with_five_seeds(s
   alphas = dict(zip(without_pilot(study).grid.teacher, without_pilot(study).grid.declared_alpha, strict=True))
   largest = max(alphas, key=lambda name: float(name.removeprefix('tiny-').removesuffix('m')))
   assert f'_a{alphas[largest]:g}_' in of(found, 'size_reverses', 'in-domain')['cells']
+
+
+def after_the_pilot(grid):
+  """A grid's groups, with the validated ones of an invented pilot."""
+  keys = tuple(dict.fromkeys(group.pilot_key for group in cells_lib.pilot_groups(grid) if group.kind != 'baseline'))
+  curves = {key: {'0': 2.0, f'{simulated.ALPHA:g}': 1.9} for key in keys}
+  drawn = {group.pilot_key: group.draw for group in cells_lib.pilot_groups(grid) if group.draw}
+  unigram = {key: simulated.UNIGRAM_ALPHA for key in keys if key.endswith('/unigram')}
+  chosen = dict.fromkeys(keys, simulated.ALPHA) | unigram | drawn
+  validated = cells_lib.validated_groups(grid, chosen, comparisons.reversal_pairs(grid, curves))
+  return simulated.Design(grid, (*cells_lib.main_groups(grid), *validated), keys, curves)
+
+
+@pytest.mark.parametrize(
+  'spec',
+  [
+    'configs/evidence.py',
+    *(f'configs/grid.py:study={study},scale={scale}' for study in studies.STUDIES for scale in scales.SCALES),
+  ],
+)
+def test_every_arm_that_a_primary_test_reads_has_five_seeds(spec, monkeypatch):
+  grid = cli.load_as(GridConfig, grid_config.problems, spec, {})
+  tested, test_one = [], contrasts._test
+
+  def record(arms, contrast, where, terms, *arguments, **options):
+    row = test_one(arms, contrast, where, terms, *arguments, **options)
+    if row['primary']:
+      tested.append((contrast, where))
+      for _, groups in terms:
+        assert groups and all(len({cell.seed for cell in cells}) >= 5 for cells in groups)
+    return row
+
+  monkeypatch.setattr(contrasts, '_test', record)
+  primary = [row for row in rows(after_the_pilot(grid)) if row['primary']]
+  assert set(tested) == grid_config.primary_tests(grid) and len(primary) == grid_config.n_primary(grid)
+  assert all(row['n_seeds'] >= 5 and row['verdict'] != 'not tested' for row in primary)
 
 
 def test_arms_are_compared_on_the_seeds_that_all_of_them_have():

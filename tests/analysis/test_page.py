@@ -23,6 +23,7 @@ FACTS = {
   'warnings': ['alpha not validated', 'results of mixed code versions: a & b'],
 }
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+VERDICT = re.compile(r'better|worse|unresolved|verdict')
 VOID = {'meta', 'link', 'br', 'input', 'img', 'hr'}
 
 
@@ -158,6 +159,18 @@ def test_the_contrasts_stand_first_with_their_verdicts_in_words(path, tables):
       assert 'nan' not in line
 
 
+def test_arms_have_no_verdicts(path, parsed, tables):
+  """Neither the table's frame, nor the columns that it is drawn from, nor the script that draws it has the words of one."""
+  text, data = path.read_text(encoding='utf-8'), embedded(parsed)
+  frame = text[text.index('<section id="table">') : text.index('<section id="legend">')]
+  columns = {name: set(unpacked(data['effects'][name])) for name in data['effects']}
+  assert set(columns) >= set(tables[0])
+  said = [frame, *columns, *(value for values in columns.values() for value in values if isinstance(value, str))]
+  assert not [each for each in said if VERDICT.search(each)]
+  script = page._own('page.js').replace('(below 0: better)', '')  # of an axis
+  assert not VERDICT.search(script)
+
+
 def test_facts_and_warnings_are_shown_as_text(parsed, path):
   words = ' '.join(' '.join(parsed.words).split())
   for said in ('grid-<1>', 'laptop', 'jax 0.10.2', '0123456789ab', '180', *FACTS['warnings']):
@@ -244,6 +257,13 @@ def test_it_opens_without_a_word_on_the_console(opened):
   dom, console = opened
   assert console == []
   assert re.search(r'data-drawn="([1-9]\d*)"', dom)
+
+
+@needs_browser
+def test_the_table_that_is_drawn_has_no_verdicts(opened):
+  dom = opened[0]
+  drawn = dom[dom.index('<table id="effects"') : dom.index('<section id="legend">')]
+  assert drawn.count('<tr') > 100 and not VERDICT.search(drawn)
 
 
 @needs_browser

@@ -1,5 +1,7 @@
 """The summary says each contrast and each validated arm, with the table's numbers."""
 
+import re
+
 import pandas as pd
 
 from kdjax.analysis import summary
@@ -48,6 +50,14 @@ def test_every_validated_arm_has_its_line_and_each_set_its_columns():
   row = kept.query("arm == 'tuned' and set == 'OOD mean' and measure == 'bits_per_byte_fitted'").iloc[0]
   (line,) = [line for line in lines if line[0] == 'tuned']
   assert line[head.index('OOD mean (fitted T)')] == f'{row["estimate"]:+.3f} [{row["low"]:+.3f}, {row["high"]:+.3f}]'
+
+
+def test_arms_have_no_verdicts():
+  effects, contrasts = grid_example.tables(2)
+  *_, first, second = summary.markdown(effects, contrasts, []).removesuffix(f'{summary.LEGEND}\n').split('## Arms of')
+  for section in (first, second):
+    assert section.count('\n|') > 10
+    assert not re.search('better|worse|unresolved|verdict', section)
 
 
 def test_warnings_come_first_and_an_empty_table_is_told():

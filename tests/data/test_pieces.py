@@ -124,12 +124,38 @@ from kdjax import prepare as command
 def memory(name):
   return int(pathlib.Path('/proc/self/status').read_text().partition(name + ':')[2].split()[0]) * 1024
 
-source, tokenizer, runs = sys.argv[1:]
-before = memory('VmRSS')
-corpus = prepare(DataConfig(source=source, tokenizer=tokenizer, vocab_size=500), EvalConfig(ood={}), runs, False)
-command.report(corpus, progress=False)
+*sources, tokenizer, runs = sys.argv[1:]
+for source in sources:  # the figures are of the last one, above what the others left
+  before = memory('VmRSS')
+  corpus = prepare(DataConfig(source=source, tokenizer=tokenizer, vocab_size=500), EvalConfig(ood={}), runs, False)
+  command.report(corpus, progress=False)
 print(memory('VmHWM') - before, max(corpus.train.n_bytes), corpus.train.n_tokens)
 """
+
+
+def written(path, *long: str) -> str:
+  """Write a corpus of short documents and the long ones."""
+  lines = [*(f'a short document {i} ' * 20 for i in range(60)), *long]
+  path.write_text(''.join(json.dumps({'text': line}, ensure_ascii=False) + '\n' for line in lines), encoding='utf-8')
+  return str(path)
+
+
+def measured(runs, tokenizer: str, *sources: str) -> tuple[int, int]:
+  """Return (peak memory, bytes of the longest document) of the last of the corpora, built by one process."""
+  command = [sys.executable, '-c', PEAK, *sources, tokenizer, str(runs)]
+  done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  peak, longest, _ = map(int, done.stdout.split())
+  return peak, longest
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'bytes'])
+def test_a_document_of_megabytes_takes_40_bytes_a_character_at_most(tmp_path, kind):
+  text = 'The quick brown fox; it jumps over 13 dogs!\n' * 80_000
+  small = written(tmp_path / 'small.jsonl')  # what a corpus takes at any size
+  peak, longest = measured(tmp_path / 'runs', kind, small, written(tmp_path / 'a.jsonl', text))
+  assert longest == len(text) == 3_520_000  # it is in the training split
+  assert peak < 40 * len(text), f'{peak / len(text):.1f} bytes a character'
 
 
 @pytest.mark.slow
@@ -140,16 +166,10 @@ def test_a_document_of_19_megabytes_takes_40_bytes_a_character_at_most(tmp_path,
   filler = '他在这里说了一些话，然后走了。' if language == 'Chinese' else ''
   unit = words + filler * 400
   text = (unit * (19_000_000 // len(unit) + 1))[:19_000_000]
-  lines = [*(f'a short document {i} ' * 20 for i in range(60)), text]
-  with (tmp_path / 'a.jsonl').open('w') as file:
-    file.writelines(json.dumps({'text': line}, ensure_ascii=False) + '\n' for line in lines)
   tokenizer = kind
   if kind not in ('bpe', 'bytes'):
     tokenizer = str(tmp_path / 'tokenizer.json')
     (tmp_path / 'tokenizer.json').write_text(tokenizer_kinds.kinds()[kind])
-  command = [sys.executable, '-c', PEAK, str(tmp_path / 'a.jsonl'), tokenizer, str(tmp_path / 'runs')]
-  done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  peak, longest, _ = map(int, done.stdout.split())
+  peak, longest = measured(tmp_path / 'runs', tokenizer, written(tmp_path / 'a.jsonl', text))
   assert longest == len(text.encode())  # it is in the training split
   assert peak < 40 * len(text), f'{peak / len(text):.1f} bytes a character'
