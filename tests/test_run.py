@@ -228,7 +228,7 @@ def test_the_status_tells_how_a_run_stands(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('error', 'text'), [(TrainingError('no\nmore'), 'no'), (KeyboardInterrupt(), 'KeyboardInterrupt'), (OSError(), 'OSError')]
+  ('error', 'text'), [(TrainingError('no\nmore'), r'no\nmore'), (KeyboardInterrupt(), 'KeyboardInterrupt'), (OSError(), 'OSError')]
 )  # fmt: skip
 def test_a_run_that_fails_says_why_in_its_status(folder, error, text):
   folder.claim(60)
