@@ -247,7 +247,7 @@ def test_a_run_can_start_a_student_too(main_job, tmp_path):
 def test_where_the_folder_does_not_go_with_the_corpus_it_is_said_before_training(folder, tmp_path):
   bpe = {'data.tokenizer': 'bpe', 'data.vocab_size': 257}
   with pytest.raises(
-    UserError, match=r'teacher.run = .* learned with another tokenizer .* --config.data.tokenizer names its'
+    UserError, match=r'teacher.run = .* learned with another tokenizer .* set --config.data.tokenizer to its'
   ):
     train.run(config(tmp_path, teacher=folder, **bpe), progress=False)
   with pytest.raises(UserError, match=r'student.init = .* learned with another tokenizer'):
