@@ -169,9 +169,7 @@ def contrast_table(contrasts: pd.DataFrame) -> str:
   if contrasts.empty:
     return '<p>No contrasts were declared.</p>'
   several = len(contrasts[gridrows.SETTING].drop_duplicates()) > 1
-  head = [
-    'question', 'tested on', 'verdict', 'estimate', 'interval', 'level', 'unit', 'MDE', 'seeds', 'documents', 'interval over',
-  ]  # fmt: skip
+  head = ['question', 'tested on', 'verdict', 'estimate', 'interval', 'level', 'unit', 'MDE', 'interval over']
   ordered = contrasts.sort_values('primary', ascending=False, kind='stable')
   lines = [_contrast(row, several) for row in ordered.itertuples()]
   caption = (
@@ -200,11 +198,19 @@ def _contrast(row, several: bool) -> str:
     number(f'{row.level:.4g}'),
     f'<td>{_text(row.unit)}</td>',
     number(f'{row.mde:.4f}<br>[{row.mde_low:.4f}, {row.mde_high:.4f}]'),
-    number(str(row.n_seeds)),
-    number(str(row.n_documents)),
-    f'<td>{_text(row.over)}</td>',
+    f'<td>{_over(row) if tested else ""}</td>',
   ]
   return f'<tr>{"".join(cells)}</tr>'
+
+
+def _over(row) -> str:
+  """Say what an interval covers: without 'seeds', it holds for these seeds only."""
+  seeds = f'{row.n_seeds} {"seed" if row.n_seeds == 1 else "seeds"}'
+  return (
+    f'{seeds} and {row.n_documents} documents'
+    if 'seeds' in row.over
+    else f'{row.n_documents} documents, for {seeds} only'
+  )
 
 
 def _packed(column: pd.Series, whole: bool = False) -> dict[str, Any]:

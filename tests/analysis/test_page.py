@@ -154,7 +154,7 @@ def test_the_contrasts_stand_first_with_their_verdicts_in_words(path, tables):
     if row.verdict != 'not tested':
       assert f'>{row.estimate:+.4f}<' in line and f'[{row.low:+.4f}, {row.high:+.4f}]' in line
       assert f'>{row.mde:.4f}<br>[{row.mde_low:.4f}, {row.mde_high:.4f}]<' in line
-      assert f'>{row.level:.4g}<' in line and row.over in line
+      assert f'>{row.level:.4g}<' in line and f'{row.n_seeds} seed' in line and f'{row.n_documents} documents' in line
     else:
       assert 'nan' not in line
 
