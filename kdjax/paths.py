@@ -70,11 +70,11 @@ def match(pattern: str) -> list[str]:
 
 
 def split(text: str, exists: Callable[[str], bool], matches: Callable[[str], bool]) -> list[str]:
-  """Split a list of names at its commas, except commas within a name that exists; blanks around a name count for nothing.
+  """Split a list of names at its commas, except commas within an existing name, and strip blanks.
 
   Args:
-    exists: whether a name is one as it stands; the longest that is wins.
-    matches: whether a name is a pattern that finds something; the shortest that does wins.
+    exists: whether a text is an existing name; the longest one is used.
+    matches: whether a text is a pattern that finds something; the shortest one is used.
   """
   pieces, parts = text.split(','), []
   while pieces:

@@ -223,7 +223,7 @@ def _half_widths(parts: Sequence[tuple[float, float]], level: float) -> np.ndarr
 def minimum_detectable_effect(effect: Effect, power_wanted: float = POWER, level: float = 0.95) -> float:
   """Return the true effect, in the estimate's unit, that a new experiment of this size resolves at `level` with that power.
 
-  The estimated variances stand in for the true ones; `mde_range` gives the resulting uncertainty.
+  It uses the estimated variances as the true ones; `mde_range` gives the resulting uncertainty.
   """
   if effect.error == 0 or math.isinf(effect.error):
     return effect.error

@@ -20,7 +20,6 @@ EXAMPLE = 'write def get_config(arg=None), as configs/weak2strong.py does'
 
 def split(spec: str) -> tuple[pathlib.Path, str]:
   """Split `configs/weak2strong.py:scale=paper` into (file, argument). The whole text is the file if such a file exists, even with colons."""
-  spec = os.path.expanduser(spec)  # the shell does not after `--config=`
   name, _, arg = (spec, '', '') if os.path.isfile(spec) else spec.partition(':')
   return pathlib.Path(name), arg
 

@@ -21,7 +21,10 @@ _SIZES = {  # ours -> theirs
   'n_heads': 'num_attention_heads',
 }
 _OTHER_SIZES = ('num_key_value_heads', 'head_dim', 'max_position_embeddings', 'sliding_window')
-MOST, MOST_LAYERS = 2**31 - 1, 10_000
+MOST, MOST_LAYERS = (
+  2**31 - 1,
+  10_000,
+)  # the largest sizes read: above them a folder would exhaust the memory before it is refused
 # Theirs -> why the decoder cannot do it. Where it is set (neither null, false nor 1) the folder is refused.
 _BEYOND = {
   'attention_bias': 'biases of all attention matrices',
@@ -169,7 +172,7 @@ def read(values: Mapping[str, Any], where: str = 'config.json') -> tuple[Family,
 
 
 def _check_sizes(known: Mapping[str, Any], where: str) -> None:
-  """Refuse sizes that no model has, which would exhaust the memory or the patience of whoever opens the folder."""
+  """Raise UserError for sizes above MOST and MOST_LAYERS."""
   for name, value in known.items():
     most = MOST_LAYERS if name == 'num_hidden_layers' else MOST
     if name in (*_SIZES.values(), *_OTHER_SIZES) and isinstance(value, int) and value > most:

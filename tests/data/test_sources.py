@@ -92,6 +92,11 @@ def test_brackets_and_stars_of_a_pattern_still_are_one(tmp_path):
   assert list(documents(f'{tmp_path}/w [old] *.txt')) == ['w [old] 7.txt']
 
 
+def test_a_file_url_is_a_path(tmp_path):
+  write_jsonl(tmp_path / 'a.jsonl', ['one'])
+  assert list(documents(f'file://{tmp_path}/a.jsonl')) == list(documents(f'file://{tmp_path}/*.jsonl')) == ['one']
+
+
 def test_a_tilde_is_the_home_folder_in_every_part(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   write(tmp_path / 'a,b.txt'), write(tmp_path / 'c [1]' / 'd.txt')
