@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from kdjax.errors import NO_READER, TrainingError
 from kdjax.goodput import Session, goodput
 from kdjax.local import LocalCheckpoints
 from kdjax.losses import fused_loss
-from kdjax.metrics import MetricWriter, Progress, Speed, memory_gib, read_metrics
+from kdjax.metrics import Clock, MetricWriter, Progress, Speed, memory_gib, read_metrics
 from kdjax.preemption import Preempted, StopRequest, stop_signal
 from kdjax.profiling import Profiler
 from kdjax.run import Heartbeat, RunFolder, claim_all
@@ -197,11 +198,12 @@ def _train(
       session.turn_to('compile' if first == start else 'steps')
       batches = to_global(held, rows, stacked, stream.batch_size)
       profiler.before(first, states)
+      dispatched = time.perf_counter()
       states, metrics = step_fn(states, cohort.teacher, batches, n)
       session.turn_to('steps')
       step = first + n
       profiler.after(step, metrics)
-      report.next(first, n, metrics)
+      report.next(first, n, metrics, dispatched)
       if (cohort.eval_every and step % cohort.eval_every == 0) or step == total:
         report.measure()  # nothing is lost: the validation's result is waited for too
         with session.doing('validation'):
@@ -287,6 +289,7 @@ class _Report:
   def __init__(self, cohort: Cohort, start: int, asked_to_stop: StopRequest):
     self._cohort, self._asked_to_stop = cohort, asked_to_stop
     self._pending: tuple[int, int, Any] | None = None
+    self._times: tuple[float, Future] | None = None  # of the pending call: when it was dispatched, and done
     self._rates: dict[str, float] | None = None  # of the pending call, once measured
     writes = jax.process_index() == 0
     self._writers = [
@@ -294,17 +297,20 @@ class _Report:
     ]
     teacher = cohort.recipe.teacher if 'teacher' in cohort.recipe.targets else None
     self._speed = Speed(cohort.recipe.student, len(cohort.members), teacher, cohort.stream.windows.seq_len)
+    self._clock = Clock()
     self._bar = Progress(cohort.title, cohort.total_steps, start, enabled=cohort.progress)
 
-  def next(self, first: int, n: int, metrics) -> None:
+  def next(self, first: int, n: int, metrics, dispatched: float) -> None:
+    """Take over the metrics of a call whose dispatch began at that time."""
+    done = self._clock.watch(metrics[0]['tokens'])
     self._settle()
-    self._pending = (first, n, metrics)
+    self._pending, self._times = (first, n, metrics), (dispatched, done)
 
   def measure(self) -> None:
-    """Waits for the call that was dispatched last: what follows does not count for its rates."""
-    assert self._pending
-    _, n, metrics = self._pending
-    self._rates = self._speed(float(jax.device_get(metrics[0]['tokens'])[:n].sum()))
+    """Wait for the call that was dispatched last: what follows does not count for its rates."""
+    assert self._pending and self._times
+    (_, n, metrics), (dispatched, done) = self._pending, self._times
+    self._rates = self._speed(float(jax.device_get(metrics[0]['tokens'])[:n].sum()), dispatched, done.result())
 
   def validated(self, losses: Sequence[jax.Array]) -> None:
     """The students' validation losses after that call."""
@@ -320,6 +326,7 @@ class _Report:
 
   def close(self) -> None:
     self._bar.close()
+    self._clock.close()
     for writer in self._writers:
       writer.close()
 

@@ -4,10 +4,13 @@ import contextlib
 import json
 import logging
 import os
+import queue
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -94,6 +97,35 @@ def _lines(path: paths.Path):
         yield line, json.loads(line)
 
 
+class Clock:
+  """Notes when arrays are ready, in a thread of its own: the host may be held up meanwhile, also by the dispatch of the next call.
+
+  On a GPU the dispatch of a loop whose length is traced returns only once the loop has ended.
+  """
+
+  def __init__(self):
+    self._waiting: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=self._run, name='clock', daemon=True).start()
+
+  def watch(self, arrays: Any) -> Future:
+    """Return the future time (of `time.perf_counter`) at which the arrays are ready, in the order of the calls."""
+    ready: Future = Future()
+    self._waiting.put((arrays, ready))
+    return ready
+
+  def close(self) -> None:
+    self._waiting.put(None)
+
+  def _run(self) -> None:
+    while (item := self._waiting.get()) is not None:
+      arrays, ready = item
+      try:
+        jax.block_until_ready(arrays)
+        ready.set_result(time.perf_counter())
+      except BaseException as e:  # a failed call: raised where its result is asked for
+        ready.set_exception(e)
+
+
 class Speed:
   """Rates of a call: tokens/s, student and teacher TFLOP/s apart, MFU where the device's peak is known.
 
@@ -105,15 +137,22 @@ class Speed:
     self._teacher = flops.forward_flops(teacher.config, seq_len) if teacher else 0.0
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     self._peak = peak * jax.device_count() if peak else None
-    self._last: float | None = None
+    self._last: float | None = None  # when the device was done with the call before
+    self._is_first = True
 
-  def __call__(self, tokens: float) -> dict[str, float]:
-    """The rates since the call before; {} for the first, whose time is mostly compilation."""
-    now, last = time.perf_counter(), self._last
-    self._last = now
-    if last is None:
+  def __call__(self, tokens: float, dispatched: float, done: float) -> dict[str, float]:
+    """Rates of one call, from the end of the call before to its own; after a pause, from its dispatch. {} for the first, which compiles.
+
+    Args:
+      tokens: of the call.
+      dispatched: when its dispatch began, seconds.
+      done: when its results were ready.
+    """
+    begun = dispatched if self._last is None else self._last
+    is_first, self._is_first, self._last = self._is_first, False, done
+    if is_first:
       return {}
-    rate = tokens / max(now - last, 1e-9)
+    rate = tokens / max(done - begun, 1e-9)
     rates = {
       'tokens_per_second': rate,
       'student_tflops': rate * self._student / 1e12,
@@ -124,7 +163,7 @@ class Speed:
     return rates
 
   def pause(self) -> None:
-    """Leaves what comes next (a checkpoint, a validation pass) out of the rates."""
+    """Leave out what comes next (a checkpoint, a validation pass). The device must be idle."""
     self._last = None
 
 

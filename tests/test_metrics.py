@@ -97,47 +97,71 @@ def test_tensorboard_events_are_written(tmp_path):
   assert events.stat().st_size > 100
 
 
-def test_rates_are_tokens_over_time_and_flops_apart(monkeypatch):
-  now = iter([10.0, 12.0, 16.0])
-  monkeypatch.setattr(time, 'perf_counter', lambda: next(now))
+def test_rates_are_tokens_over_time_and_flops_apart():
   speed = Speed(MODEL, 3, MODEL, seq_len=32)
-  assert speed(1000) == {}  # the first call's time is compilation
-  rates = speed(1000)
+  assert speed(1000, dispatched=0.0, done=10.0) == {}  # the first call's time is compilation
+  rates = speed(1000, dispatched=9.0, done=12.0)
   assert rates['tokens_per_second'] == 500
   assert rates['student_tflops'] == pytest.approx(500 * 3 * flops.training_flops(MODEL.config, 32) / 1e12)
   assert rates['teacher_tflops'] == pytest.approx(500 * flops.forward_flops(MODEL.config, 32) / 1e12)
   assert 'mfu' not in rates
-  assert speed(1000)['tokens_per_second'] == 250
+  assert speed(1000, dispatched=14.0, done=16.0)['tokens_per_second'] == 250  # waiting for data counts
 
 
-def test_without_a_teacher_it_does_no_work(monkeypatch):
-  now = iter([10.0, 12.0])
-  monkeypatch.setattr(time, 'perf_counter', lambda: next(now))
+def test_without_a_teacher_it_does_no_work():
   speed = Speed(MODEL, 1, None, seq_len=32)
-  speed(1)
-  assert speed(1)['teacher_tflops'] == 0
+  speed(1, 0.0, 10.0)
+  assert speed(1, 10.0, 12.0)['teacher_tflops'] == 0
 
 
 def test_utilisation_is_given_where_the_peak_is_known(monkeypatch):
   monkeypatch.setattr(flops, 'peak_flops', lambda kind: 1e9)
-  now = iter([10.0, 12.0])
-  monkeypatch.setattr(time, 'perf_counter', lambda: next(now))
   speed = Speed(MODEL, 1, MODEL, seq_len=32)
-  speed(1)
-  rates = speed(1000)
+  speed(1, 0.0, 10.0)
+  rates = speed(1000, 10.0, 12.0)
   peak = 1e9 * metrics.jax.device_count()
   assert rates['mfu'] == pytest.approx((rates['student_tflops'] + rates['teacher_tflops']) * 1e12 / peak)
 
 
-def test_time_spent_elsewhere_is_left_out(monkeypatch):
-  now = iter([10.0, 12.0, 1000.0, 1001.0])
-  monkeypatch.setattr(time, 'perf_counter', lambda: next(now))
+def test_time_spent_elsewhere_is_left_out():
   speed = Speed(MODEL, 1, None, seq_len=32)
-  speed(1)
-  speed(1)
+  speed(1, 0.0, 10.0)
+  speed(1, 10.0, 12.0)
   speed.pause()
-  assert speed(100) == {}
-  assert speed(100)['tokens_per_second'] == 100
+  assert speed(100, dispatched=1000.0, done=1001.0)['tokens_per_second'] == 100
+
+
+class Slow:
+  """An array that is ready after a time."""
+
+  def __init__(self, seconds: float):
+    self._until = time.perf_counter() + seconds
+
+  def block_until_ready(self):
+    time.sleep(max(0.0, self._until - time.perf_counter()))
+    return self
+
+
+def test_a_call_ends_when_its_results_are_ready_even_while_the_host_is_held_up():
+  """As by the dispatch of the next call on a GPU: the time at which the host looks gave an MFU of 1.7."""
+  clock, begun = metrics.Clock(), time.perf_counter()
+  first, second = clock.watch(Slow(0.2)), clock.watch(Slow(0.4))
+  time.sleep(0.8)
+  assert 0.2 <= first.result() - begun < 0.4 <= second.result() - begun < 0.7
+  clock.close()
+
+
+def test_a_failed_call_is_raised_where_its_time_is_asked_for():
+  class Failed:
+    def block_until_ready(self):
+      raise ValueError('a device was lost')
+
+  clock = metrics.Clock()
+  failed, after = clock.watch(Failed()), clock.watch(Slow(0))
+  with pytest.raises(ValueError, match='a device was lost'):
+    failed.result()
+  assert after.result() > 0
+  clock.close()
 
 
 def test_memory_is_a_plausible_number():
