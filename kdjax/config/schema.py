@@ -236,7 +236,9 @@ class Config:
   trackers: tuple[str, ...] = ('tensorboard',)  # of the metrics, beside metrics.jsonl: tensorboard, csv, wandb
   steps_per_call: int = 1
   max_skipped: int = 20  # non-finite steps in a row before the run stops
-  deterministic: bool = True  # on GPU: XLA's deterministic reductions
+  deterministic: bool = (
+    True  # on GPU: XLA's deterministic operations; attention is then XLA's, for at most 2,048 tokens
+  )
   heartbeat_timeout: int = (
     30  # seconds after which a silent owner of a folder, or a silent process of several, counts as gone
   )

@@ -16,11 +16,14 @@ from jax.sharding import PartitionSpec as P
 
 from kdjax import backend
 from kdjax.errors import UserError
+from kdjax.runtime import environment
 from kdjax.sharding import mesh_in_use, rows_in_use
 
 IMPLEMENTATIONS = ('auto', 'xla', 'cudnn', 'splash')
 MAX_DENSE_MASK = 2048  # tokens: a [T, T] mask and the scores behind it grow with the square
 SPLASH_BLOCK = 128  # the kernel's smallest tile
+# The step's execution raises an IndexError: measured with JAX 0.11.2 and cuDNN 9.19 on an H200 (docs/DEVICE.md).
+_DETERMINISM = "XLA's deterministic operations (XLA_FLAGS, set by deterministic=True)"
 
 
 class Local(NamedTuple):
@@ -86,12 +89,14 @@ def cached_attention(
 
 
 def check_backend(implementation: str) -> None:
-  """Raises UserError for a kernel that the devices here do not run."""
+  """Raise UserError for a kernel that the devices here do not run, or not with XLA's deterministic operations."""
   needs = {'splash': 'tpu', 'cudnn': 'gpu'}.get(implementation)
   if needs and backend.name() != needs:
     raise UserError(
       f'attention={implementation} runs on {needs.upper()}s, not on {backend.name()}; set it to auto or xla'
     )
+  if implementation == 'cudnn' and environment.excludes_nondeterminism():
+    raise UserError(f'attention=cudnn fails under {_DETERMINISM}; set attention=auto, or --config.deterministic=False')
 
 
 def check_implementation(implementation: str) -> None:
@@ -184,7 +189,16 @@ def _fastest(q_BxTxHxK) -> str:
   _, n_tokens, _, head_dim = q_BxTxHxK.shape
   # cuDNN's own conditions: Ampere or later, 16 bits, head_dim a multiple of 8, an even length where there is a mask.
   fits = q_BxTxHxK.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128 and n_tokens % 2 == 0
-  return 'cudnn' if backend.name() == 'gpu' and fits and _has_ampere() else 'xla'
+  if backend.name() != 'gpu' or not fits or not _has_ampere():
+    return 'xla'
+  if not environment.excludes_nondeterminism():
+    return 'cudnn'
+  if n_tokens > MAX_DENSE_MASK:
+    raise UserError(
+      f'attention=auto: cuDNN fails under {_DETERMINISM}, and attention=xla writes out {n_tokens} x {n_tokens} scores; '
+      'set --config.deterministic=False, shorten data.seq_len, or set attention=xla if the memory allows it'
+    )
+  return 'xla'
 
 
 def _has_ampere() -> bool:

@@ -7,6 +7,7 @@ that is not installed, and commands started from a notebook inherit the notebook
 import contextlib
 import functools
 import os
+import re
 import resource
 import signal
 import sys
@@ -15,6 +16,7 @@ from kdjax.errors import UserError
 from kdjax.runtime import interrupts
 
 DETERMINISTIC = 'xla_gpu_deterministic_ops'
+STRICT = (DETERMINISTIC, 'xla_gpu_exclude_nondeterministic_ops')
 PATIENCE = 20  # seconds for XLA to read its flags
 SPACE = ' \t\r\n'  # characters that separate XLA's flags
 
@@ -32,6 +34,12 @@ def set_deterministic() -> None:
 def is_deterministic() -> bool:
   """Return whether XLA_FLAGS, or the file it names, sets the flag to any value."""
   return DETERMINISTIC in xla_flags()
+
+
+def excludes_nondeterminism() -> bool:
+  """Return whether XLA refuses operations on a GPU that are not deterministic; the last value of a flag counts."""
+  found = re.findall(rf'--({"|".join(STRICT)})(?:=(\S*))?', xla_flags())
+  return any(value.lower() in ('', 'true', '1') for value in dict(found).values())
 
 
 def xla_flags() -> str:

@@ -205,6 +205,13 @@ def test_an_unknown_implementation_is_refused():
   ],
 )
 def test_auto_chooses_by_backend(backend, capability, dtype, head_dim, chosen, monkeypatch):
+  pretend(monkeypatch, backend, capability)
+  assert attention(*inputs(8, head_dim=head_dim, dtype=dtype)) == chosen
+
+
+def pretend(monkeypatch, backend: str, capability: str = '9.0') -> None:
+  """Make `attention` return the name of the body that it would call on such a device."""
+
   class Device:
     compute_capability = capability
 
@@ -212,4 +219,18 @@ def test_auto_chooses_by_backend(backend, capability, dtype, head_dim, chosen, m
   monkeypatch.setattr(jax, 'local_devices', lambda: [Device()])
   for name in IMPLEMENTATIONS[1:]:
     monkeypatch.setattr(attention_module, name, lambda *_, name=name, **__: name)
-  assert attention(*inputs(8, head_dim=head_dim, dtype=dtype)) == chosen
+
+
+def test_with_deterministic_operations_attention_is_not_cudnn(monkeypatch):
+  """Under them cuDNN's kernel ends the step with an IndexError."""
+  pretend(monkeypatch, 'gpu')
+  monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_deterministic_ops=true')
+  assert attention(*inputs(8, head_dim=64, dtype='bfloat16')) == 'xla'
+  q = jax.ShapeDtypeStruct((1, 4096, 2, 64), jnp.bfloat16)
+  with pytest.raises(UserError, match=r'4096 x 4096 scores; set --config.deterministic=False'):
+    attention(q, q, q)
+  with pytest.raises(UserError, match=r'attention=cudnn fails under .*set attention=auto'):
+    attention_module.check_backend('cudnn')
+  monkeypatch.setenv('XLA_FLAGS', '')
+  assert attention(q, q, q) == 'cudnn'
+  attention_module.check_backend('cudnn')

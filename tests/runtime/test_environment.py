@@ -35,6 +35,23 @@ def test_the_users_own_determinism_flag_is_kept(monkeypatch):
   assert os.environ['XLA_FLAGS'] == '--xla_gpu_deterministic_ops=false'
 
 
+@pytest.mark.parametrize(
+  ('flags', 'excluded'),
+  [
+    ('', False),
+    ('--xla_a=1', False),
+    ('--xla_gpu_deterministic_ops=true', True),
+    ('--xla_gpu_deterministic_ops', True),
+    ('--xla_gpu_deterministic_ops=false', False),
+    ('--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=false', False),
+    ('--xla_gpu_deterministic_ops=false --xla_gpu_exclude_nondeterministic_ops=1', True),
+  ],
+)
+def test_which_flags_exclude_nondeterministic_operations(flags, excluded, monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', flags)
+  assert environment.excludes_nondeterminism() == excluded
+
+
 def test_a_file_of_flags_is_left_alone_and_read(monkeypatch, tmp_path):
   file = tmp_path / 'flags'
   file.write_text('--xla_a=1')
