@@ -8,9 +8,11 @@ fused over dense on the machine at hand.
 """
 
 import argparse
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from benchmarks import timing
@@ -18,6 +20,17 @@ from kdjax.config import LossConfig
 from kdjax.losses import ModelTargets, fused_loss
 
 CASES = {'32k': (2048, 512, 32768), '128k': (1024, 512, 128256), 'small': (512, 64, 2048)}
+
+
+class Case(NamedTuple):
+  """N tokens, width D of both models, V tokens of vocabulary; `chunk`: tokens a chunk, None: as the budget allows."""
+
+  n: int
+  d: int
+  v: int
+  dtype: Any
+  temperature: float
+  chunk: int | None
 
 
 def optax_loss(x, w, xt, wt, labels, weights, alpha, temperature):
@@ -29,8 +42,9 @@ def optax_loss(x, w, xt, wt, labels, weights, alpha, temperature):
   return jnp.sum(weights * ((1 - alpha) * ce + alpha * temperature**2 * optax.losses.kl_divergence(log_p, q)))
 
 
-def measure(case: str, dtype, temperature: float, rounds: int, chunk: int | None) -> str:
-  n, d, v = CASES[case]
+def compare(case: Case, rounds: int) -> dict[str, Any]:
+  """Ratios of time, with their intervals, and of temporary memory: the fused loss, the dense one, and their four products."""
+  n, d, v, dtype, temperature, chunk = case
   keys = jax.random.split(jax.random.key(0), 6)
   x, xt = (jax.random.normal(k, (1, n, d), dtype) for k in keys[:2])
   w, wt = (jax.random.normal(k, (d, v), dtype) * d**-0.5 for k in keys[2:4])
@@ -39,27 +53,29 @@ def measure(case: str, dtype, temperature: float, rounds: int, chunk: int | None
   dz = jax.random.normal(keys[5], (n, v), dtype)
   loss = LossConfig(temperature=temperature)
 
-  def fused(x, w):
+  # All arrays are arguments: the compiler would compute with constants beforehand.
+  def fused(x, w, xt, wt, labels, weights):
     return fused_loss(x, w, labels, weights, 0.4, ModelTargets(xt, wt), loss=loss, chunk=chunk)
 
-  def lean(x, w):
+  def lean(x, w, xt, wt, labels, weights):
     return fused_loss(x, w, labels, weights, 0.4, ModelTargets(xt, wt), loss=loss, chunk=chunk, diagnostics=False)[0]
 
-  def dense(x, w):
+  def dense(x, w, xt, wt, labels, weights):
     return optax_loss(x[0], w, xt[0], wt, labels[0], weights[0], 0.4, temperature)
 
   f32 = {'preferred_element_type': jnp.float32}
+  arguments = x, w, xt, wt, labels, weights
   compiled = {
-    'fused': jax.jit(jax.value_and_grad(fused, (0, 1), has_aux=True)).lower(x, w).compile(),
-    'lean': jax.jit(jax.value_and_grad(lean, (0, 1))).lower(x, w).compile(),
-    'dense': jax.jit(jax.value_and_grad(dense, (0, 1))).lower(x, w).compile(),
+    'fused': jax.jit(jax.value_and_grad(fused, (0, 1), has_aux=True)).lower(*arguments).compile(),
+    'lean': jax.jit(jax.value_and_grad(lean, (0, 1))).lower(*arguments).compile(),
+    'dense': jax.jit(jax.value_and_grad(dense, (0, 1))).lower(*arguments).compile(),
   }
   logits, hidden, head = (
     jax.jit(lambda x, w: jnp.dot(x[0], w, **f32)),
     jax.jit(lambda dz, w: jnp.dot(dz, w.T, **f32)),
     jax.jit(lambda x, dz: jnp.dot(x[0].T, dz, **f32)),
   )
-  runs = {name: (lambda f=f: f(x, w)) for name, f in compiled.items()}
+  runs = {name: (lambda f=f: f(*arguments)) for name, f in compiled.items()}
   runs |= {
     'student logits': lambda: logits(x, w),
     'teacher logits': lambda: logits(xt, wt),
@@ -69,11 +85,28 @@ def measure(case: str, dtype, temperature: float, rounds: int, chunk: int | None
   times = timing.seconds(runs, rounds)
   products = times['student logits'] + times['teacher logits'] + times['dX'] + times['dW']
   memory = {name: f.memory_analysis().temp_size_in_bytes for name, f in compiled.items()}
+  return {
+    'n': n,
+    'd': d,
+    'v': v,
+    'fused / products': timing.interval(times['fused'] / products),
+    'lean / products': timing.interval(times['lean'] / products),
+    'fused / dense': timing.interval(times['fused'] / times['dense']),
+    'products / dense': timing.interval(products / times['dense']),
+    'milliseconds': {name: 1e3 * float(np.median(t)) for name, t in (times | {'products': products}).items()},
+    'products tflops': 8 * n * d * v / float(np.median(products)) / 1e12,
+    'temporary bytes': memory,
+  }
+
+
+def row(name: str, case: Case, rounds: int) -> str:
+  found = compare(case, rounds)
+  ratios = ('fused / products', 'lean / products', 'fused / dense', 'products / dense')
+  shown = ' | '.join(timing.show(found[ratio]) for ratio in ratios)
+  fused, dense = (found['temporary bytes'][which] for which in ('fused', 'dense'))
   return (
-    f'| {case} N={n} D={d} V={v} | {jnp.dtype(dtype).name} | {temperature:g} | {timing.ratio(times["fused"], products)} '
-    f'| {timing.ratio(times["lean"], products)} | {timing.ratio(times["fused"], times["dense"])} '
-    f'| {timing.ratio(products, times["dense"])} '
-    f'| {memory["fused"] / 2**20:.0f} / {memory["dense"] / 2**20:.0f} MiB = 1/{memory["dense"] / memory["fused"]:.1f} |'
+    f'| {name} N={case.n} D={case.d} V={case.v} | {jnp.dtype(case.dtype).name} | {case.temperature:g} | {shown} '
+    f'| {fused / 2**20:.0f} / {dense / 2**20:.0f} MiB = 1/{dense / fused:.1f} |'
   )
 
 
@@ -93,7 +126,7 @@ def main():
   for case in args.case.split(','):
     for dtype in args.dtype.split(','):
       for temperature in args.temperature.split(','):
-        print(measure(case, jnp.dtype(dtype), float(temperature), args.rounds, args.chunk), flush=True)
+        print(row(case, Case(*CASES[case], jnp.dtype(dtype), float(temperature), args.chunk), args.rounds), flush=True)
 
 
 if __name__ == '__main__':

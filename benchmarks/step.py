@@ -10,13 +10,14 @@ Ratios are measured side by side in one process: median and 95% interval over th
 
 import argparse
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from kdjax import flops
+from kdjax import flops, teachers
 from kdjax.config import AlphaSchedule, LossConfig, MeshConfig, ModelConfig, OptimizerConfig
 from kdjax.losses import alpha_state
 from kdjax.models import Model, build, named
@@ -41,24 +42,36 @@ def models(vocab_size: int) -> dict[str, tuple[ModelConfig, ModelConfig]]:
 
 
 class Stepper:
-  """A compiled step with its states and a batch, called again and again."""
+  """A compiled step with its states, a teacher and a batch of random tokens, called again and again."""
 
-  def __init__(self, student: Model, teacher: Model | None, alphas: list[float], mesh):
+  def __init__(
+    self,
+    student: Model,
+    teacher: Model | None,
+    alphas: list[float],
+    mesh,
+    rows: int = ROWS,
+    tokens: int = TOKENS,
+    mask_documents: bool = True,
+  ):
     targets = tuple('teacher' if alpha else 'none' for alpha in alphas)
-    recipe = Recipe(student, teacher, targets, adamw(OPTIMIZER), learning_rate(OPTIMIZER, 1000), 1e-3, LossConfig())
+    recipe = Recipe(
+      student, teacher, targets, adamw(OPTIMIZER), learning_rate(OPTIMIZER, 1000), 1e-3, LossConfig(), mask_documents
+    )
     states, shardings = [], []
     for alpha in alphas:
       init = lambda key, alpha=alpha: init_state(recipe, alpha_state(alpha, AlphaSchedule(), 1000), key)
       shardings.append(state_shardings(recipe, jax.eval_shape(init, jax.random.key(0)), mesh))
       states.append(jax.jit(init, out_shardings=shardings[-1])(jax.random.key(0)))
-    self._states = tuple(states)
-    self._teacher = Teacher(teacher.init(jax.random.key(1)) if teacher else None)
-    self._step = make_step(recipe, shardings)
-    tokens = np.random.default_rng(0).integers(0, student.config.vocab_size, (1, ROWS, TOKENS)).astype(np.int32)
-    self._batch = {'tokens': tokens, 'labels': np.roll(tokens, -1, 2), 'segment_ids': np.ones_like(tokens)}
+    self.states = tuple(states)
+    weights = jax.jit(lambda key: teachers.in_dtype(teacher.init(key), 'auto'))(jax.random.key(1)) if teacher else None
+    self.teacher = Teacher(weights)
+    self.step: Any = make_step(recipe, shardings)
+    ids = np.random.default_rng(0).integers(0, student.config.vocab_size, (1, rows, tokens)).astype(np.int32)
+    self.batch = {'tokens': ids, 'labels': np.roll(ids, -1, 2), 'segment_ids': np.ones_like(ids)}
 
   def __call__(self):
-    self._states, metrics = self._step(self._states, self._teacher, self._batch, 1)
+    self.states, metrics = self.step(self.states, self.teacher, self.batch, 1)
     return metrics
 
 

@@ -33,7 +33,12 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> str:
   """Median of the paired ratios and its interval."""
-  return '{:.3f} [{:.3f}, {:.3f}]'.format(*interval(numerator / denominator))
+  return show(interval(numerator / denominator))
+
+
+def show(found: tuple[float, float, float]) -> str:
+  """A median and its interval as text."""
+  return '{:.3f} [{:.3f}, {:.3f}]'.format(*found)
 
 
 def environment() -> str:

@@ -73,7 +73,7 @@ def _laptop(config: ml_collections.ConfigDict) -> None:
 
 
 def _colab(config: ml_collections.ConfigDict) -> None:
-  """One accelerator, about a quarter of an hour (an estimate: not measured on one); a few epochs over the same text."""
+  """One accelerator, minutes (128 s on an H200, docs/DEVICE.md); a few epochs over the same text."""
   config.data.seq_len = 256
   config.data.vocab_size = 4096
   for section in (config.teacher, config.student):

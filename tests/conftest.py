@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 
-os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_PLATFORMS'] = os.environ.get('KDJAX_TEST_PLATFORM', 'cpu')  # cuda: for the tests that need a GPU
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'.strip()
 
 import jax
