@@ -19,7 +19,17 @@ from kdjax import config as config_lib
 from kdjax import distributed, paths, preemption
 from kdjax.config import Config, config_file
 from kdjax.data.files import NO_SPACE
-from kdjax.errors import FAILED, STOPPED, TEMPORARY, WRONG, ConfigError, ProcessLost, TrainingError, UserError
+from kdjax.errors import (
+  FAILED,
+  STOPPED,
+  TEMPORARY,
+  WRONG,
+  ConfigError,
+  ProcessLost,
+  StoreUnavailable,
+  TrainingError,
+  UserError,
+)
 from kdjax.preemption import Preempted
 from kdjax.runtime import interrupts, progress, streams
 from kdjax.runtime.options import Parser, axis, count, machines, positive, runners, seed, share  # noqa: F401 - of commands
@@ -132,6 +142,8 @@ def _reporting() -> Iterator[None]:
     _exit(e, FAILED)
   except ProcessLost as e:
     _exit_lost(e)
+  except StoreUnavailable as e:
+    _exit(UserError(f'{e}; once it does, the same command resumes from the last checkpoint'), TEMPORARY)
   except UserError as e:
     _exit(e, WRONG)
   except ImportError as e:
@@ -139,8 +151,8 @@ def _reporting() -> Iterator[None]:
       raise
     _exit(UserError(f'a path is in an object store, but {paths.said(e)}'), WRONG)
   except OSError as e:
-    if e.errno is None:
-      raise
+    if e.errno is None:  # an object store's
+      _exit(UserError(f"{paths.said(e)}; correct the path, or this machine's permissions"), FAILED)
     where, full = e.filename or 'a file', e.errno in NO_SPACE
     fix = 'free some disk space and run the same command again' if full else 'correct the path or its permissions'
     _exit(UserError(f'{where} cannot be used ({e.strerror}); {fix}'), FAILED if full else WRONG)

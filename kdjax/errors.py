@@ -33,6 +33,10 @@ class TrainingError(UserError):
   """A run that cannot go on (a non-finite loss, a lost folder). Its last good checkpoint stands."""
 
 
+class StoreUnavailable(OSError):
+  """An object store has not answered for minutes. What was saved before is whole, and the same command resumes it."""
+
+
 class OwnedError(UserError):
   """A live process is at work in a folder."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from kdjax import flops, logs, paths
-from kdjax.errors import TrainingError
+from kdjax.errors import StoreUnavailable, TrainingError
 from kdjax.models import Model
 from kdjax.runtime import progress
 from kdjax.trackers import KINDS, Csv
@@ -46,9 +46,17 @@ class MetricWriter:
       if 'csv' in trackers:
         self._mirror.fetch(Csv.FILE)
       self._trackers = [KINDS[name](local, step, about or {}) for name in trackers]
-      kept = [line for line, record in _lines(self.path) if record['step'] <= step]
-      paths.write_text(local / self.path.name, ''.join(kept))
+      kept = {record['step']: line for line, record in _lines(self.path) if record['step'] <= step}
+      paths.write_text(local / self.path.name, ''.join(kept.values()))
       self._file = open(local / self.path.name, 'a', encoding='utf-8')  # noqa: SIM115 - closed by close()
+
+    if len(kept) < step:
+      log.warning(
+        '%s: the metrics of %d of the first %d steps are lost; the checkpoint is not affected',
+        self.path,
+        step - len(kept),
+        step,
+      )
 
   def write(self, step: int, values: dict[str, float]) -> None:
     with self._disk():
@@ -59,6 +67,7 @@ class MetricWriter:
   def flush(self) -> None:
     with self._disk():
       self._file.flush()
+      os.fsync(self._file.fileno())  # a checkpoint may follow, which a crash of the host must not leave without them
       for tracker in self._trackers:
         tracker.flush()
       self._mirror.push()
@@ -76,6 +85,8 @@ class MetricWriter:
   def _disk(self) -> Iterator[None]:
     try:
       yield
+    except StoreUnavailable:
+      raise
     except OSError as e:
       raise TrainingError(
         f'{self.path} cannot be written ({e.strerror or e}); free some disk space and run the same command again: '

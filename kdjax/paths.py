@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import posixpath
+import re
 import tempfile
 import threading
 import uuid
@@ -21,12 +22,17 @@ import fsspec
 import fsspec.config
 from etils.epath import Path
 
-from kdjax.errors import UserError
+from kdjax.errors import StoreUnavailable, UserError
 
 # The stores that can hold runs: Orbax writes arrays to no other. Text is read from any that fsspec knows.
 RUNS = ('gs',)
 EXTRAS = {'gcsfs': 'gcs', 's3fs': 's3'}  # a store's client -> the extra of kdjax that brings it
-PATIENCE = 60.0  # seconds for an object store to answer the first time
+PATIENCE = 240.0  # seconds for an object store to answer the first time; its client gives up sooner (cloud_storage.py)
+
+for _protocol in ('gs', 'gcs'):
+  fsspec.register_implementation(
+    _protocol, 'kdjax.cloud_storage.CloudStorage', clobber=True, errtxt='Please install gcsfs to access Google Storage'
+  )
 
 # Others write there too: a listing that is kept is a listing that is wrong.
 for _protocol in ('gs', 'gcs', 's3'):
@@ -125,19 +131,24 @@ def under(folder: str | os.PathLike, name: str) -> Path:
   return Path(scheme + separator + posixpath.normpath(posixpath.join(rest, name)))
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-  """Readers see the old file or the new one. A file that says so already is left alone, so that a finished run may be read-only."""
+def write_text(path: str | os.PathLike, text: str, durable: bool = True) -> None:
+  """Write a whole file; readers see the old one or the new one. A file with this text is left alone, so a finished run may be read-only."""
   file = Path(path)
   with contextlib.suppress(OSError, ValueError):
     if read_bytes(file) == text.encode():
       return
-  with replacing(file) as temporary:
+  with replacing(file, durable) as temporary:
     temporary.write_text(text, encoding='utf-8')
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """A local file to be written in the block, which then takes the place of `path`, whole. Left as it was where the block fails."""
+def replacing(path: str | os.PathLike, durable: bool = True) -> Iterator[pathlib.Path]:
+  """Yield a local file to write, which then replaces `path` whole. Where the block fails, `path` stays as it was.
+
+  Args:
+    durable: flush the file and its folder, so that a crash of the host leaves the old file or the new one. Without it a crash
+      may leave an empty file: for heartbeats.
+  """
   file = Path(path)
   folder = pathlib.Path(tempfile.gettempdir() if is_remote(file) else file.parent)
   temporary = folder / f'.{uuid.uuid4().hex[:8]}.{file.name}'  # some writers go by the suffix
@@ -147,13 +158,27 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     if is_remote(file):
       file.write_bytes(temporary.read_bytes())
     else:
+      if durable:
+        flush(temporary)
       os.replace(temporary, file)
+      if durable:
+        flush(folder)
   except OSError as e:
-    e.filename = str(path)  # a full disk's error names no file
+    if e.errno is not None:  # a store's own errors are text
+      e.filename = str(path)  # a full disk's error names no file
     raise
   finally:
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
+
+
+def flush(path: str | os.PathLike) -> None:
+  """Write a file, or the names in a folder, through to the disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
@@ -164,8 +189,8 @@ def read_bytes(path: str | os.PathLike) -> bytes:
   return pathlib.Path(path).read_bytes()
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
-  write_text(path, json.dumps(value, indent=1))
+def write_json(path: str | os.PathLike, value: Any, durable: bool = True) -> None:
+  write_text(path, json.dumps(value, indent=1), durable)
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -194,22 +219,33 @@ def create(path: str | os.PathLike, text: str) -> None:
   opened = fsspec.open(os.fspath(path), 'xb') if is_remote(path) else open(path, 'xb')  # noqa: SIM115 - closed below
   with opened as file:
     file.write(text.encode())
+  if not is_remote(path):
+    flush(path)
+    flush(pathlib.Path(path).parent)
 
 
 def check(folder: str | os.PathLike) -> None:
-  """Raises UserError, in one line, where an object store cannot be written. To be asked before any device is. A disk tells by itself."""
+  """Write to an object store, before any device is asked for; local disks raise on their own.
+
+  Raises:
+    UserError: the store refuses.
+    StoreUnavailable: it does not answer.
+  """
   path = of_runs(folder)
   if not is_remote(path):
     return
-  told: list[str | None] = ['no answer']
-  # In a thread: its client tries again and again where nobody answers.
-  thread = threading.Thread(target=lambda: told.__setitem__(0, _trouble(path)), daemon=True)
+  found: list[Exception | None] = [StoreUnavailable('no answer')]
+  # In a thread: some clients retry for ever if nobody answers.
+  thread = threading.Thread(target=lambda: found.__setitem__(0, _trouble(path)), daemon=True)
   thread.start()
   thread.join(PATIENCE)
-  if told[0] is not None:
-    raise UserError(
-      f'{folder} cannot be written ({told[0]}); mend the name of the bucket, or the rights of this machine'
-    )
+  if (error := found[0]) is None:
+    return
+  if is_outage(path, error):
+    raise StoreUnavailable(f'{folder}: the store does not answer ({said(error)})') from error
+  raise UserError(
+    f"{folder} cannot be written ({said(error)}); correct the name of the bucket, or this machine's permissions"
+  )
 
 
 class Mirror:
@@ -233,14 +269,31 @@ class Mirror:
     return open(self.local / name, 'a', encoding='utf-8')
 
   def push(self) -> None:
-    """Copies what has grown since the last time."""
+    """Copy what has grown since the last time. While the store does not answer, nothing is copied: the next push does it."""
     if not self._scratch:
       return
+    with contextlib.suppress(StoreUnavailable):
+      self._push()
+
+  def _push(self) -> None:
     for file in (path for path in self.local.rglob('*') if path.is_file()):
       size = file.stat().st_size
       if self._pushed.get(file) != size:
         (self.folder / file.relative_to(self.local).as_posix()).write_bytes(file.read_bytes())
         self._pushed[file] = size
+
+
+# What TensorStore, which writes the arrays of checkpoints, says of a store that does not answer. All its errors are ValueErrors.
+_OUTAGE = re.compile(r'UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|All \d+ retry attempts failed')
+
+
+def is_outage(path: str | os.PathLike, error: BaseException | None) -> bool:
+  """Return whether an error in reading or writing `path` is the object store's, and may pass."""
+  while error is not None:
+    if isinstance(error, StoreUnavailable) or (is_remote(path) and _OUTAGE.search(str(error))):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def missing_extra(error: Exception) -> str | None:
@@ -261,14 +314,15 @@ def said(error: Exception) -> str:
   return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
 
 
-def _trouble(folder: Path) -> str | None:
+def _trouble(folder: Path) -> Exception | None:
+  """The error of writing a file there and removing it; None if there is none."""
   probe = folder / f'.probe-{uuid.uuid4().hex[:8]}'
   try:
     probe.write_text('may this be written?')
     probe.unlink()
     return None
   except Exception as e:  # whatever the store's client raises
-    return said(e)
+    return e
 
 
 def _store(path: str) -> str:

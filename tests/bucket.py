@@ -40,6 +40,11 @@ def serving() -> Iterator[int]:
     server.wait()
 
 
+def begin_outage(port: int, seconds: float, status: int = 503) -> None:
+  """Answer every request with this status for so many seconds from now; 0 ends an outage."""
+  urllib.request.urlopen(f'http://127.0.0.1:{port}/outage?seconds={seconds}&status={status}', timeout=5).close()
+
+
 def serve(port: int) -> None:
   from gcp_storage_emulator import server
   from gcp_storage_emulator.handlers import objects
@@ -73,10 +78,19 @@ def serve(port: int) -> None:
       response['x-goog-generation'] = now
       download(request, response, storage, *args, **kwargs)
 
+  outage = {'until': 0.0, 'status': http.HTTPStatus.SERVICE_UNAVAILABLE}
+
+  def begin_outage(request, response, storage):
+    outage['until'] = time.monotonic() + float(request.query['seconds'][0])
+    outage['status'] = http.HTTPStatus(int(request.query['status'][0]))
+
   def one_at_a_time(handle):
-    def handler(*args, **kwargs):
+    def handler(request, response, *args, **kwargs):
+      if time.monotonic() < outage['until']:
+        response.status = outage['status']
+        return
       with lock:
-        handle(*args, **kwargs)
+        handle(request, response, *args, **kwargs)
 
     return handler
 
@@ -84,6 +98,7 @@ def serve(port: int) -> None:
   objects.insert, objects.upload_partial, objects.download = mended.values()
   for _, handlers in server.HANDLERS:
     handlers.update({method: one_at_a_time(mended.get(handler, handler)) for method, handler in handlers.items()})
+  server.HANDLERS = ((r'^/outage$', {'GET': begin_outage}), *server.HANDLERS)
   server.server.HTTPServer = http.server.ThreadingHTTPServer  # its own takes one connection at a time
   server.create_server('127.0.0.1', port, in_memory=True, default_bucket=BUCKET).run()
 

@@ -97,6 +97,17 @@ def test_tensorboard_events_are_written(tmp_path):
   assert events.stat().st_size > 100
 
 
+def test_lost_metrics_are_reported_when_the_run_resumes(tmp_path, caplog):
+  """As after a crash of the host that emptied the file."""
+  write(tmp_path, 0, 5)
+  assert not caplog.records
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines(keepends=True)
+  (tmp_path / 'metrics.jsonl').write_text(''.join(lines[3:]))
+  write(tmp_path, 5, 6)
+  assert f'{tmp_path}/metrics.jsonl: the metrics of 3 of the first 5 steps are lost' in caplog.text
+  assert [record['step'] for record in read_metrics(tmp_path)] == [4, 5, 6]
+
+
 def test_rates_are_tokens_over_time_and_flops_apart():
   speed = Speed(MODEL, 3, MODEL, seq_len=32)
   assert speed(1000, dispatched=0.0, done=10.0) == {}  # the first call's time is compilation

@@ -18,7 +18,7 @@ from kdjax import config as config_lib
 from kdjax import train as train_command
 from kdjax.data.sources import documents, signature
 from kdjax.data.tokenizer import Tokenizer, train_bpe
-from kdjax.errors import UserError
+from kdjax.errors import StoreUnavailable, UserError
 from kdjax.huggingface import is_folder
 from kdjax.metrics import MetricWriter, read_metrics
 from kdjax.run import RunFolder
@@ -148,7 +148,7 @@ def test_a_path_is_found_again_from_a_folder_by_its_relative_name(path, start, r
 
 @pytest.mark.parametrize(
   ('folder', 'says'),
-  [('hdfs://x/runs', 'no run can be kept in hdfs://'), ('gs://nowhere/runs', 'mend the name of the')],
+  [('hdfs://x/runs', 'no run can be kept in hdfs://'), ('gs://nowhere/runs', 'correct the name of the')],
 )
 def test_a_store_that_cannot_be_written_is_told_in_one_line(store, folder, says):
   with pytest.raises(UserError, match=says) as e:
@@ -189,8 +189,20 @@ def test_no_run_is_looked_for_where_none_can_be_kept(open_it):
 def test_nobody_answers_in_time(monkeypatch):
   monkeypatch.setattr(paths, 'PATIENCE', 0.2)
   monkeypatch.setattr(paths, '_trouble', lambda *_: threading.Event().wait(2))
-  with pytest.raises(UserError, match='no answer'):
+  with pytest.raises(StoreUnavailable, match='gs://bucket/runs: the store does not answer'):
     paths.check('gs://bucket/runs')
+
+
+@pytest.mark.parametrize(
+  ('error', 'raised'),
+  [(StoreUnavailable('the store does not answer (503)'), StoreUnavailable), (OSError('HttpError: 403'), UserError)],
+)
+def test_a_store_that_is_away_at_the_start_is_not_the_users_error(error, raised, monkeypatch):
+  """A launcher restarts the one and not the other."""
+  monkeypatch.setattr(paths, '_trouble', lambda *_: error)
+  with pytest.raises(raised) as caught:
+    paths.check('gs://bucket/runs')
+  assert type(caught.value) is raised and 'gs://bucket/runs' in str(caught.value)
 
 
 def train(config, environment, *arguments) -> subprocess.CompletedProcess:
