@@ -1,8 +1,8 @@
 """Checkpoints that are verified: Orbax's atomic, asynchronous saves, with a checksum, shape and dtype for each leaf.
 
-Orbax survives a kill in mid-save but reads a flipped bit or another dtype in silence. Here each checkpoint carries, in its metadata, an
-order-sensitive integer sum of every leaf's bit pattern, computed on the devices that hold it. A restore sums again and walks back to the
-newest step that verifies, saying what it passed over and why.
+Orbax survives a kill in mid-save but reads a flipped bit or another dtype in silence. Here each checkpoint carries, in its metadata, its step
+and an integer checksum of every leaf's bits and their positions, computed on the devices that hold it. A restore computes the checksums again,
+walks back to the newest step that verifies, and logs which steps it passed over and why.
 
 A checkpoint has the items `params`, `optimizer` (moments and counts), `counters` (step, alpha, skipped updates) and `meta`; one of weights
 that come from elsewhere `params` and `meta` alone.
@@ -23,13 +23,13 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from kdjax import distributed, paths
-from kdjax.errors import ProcessLost, TrainingError, UserError
+from kdjax.errors import ProcessLost, StoreUnavailable, TrainingError, UserError
 from kdjax.sharding import path_name
 from kdjax.step import TrainState
 
 log = logging.getLogger('kdjax')
 
-FORMAT = 1
+FORMAT = 2  # of the metadata; 1 had weaker checksums, which are still read
 # What Orbax, TensorStore and the JSON parser raise on damaged files, besides a bare Exception; see tests/test_checkpoint.py.
 DAMAGE = (ValueError, KeyError, OSError, RuntimeError, TypeError, AttributeError, AssertionError)
 NOT_WRITTEN = (OSError, ValueError, RuntimeError)  # TensorStore tells of a full disk by a ValueError
@@ -159,7 +159,7 @@ class Checkpoints:
         log.warning('passing over checkpoint %d of %s: %s', step, self.folder, e)
     if steps:
       raise CheckpointDamaged(
-        f'{self.folder}: none of its checkpoints can be gone on from; delete the folder to start the run again'
+        f'{self.folder}: none of its checkpoints can be resumed; delete the folder to train the run from the start'
       )
     return None
 
@@ -168,6 +168,8 @@ class Checkpoints:
     wanted = _items(abstract)
     found = self._read(step, wanted)
     meta = found.pop('meta')
+    if (own := int(found['counters']['step'])) != step:
+      raise CheckpointDamaged(f'its state is of step {own}')
     for name, value in (fingerprints or {}).items():
       if meta['fingerprints'].get(name) != value:
         raise UserError(
@@ -186,19 +188,29 @@ class Checkpoints:
       ) from None
 
   def fingerprint(self, step: int) -> str:
-    """`params_fingerprint` of a step's weights, as they were when they were saved; reads no weights."""
+    """Return `params_fingerprint` of a step's weights as they were saved, from the metadata alone."""
     try:
-      leaves = self.meta(step)['leaves']['params']
+      meta = self.meta(step)
     except CheckpointDamaged as e:
       raise CheckpointDamaged(
         f'{self.folder}: checkpoint {step} is damaged: {e}; delete it or name another step'
       ) from None
-    return _fingerprint({name: checksum for name, (_, _, checksum) in leaves.items()})
+    return _fingerprint({name: checksum for name, (_, _, checksum) in meta['leaves']['params'].items()}, meta['format'])
 
   def meta(self, step: int) -> dict[str, Any]:
-    """The metadata of a step. Raises CheckpointDamaged where it is not what was written."""
+    """Return the metadata of a step.
+
+    Raises:
+      CheckpointDamaged: the metadata changed after it was written, or belongs to another step.
+      UserError: a newer version of kdjax wrote the checkpoint.
+    """
     args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    return _unsealed(_read(lambda: self._restore(step, args)['meta'], 'its metadata cannot be read'))
+    meta = _unsealed(_read(self.folder, lambda: self._restore(step, args)['meta'], 'its metadata cannot be read'))
+    if meta['format'] > FORMAT:
+      raise UserError(f'{self.folder}: a newer kdjax wrote checkpoint {step} (format {meta["format"]}); update kdjax')
+    if meta['step'] != step:
+      raise CheckpointDamaged(f'it is a copy of checkpoint {meta["step"]} under another name')
+    return meta
 
   def _restore(self, step: int, args: ocp.args.Composite):
     """Orbax's restore, on each process for itself: one that finds its share damaged must not leave the others in a barrier."""
@@ -216,12 +228,19 @@ class Checkpoints:
     for name, item in wanted.items():
       _check_shapes(meta['leaves'].get(name), item, f'{self.folder}, checkpoint {step}, {name}')
     args = {name: ocp.args.StandardRestore(item) for name, item in wanted.items()}
-    restored = _read(lambda: self._restore(step, ocp.args.Composite(**args)), 'it cannot be read')
+    restored = _read(self.folder, lambda: self._restore(step, ocp.args.Composite(**args)), 'it cannot be read')
     items = {name: restored[name] for name in wanted}
+    if meta['format'] < FORMAT:
+      log.info(
+        "%s: checkpoint %d has checksums of format %d, which miss some damage that today's detect; a new save has today's",
+        self.folder,
+        step,
+        meta['format'],
+      )
     for name, item in items.items():
-      for leaf, (_, _, checksum) in _describe(item).items():
+      for leaf, checksum in checksums(item, meta['format']).items():
         if checksum != meta['leaves'][name][leaf][2]:
-          raise CheckpointDamaged(f'the checksum of {name}/{leaf} is not the one that was written')
+          raise CheckpointDamaged(f'the checksum of {name}/{leaf} differs from the one that was saved')
     return items | {'meta': meta}
 
 
@@ -239,27 +258,66 @@ def steps_in(folder: str | os.PathLike) -> list[int]:
   return distributed.of_first_process(sorted(int(step.name) for step in found))
 
 
-def checksums(tree) -> dict[str, int]:
-  """An order-sensitive 32-bit sum of each leaf's bit pattern: the same on any mesh, changed by any one flipped bit."""
+def checksums(tree, version: int = FORMAT) -> dict[str, int]:
+  """Compute a 32-bit checksum of each leaf's bits and their positions: the same on any mesh.
+
+  A change of one element always changes it; any other change does but for one chance in 2^32.
+
+  Args:
+    version: the format of the checkpoint that the checksums are compared with.
+  """
   # One leaf after the other: a CPU's reduction needs as much again as what it reduces, and several programs at once, each waiting for all
   # devices, can take one another's threads on a busy CPU (XLA then aborts the process).
-  return {name: int(_bit_sum(leaf)) for name, leaf in _named(tree).items()}
+  return {name: int(_CHECKSUMS[version](leaf)) for name, leaf in _named(tree).items()}
 
 
-def params_fingerprint(params) -> str:
-  """Short hash of a model's weights."""
-  return _fingerprint(checksums(params))
+def params_fingerprint(params, like: str = '') -> str:
+  """Return a short hash of a model's weights.
+
+  Args:
+    like: an earlier fingerprint, which this one is to be compared with: the hash is computed by the version that made it.
+  """
+  version = FORMAT if not like or like.startswith(_MARK) else 1
+  return _fingerprint(checksums(params, version), version)
 
 
 @jax.jit
-def _bit_sum(x: jax.Array) -> jax.Array:
-  """Sum over the elements of bits * (an odd number of the position), modulo 2^32: an odd factor loses no bit."""
-  unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-  bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+def _mixed_sum(x: jax.Array) -> jax.Array:
+  """Sum `mix(bits ^ position)` over the elements, modulo 2^32; a position is the sum of a hash of each of its indices.
+
+  For each position `mix` is a bijection of the bits, so one changed element cannot pass.
+  """
+  position = jnp.zeros((), jnp.uint32)
+  for axis, size in enumerate(x.shape):
+    index = jax.lax.iota(jnp.uint32, size) + jnp.uint32((axis + 1) * 0x9E3779B9 % 2**32)
+    position = position + _mix(index).reshape(-1, *[1] * (x.ndim - axis - 1))
+  return jnp.sum(_mix(_unsigned(x) ^ position), dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+  """Spread each bit over the whole word: MurmurHash3's 32-bit finalizer (Appleby), a bijection."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
+
+
+@jax.jit
+def _weighted_sum(x: jax.Array) -> jax.Array:
+  """Format 1: sum bits * (an odd number of the position), modulo 2^32. Two flipped sign bits cancel."""
   position = jnp.zeros(x.shape, jnp.uint32)
   for axis, size in enumerate(x.shape):
     position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-  return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
+  return jnp.sum(_unsigned(x) * (2 * position + 1), dtype=jnp.uint32)
+
+
+_CHECKSUMS = {1: _weighted_sum, 2: _mixed_sum}
+_MARK = '2-'  # begins a fingerprint of version 2
+
+
+def _unsigned(x: jax.Array) -> jax.Array:
+  """View each element's bits as a uint32."""
+  unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+  return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -272,8 +330,9 @@ def _items(state: TrainState) -> dict[str, Any]:
   return {'params': state.params, 'optimizer': state.opt_state, 'counters': counters}
 
 
-def _fingerprint(sums: dict[str, int]) -> str:
-  return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:12]
+def _fingerprint(sums: dict[str, int], version: int) -> str:
+  digest = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:12]
+  return digest if version == 1 else _MARK + digest
 
 
 def _named(tree) -> dict[str, Any]:
@@ -318,12 +377,16 @@ def _digest(meta: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read(work: Callable[[], Any], what: str) -> Any:
-  """What `work` reads. Raises CheckpointDamaged, on every process, where one of them cannot read its share."""
+def _read(folder: epath.Path, work: Callable[[], Any], what: str) -> Any:
+  """Return what `work` reads from a folder. Raises CheckpointDamaged, on every process, where one of them cannot read its share."""
   result, error = None, None
   try:
     result = work()
   except Exception as e:
+    if paths.is_outage(folder, e):  # what cannot be read now may be sound
+      raise StoreUnavailable(
+        f'{folder}: a checkpoint cannot be read, as the store does not answer ({_first_line(e)})'
+      ) from None
     if type(e) is not Exception and not isinstance(e, DAMAGE):
       raise
     error = e
@@ -336,9 +399,13 @@ def _first_line(error: BaseException) -> str:
   return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
 
 
-def _not_written(folder: epath.Path, error: Exception) -> UserError:
+def _not_written(folder: epath.Path, error: Exception) -> Exception:
   if distributed.is_lost(error):
     return ProcessLost(_first_line(error))
+  if paths.is_outage(folder, error):
+    return StoreUnavailable(
+      f'{folder}: a checkpoint could not be saved, as the store does not answer ({_first_line(error)})'
+    )
   return TrainingError(
     f'{folder}: a checkpoint could not be written ({_first_line(error)}); free some disk space and run the same command again: '
     'it goes on from the last good checkpoint'

@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import json
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from kdjax import preemption
+from kdjax import machine, preemption
 from kdjax.errors import UserError
 from kdjax.runtime import environment, interrupts, options
 
@@ -148,6 +149,28 @@ def initialize(args: argparse.Namespace, heartbeat_timeout: int) -> None:
     )
   except (RuntimeError, ValueError) as e:
     raise UserError(f'the processes could not be joined: {str(e).splitlines()[0]}') from None
+  check_same_software()
+
+
+def check_same_software() -> None:
+  """Raise UserError, on every process, where the processes of a job run different versions: they would compute different programs."""
+  if jax.process_count() == 1:
+    return
+  mine = machine.versions() | {'kdjax': machine.git_commit()}
+  found = [json.loads(text) for text in _gather_texts(json.dumps(mine))]
+  for process, other in enumerate(found):
+    if different := [
+      f'{name} {other.get(name)} instead of {found[0][name]}' for name in found[0] if other.get(name) != found[0][name]
+    ]:
+      raise UserError(
+        f'process {process} runs {", ".join(different)} of process 0; install the same versions and the same code on all hosts'
+      )
+
+
+def _gather_texts(text: str, size: int = 4096) -> list[str]:
+  """Return the text of every process."""
+  mine = np.frombuffer(text.encode()[:size].ljust(size), np.uint8)
+  return [bytes(one).decode().rstrip() for one in np.asarray(multihost_utils.process_allgather(mine))]
 
 
 def is_lost(error: Exception) -> bool:

@@ -25,11 +25,13 @@ from kdjax.config import Config, MeshConfig
 from kdjax.data.corpus import Corpus, prepare
 from kdjax.errors import TrainingError, UserError
 from kdjax.evals.job import Job, evaluate, find, score_missing
-from kdjax.run import RunFolder
+from kdjax.run import Pulse, RunFolder
 
 log = logging.getLogger('kdjax')
 
+OVER = ('done', 'failed')  # states
 POLL = 5.0  # seconds between looks at a watched folder
+PATIENCE = 3600.0  # seconds: a launcher restarts a lost machine's processes within minutes, a spot machine may take longer to come back
 DELETING = 25  # looks at a checkpoint that could not be read
 
 
@@ -43,6 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
       '--watch', action='store_true', help='score each new checkpoint until the run ends (needs devices of its own)'
     )
+    parser.add_argument(
+      '--patience',
+      type=cli.positive,
+      default=PATIENCE,
+      metavar='SECONDS',
+      help='how long --watch waits for a trainer that was preempted, or has lost its machine, to resume; default: %(default)g',
+    )
     for axis in sharding.AXES:
       parser.add_argument(f'--{axis}', type=cli.axis, default=-1 if axis == 'fsdp' else 1, help=f'devices along {axis}')
     distributed.add_arguments(parser)
@@ -54,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     mesh = sharding.make_mesh(MeshConfig(args.replica, args.fsdp, args.tensor), flags='--replica, --fsdp, --tensor')
     with jax.set_mesh(mesh):
       if args.watch:
-        watch(paths.of_runs(args.workdir), mesh)
+        watch(paths.of_runs(args.workdir), mesh, args.patience)
       else:
         job = find(paths.of_runs(args.workdir))
         corpus = _corpus(job)
@@ -63,23 +72,27 @@ def main(argv: Sequence[str] | None = None) -> None:
       print(table.write(paths.of_runs(args.workdir), args.step))
 
 
-def watch(workdir: paths.Path, mesh: Mesh) -> None:
-  """Scores each new checkpoint of a run until its status says that it is over, then makes the table.
+def watch(workdir: paths.Path, mesh: Mesh, patience: float = PATIENCE) -> None:
+  """Score each new checkpoint of a run until its status is done or failed, then write the table.
 
-  Raises TrainingError where the run's heartbeat stops, or does not begin.
+  Args:
+    patience: seconds to wait for heartbeats that have stopped, or not begun, whatever the status.
+
+  Raises TrainingError where they stay away longer.
   """
   job = find(workdir)
   corpus = _corpus(job)
   seen: set[tuple[paths.Path, int]] = set()
-  start = time.time()
+  pulse, reported = Pulse(), False
   while True:
     preemption.check_notice()
     # Both are asked before the scoring, which may take long: what the run does meanwhile is seen the next time.
-    beats = [_status(run, 'heartbeat') or 0.0 for run in job.runs]
-    over, silent = distributed.from_first_process(
+    silence = pulse.silence([run.heartbeat() for run in job.runs])
+    over, silent, given_up = distributed.from_first_process(
       [
-        all(_status(run, 'state') in ('done', 'failed') for run in job.runs),
-        time.time() - max(start, *beats) > job.config.heartbeat_timeout,
+        all(_state(run) in OVER for run in job.runs),
+        silence > job.config.heartbeat_timeout,
+        silence > patience,
       ]
     )
     for run in job.runs:
@@ -90,11 +103,21 @@ def watch(workdir: paths.Path, mesh: Mesh) -> None:
     if over:
       evaluate(job, corpus, mesh)
       return
-    if silent:
-      raise TrainingError(
-        f'{workdir}: its trainer has been silent for more than {job.config.heartbeat_timeout} s; giving up'
+    if silent and not reported:
+      states = ', '.join(sorted({_state(run) or 'not started' for run in job.runs} - set(OVER)))
+      log.warning(
+        '%s: its trainer (%s) has been silent for %.0f s; waiting up to %g s for it to resume',
+        workdir,
+        states,
+        silence,
+        patience,
       )
-    time.sleep(min(POLL, job.config.heartbeat_timeout))
+    if given_up:
+      raise TrainingError(
+        f'{workdir}: its trainer has been silent for more than {patience:g} s; start it again, or wait longer with --patience'
+      )
+    reported = silent
+    time.sleep(min(POLL, job.config.heartbeat_timeout, patience))
 
 
 def _corpus(job: Job) -> Corpus:
@@ -116,8 +139,8 @@ def _score(job: Job, run: RunFolder, at: int, corpus: Corpus, mesh: Mesh) -> Non
     log.info('passed over %s at step %d: its trainer has deleted it', run.path, at)
 
 
-def _status(run: RunFolder, name: str):
-  return (run.status() or {}).get(name)
+def _state(run: RunFolder) -> str | None:
+  return (run.status() or {}).get('state')
 
 
 if __name__ == '__main__':

@@ -197,7 +197,8 @@ def _after_pilot(grid: GridConfig, known: list[Job]) -> list[Job]:
 def status_text(grid: GridConfig, folder: paths.Path) -> str:
   """How many jobs stand how, which run and which failed, and the time that the rest will take at the pace so far."""
   timeout = grid.base.heartbeat_timeout
-  states = [(job, runner.state(folder, job, timeout)) for job in runner.jobs_of(grid, folder)]
+  jobs = runner.jobs_of(grid, folder)
+  states = list(zip(jobs, runner.states(folder, jobs, timeout), strict=True))
   counts = Counter(state for _, state in states)
   lines = [f'{grid.name}: {folder}', ', '.join(f'{counts[name]} {name}' for name in runner.STATES)]
   for job, state in states:

@@ -33,11 +33,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import distributed, paths
-from kdjax.checkpoint import checksums
+from kdjax import distributed, machine, paths
+from kdjax.checkpoint import FORMAT, checksums
 from kdjax.config import fingerprint
 from kdjax.errors import UserError
-from kdjax.run import boot_id
 from kdjax.step import TrainState
 
 log = logging.getLogger('kdjax')
@@ -60,11 +59,11 @@ class LocalCheckpoints:
     self._home = pathlib.Path(paths.expand(folder)).absolute()
     self.folder = self._home / str(jax.process_index())
     self._abstract = abstract
-    self._identity = fingerprint([identity, jax.process_count(), _layout(abstract)])
+    self._identity = fingerprint([identity, jax.process_count(), _layout(abstract), FORMAT])
     self._writer = concurrent.futures.ThreadPoolExecutor(1, 'local-checkpoint')
     self._writing: concurrent.futures.Future | None = None
     self._last: int | None = None  # the step of the newest save
-    host = int(fingerprint([boot_id() or socket.gethostname(), str(self._home)], 8), 16)
+    host = int(fingerprint([machine.boot_id() or socket.gethostname(), str(self._home)], 8), 16)
     self._here = np.flatnonzero(_of_each(np.uint32(host)) == np.uint32(host)).tolist()
     try:
       for cut_off in self._home.glob('*/.*'):
@@ -105,7 +104,7 @@ class LocalCheckpoints:
       return False
 
   def restore(self, after: int, upto: int) -> tuple[States, int] | None:
-    """The newest that can be gone on from, verified, and its step, above `after` and not above `upto`. None where there is none."""
+    """Return the newest checkpoint that can be resumed, verified, and its step, above `after` and at most `upto`; None if there is none."""
     held = {(process, step) for process, step in self._held() if after < step <= upto}
     for step in sorted(_of_all({step for _, step in held}), reverse=True):
       states = self._restored(step, {process for process, of in held if of == step})
@@ -132,7 +131,10 @@ class LocalCheckpoints:
     states = _assembled(self._abstract, parts, gives)
     found = checksums(states)
     if distributed.on_any_process(bool(parts) and found != sums):
-      log.warning('passing over local checkpoint %d: its checksums are not those that were written', step)
+      log.warning('passing over local checkpoint %d: its checksums differ from those that were saved', step)
+      return None
+    if (own := {int(state.step) for state in states}) != {step}:
+      log.warning('passing over local checkpoint %d: its state is of step %s', step, ', '.join(map(str, sorted(own))))
       return None
     return states
 

@@ -123,7 +123,8 @@ def _start(
       placed = jax.tree.map(lambda x: x.sharding, shape)
       init = functools.partial(init_state, cohort.recipe, member.alpha)
       states.append(jax.jit(init, out_shardings=placed)(jax.random.key(cohort.seed), params))
-      known['init'] = params_fingerprint(states[-1].params)
+      recorded = (member.folder.identity() or {}).get('fingerprints', {}).get('init', '')
+      known['init'] = params_fingerprint(states[-1].params, like=recorded)
     else:
       saves[k].set_aside_after(found[k].step)
       states.append(found[k].state)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import ml_collections
 import pandas as pd
 
-from kdjax import cli, paths
+from kdjax import cli, machine, paths
 from kdjax import config as config_lib
 from kdjax.analysis import advice, advisor, effects, gridfigures, gridrows, page, summary
 from kdjax.analysis.contrasts import NOT_TESTED
@@ -28,7 +28,6 @@ from kdjax.grids import config as grid_config
 from kdjax.grids import pilots, runner
 from kdjax.grids.config import OOD_MEAN, GridConfig
 from kdjax.paths import read_json, write_text
-from kdjax.run import versions
 
 log = logging.getLogger('kdjax')
 
@@ -112,7 +111,7 @@ def facts(grid: GridConfig, folder: paths.Path, tables: Tables) -> dict[str, obj
     'scale': grid.scale,
     'data': grid.base.data.source,
     'commit': known.get('git', ''),
-    'versions': versions(),
+    'versions': machine.versions(),
     'started': time.strftime('%Y-%m-%d', time.gmtime(known.get('time', 0))),
     'teachers': sum(not job.cells for job in jobs),
     'students': sum(len(job.cells) for job in jobs),

@@ -11,26 +11,26 @@ results/       the eval job's Parquet files
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
-import platform
 import secrets
 import socket
-import subprocess
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from typing import Any
 
 import jax
 
-from kdjax import paths
+from kdjax import distributed, machine, paths
 from kdjax.data.tokenizer import Tokenizer
-from kdjax.errors import OwnedError, TrainingError, UserError
+from kdjax.errors import OwnedError, ProcessLost, StoreUnavailable, TrainingError, UserError
 from kdjax.preemption import Preempted
+
+log = logging.getLogger('kdjax')
 
 STATES = ('running', 'done', 'failed', 'preempted')
 BEAT = 2.0  # seconds
@@ -47,6 +47,7 @@ class RunFolder:
     self._tokenizer = self.path / 'tokenizer.json'
     self._token: str | None = None
     self._claim: paths.Path
+    self._status_reported = False
     self.birthmark = 0  # drawn at the first claim (on process 0): a folder that was deleted and made again has another
 
   @property
@@ -58,11 +59,26 @@ class RunFolder:
     return self.path.name
 
   def identity(self) -> dict[str, Any] | None:
-    """run.json, or None for a new folder."""
-    return paths.read_json(self.path / 'run.json')
+    """Read run.json; None for a new folder. Raises UserError where it is damaged."""
+    try:
+      return paths.read_json(self.path / 'run.json')
+    except UserError as e:
+      raise UserError(
+        f'{str(e).partition(";")[0]}; restore it, or delete it and status.json, and run the same command again: run.json is written anew, and '
+        'the checkpoints are compared with the config by the fingerprints that they carry'
+      ) from None
 
   def status(self) -> dict[str, Any] | None:
-    return paths.read_json(self.path / 'status.json')
+    """Read status.json; None where there is none, or a crash of the host has emptied it, which is logged once."""
+    try:
+      return paths.read_json(self.path / 'status.json')
+    except UserError as e:
+      if not self._status_reported:
+        log.warning(
+          '%s: ignored, as the run may have stopped anywhere; its next start writes it anew', str(e).partition(';')[0]
+        )
+      self._status_reported = True
+      return None
 
   def is_done(self) -> bool:
     return (self.status() or {}).get('state') == 'done'
@@ -96,7 +112,10 @@ class RunFolder:
     self.check_fingerprints(fingerprints)
     known['fingerprints'] = fingerprints | known['fingerprints']
     if self.writes:
-      known['commands'].append({'argv': sys.argv, 'time': time.time(), 'versions': versions(), 'git': git_commit()})
+      _report_other_versions(self.path, known['commands'])
+      known['commands'].append(
+        {'argv': sys.argv, 'time': time.time(), 'versions': machine.versions(), 'git': machine.git_commit()}
+      )
       paths.write_json(self.path / 'run.json', known)
 
   def keep_tokenizer(self, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -148,11 +167,15 @@ class RunFolder:
     self.birthmark = owner.get('birthmark') or 1 + secrets.randbelow(2**31 - 1)
     try:
       paths.create(self._claim, json.dumps(self._ownership() | {'time': time.time()}, indent=1))
+      if (
+        not self.owns()
+      ):  # this process was slow, and another one has claimed the folder, or even released it, meanwhile
+        self._claim.unlink(missing_ok=True)
+        raise FileExistsError
     except FileExistsError:
       raise OwnedError(
-        f'{self.path}: another trainer has claimed it at the same moment; this one leaves it alone'
+        f'{self.path}: another trainer claimed it at the same moment; this one leaves it alone'
       ) from None
-    self.check_owner()
     (self.path / f'owner-{number}.json').unlink(missing_ok=True)
 
   def owns(self) -> bool:
@@ -164,8 +187,8 @@ class RunFolder:
       raise TrainingError(f'{self.path}: another trainer has taken this folder over; this one stops without writing')
 
   def release(self) -> None:
-    if self.writes and self.owns():
-      with contextlib.suppress(OSError):  # a full disk: the next trainer finds this process gone
+    with contextlib.suppress(OSError):  # a full disk, a store that is away: the next trainer finds this process gone
+      if self.writes and self.owns():
         paths.write_json(self._claim, self._ownership() | {'released': time.time()})
 
   def _ownership(self) -> dict[str, Any]:
@@ -185,21 +208,24 @@ class RunFolder:
 
   def _is_gone(self, owner: dict[str, Any], timeout: float) -> bool:
     here = _this_process()
+    if not owner:  # killed in the middle of its claim
+      return True
     if all(owner.get(name) == here[name] for name in ('host', 'boot', 'pids')):
       return _start_time(owner['pid']) != owner.get('started')
-    first = (self.status() or {}).get('heartbeat')
-    if time.time() - max(first or 0, owner.get('time', 0)) > timeout:
-      return True
     print(
-      f'{self.path}: owned by a process on {owner.get("host")}; waiting up to {timeout:.0f} s for its heartbeat to stop',
+      f'{self.path}: owned by a process on {owner.get("host")}; waiting up to {timeout:.0f} s to see whether it is alive',
       flush=True,
     )
-    until = time.monotonic() + timeout
-    while time.monotonic() < until:
+    pulse = Pulse()
+    while pulse.silence(self.heartbeat()) < timeout:
       time.sleep(min(BEAT, timeout))
-      if (self.status() or {}).get('heartbeat') != first:
+      if pulse.changes:
         return False
     return True
+
+  def heartbeat(self) -> float | None:
+    """Read the last heartbeat, by its writer's clock; None before the first."""
+    return (self.status() or {}).get('heartbeat')
 
 
 def claim_all(folders: Sequence[RunFolder], timeout: float) -> None:
@@ -211,6 +237,22 @@ def claim_all(folders: Sequence[RunFolder], timeout: float) -> None:
       for claimed in folders[:k]:
         claimed.release()
       raise
+
+
+class Pulse:
+  """Measures for how long heartbeats have not changed, by this host's clock alone: clocks of two hosts may be minutes apart."""
+
+  def __init__(self) -> None:
+    self.changes = 0
+    self._last: Any = None
+    self._since: float | None = None
+
+  def silence(self, heartbeats: Any) -> float:
+    """Return the seconds since these heartbeats were first seen."""
+    if self._since is None or heartbeats != self._last:
+      self.changes += self._since is not None
+      self._last, self._since = heartbeats, time.monotonic()
+    return time.monotonic() - self._since
 
 
 class Heartbeat:
@@ -244,8 +286,10 @@ class Heartbeat:
     self._status['state'] = state
 
   def _fail(self, error: BaseException | None) -> None:
-    if isinstance(error, Preempted):
-      self._status['state'] = 'preempted'
+    if isinstance(error, (Preempted, StoreUnavailable, ProcessLost)) or (
+      isinstance(error, Exception) and distributed.is_lost(error)
+    ):
+      self._status['state'] = 'preempted'  # the launcher restarts it
     else:
       text = (str(error or '').splitlines() or [''])[0]
       self._status |= {'state': 'failed', 'error': text or type(error).__name__}
@@ -257,27 +301,20 @@ class Heartbeat:
   def _write(self) -> None:
     with self._lock:
       for folder in self._folders:
-        with contextlib.suppress(
-          OSError
-        ):  # a full disk or a moment without it must not stop the heart; the checkpoint will tell
+        with contextlib.suppress(OSError):  # a disk that is full, a store that is away: saving a checkpoint reports it
           if folder.writes and folder.owns():
-            paths.write_json(folder.path / 'status.json', {**self._status, 'heartbeat': time.time()})
+            status = {**self._status, 'heartbeat': time.time()}
+            paths.write_json(folder.path / 'status.json', status, durable=self._status['state'] != 'running')
 
 
-def versions() -> dict[str, str]:
-  names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'tokenizers')
-  return {'python': platform.python_version(), **{name: metadata.version(name) for name in names}}
-
-
-def git_commit() -> str:
-  """The commit of kdjax's checkout, '+' appended where it has changes; '' outside one."""
-  folder = pathlib.Path(__file__).parent
-  run = lambda *args: subprocess.run(('git', *args), cwd=folder, capture_output=True, text=True, check=False)
-  with contextlib.suppress(FileNotFoundError):
-    head = run('rev-parse', 'HEAD')
-    if head.returncode == 0:
-      return head.stdout.strip() + ('+' if run('status', '--porcelain', '--untracked-files=no').stdout.strip() else '')
-  return ''
+def _report_other_versions(path: paths.Path, commands: Sequence[dict[str, Any]]) -> None:
+  """Log which packages differ from those of the last start: the results may differ in their last bits."""
+  before, now = (commands[-1].get('versions', {}) if commands else {}), machine.versions()
+  changed = [f'{name} {before[name]} is now {now[name]}' for name in now if before.get(name, now[name]) != now[name]]
+  if changed:
+    log.warning(
+      '%s: resumed with other versions (%s): its results may differ in their last bits', path, ', '.join(changed)
+    )
 
 
 def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
@@ -290,22 +327,8 @@ def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
 
 def _this_process() -> dict[str, Any]:
   """Return what identifies this process, and from where it is visible."""
-  where = {'host': socket.gethostname(), 'boot': boot_id(), 'pids': _pid_namespace()}
+  where = {'host': socket.gethostname(), 'boot': machine.boot_id(), 'pids': machine.pid_namespace()}
   return where | {'pid': os.getpid(), 'started': _start_time(os.getpid())}
-
-
-def _pid_namespace() -> str:
-  """Return the PID namespace: two containers on one host may share a host name, and each have a process 1."""
-  with contextlib.suppress(OSError):
-    return os.readlink('/proc/self/ns/pid')
-  return ''
-
-
-def boot_id() -> str:
-  """Tells hosts of the same name apart, and a host from itself before a restart."""
-  with contextlib.suppress(OSError):
-    return pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
-  return ''
 
 
 def _start_time(pid: int) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kdjax import backend, flops, paths, sharding
-from kdjax.checkpoint import Checkpoints, params_fingerprint
+from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config, ModelConfig, RopeScaling, n_steps
 from kdjax.data.batches import Windows
 from kdjax.data.store import COUNTED_TOKENS
@@ -125,8 +125,16 @@ def load(
   Raises UserError where there is no such checkpoint or it does not verify.
   """
   model, params, step = weights(folder, mesh, step, like, layout)
-  known = params_fingerprint(params)
-  return model, cast(params, dtype, mesh, layout), step, known
+  return model, cast(params, dtype, mesh, layout), step, saved_fingerprint(folder, step)
+
+
+def saved_fingerprint(folder: RunFolder, step: int) -> str:
+  """Return the fingerprint of a step's weights as they were saved: older checkpoints keep the fingerprint of their version."""
+  saves = Checkpoints(folder.checkpoints, read_only=True)
+  try:
+    return saves.fingerprint(step)
+  finally:
+    saves.close()
 
 
 def weights(

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdjax import config as config_lib
-from kdjax import flops, loop, paths, pretrained, teachers
+from kdjax import flops, loop, machine, paths, pretrained, teachers
 from kdjax.cohort import Cohort, Member
 from kdjax.config import AlphaSchedule, Config, DataConfig, LossConfig, ModelConfig, StudentConfig, TeacherConfig
 from kdjax.data.batches import BatchStream, Windows
@@ -28,7 +28,7 @@ from kdjax.losses import alpha_state
 from kdjax.models import Model, build
 from kdjax.optimizer import adamw, learning_rate, phases_overrun
 from kdjax.profiling import Window
-from kdjax.run import RunFolder, git_commit, versions
+from kdjax.run import RunFolder
 from kdjax.step import Recipe, Teacher
 
 log = logging.getLogger('kdjax')
@@ -233,8 +233,8 @@ def _member(
   notes = {
     'resolved': resolved(config, folder.path),
     'origin': origin(corpus, folder.path),
-    'versions': versions(),
-    'git': git_commit(),
+    'versions': machine.versions(),
+    'git': machine.git_commit(),
   }
   return Member(folder, identity, alpha, label, notes)
 

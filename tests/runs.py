@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -162,29 +163,46 @@ def assert_close(a, b, relative):
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-  """Of a process on the CPU with so many virtual devices."""
+  """Of a process on the CPU with so many virtual devices. KDJAX_TEST_CACHE names a folder for compiled programs; without it each process compiles."""
+  cache = os.environ.get('KDJAX_TEST_CACHE')
   flags = re.sub(r'--xla_force_host_platform_device_count=\d+', '', os.environ.get('XLA_FLAGS', ''))
   return {
     **os.environ,
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count={devices}'.strip(),
     'PYTHONPATH': str(REPO),
-    'JAX_ENABLE_COMPILATION_CACHE': 'false',
+    'JAX_ENABLE_COMPILATION_CACHE': str(bool(cache)).lower(),
+    'JAX_COMPILATION_CACHE_DIR': cache or '',
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
     'PYTHONUNBUFFERED': '1',
   }
 
 
 def start(
-  config: pathlib.Path, workdir: pathlib.Path, *arguments: str, devices: int = 1, module='kdjax.train', **options: Any
+  config: pathlib.Path,
+  workdir: pathlib.Path,
+  *arguments: str,
+  devices: int = 1,
+  module='kdjax.train',
+  variables: Mapping[str, str] = types.MappingProxyType({}),
+  **options: Any,
 ) -> subprocess.Popen:
-  """`python -m kdjax.train` in a process group of its own; stdout and stderr in files beside the workdir."""
+  """Start `python -m kdjax.train`; stdout and stderr go to files beside the workdir.
+
+  Args:
+    variables: of the environment, besides the usual ones.
+    options: of subprocess.Popen.
+  """
   command = [sys.executable, '-m', module, f'--workdir={workdir}', *arguments]
   if module in ('kdjax.train', 'kdjax.grid'):
     command.insert(3, f'--config={config}')
   workdir.parent.mkdir(parents=True, exist_ok=True)
   name = f'{workdir.name}-{len(list(workdir.parent.glob(f"{workdir.name}-*.err")))}'
   with open(workdir.parent / f'{name}.out', 'w') as out, open(workdir.parent / f'{name}.err', 'w') as err:
-    process = subprocess.Popen(command, stdout=out, stderr=err, env=environment(devices), cwd=workdir.parent, **options)
+    process = subprocess.Popen(
+      command, stdout=out, stderr=err, env={**environment(devices), **variables}, cwd=workdir.parent, **options
+    )
   process.log = workdir.parent / name  # type: ignore[attr-defined]
   return process
 

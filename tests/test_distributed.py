@@ -274,3 +274,20 @@ def test_variables_that_an_earlier_slice_has_left_are_told_in_one_line(joins, en
 )
 def test_a_slice_that_is_here_is_none_of_an_earlier_one(joins, environment):
   distributed.check_environment(joins, environment, ['10.0.0.2'])
+
+
+def test_processes_with_other_versions_are_refused_by_name(monkeypatch):
+  import json
+
+  from kdjax import machine
+
+  mine = machine.versions() | {'kdjax': machine.git_commit()}
+  monkeypatch.setattr(distributed.jax, 'process_count', lambda: 3)
+  monkeypatch.setattr(distributed, '_gather_texts', lambda text: [text, text, text])
+  distributed.check_same_software()
+  other = json.dumps(mine | {'jax': '9.9'})
+  monkeypatch.setattr(distributed, '_gather_texts', lambda text: [text, text, other])
+  with pytest.raises(
+    UserError, match=rf'process 2 runs jax 9\.9 instead of {mine["jax"]} of process 0; install the same'
+  ):
+    distributed.check_same_software()

@@ -233,10 +233,34 @@ def set_status(folder: pathlib.Path, state: str | None, beat: float) -> None:
 
 
 @pytest.mark.parametrize('state', ['running', 'preempted', None])
-def test_watching_gives_up_when_the_trainer_is_silent(folder, capsys, state):
-  set_status(folder, state, time.time() - 1000)
-  found = refused([f'--workdir={folder}', '--watch'], capsys, code=1)
-  assert 'silent for more than 1 s; giving up' in found
+@pytest.mark.parametrize('skew', [-1000.0, 1000.0])
+def test_watching_gives_up_when_the_trainer_is_silent(folder, capsys, caplog, state, skew):
+  """Whatever the clock of its host says."""
+  set_status(folder, state, time.time() + skew)
+  found = refused([f'--workdir={folder}', '--watch', '--patience=3'], capsys, code=1)
+  assert 'silent for more than 3 s; start it again, or wait longer with --patience' in found
+  waiting = [record.getMessage() for record in caplog.records if 'waiting up to 3 s' in record.getMessage()]
+  assert len(waiting) == 1 and f'({state or "not started"})' in waiting[0]
+
+
+def test_watching_waits_through_a_preemption(folder, monkeypatch):
+  """Silent for longer than the heartbeat's timeout of 1 s, then back."""
+  monkeypatch.setattr(evaluate, 'POLL', 0.1)
+  late = folder / 'students' / 'baseline' / 'checkpoints' / str(tiny.STEPS)
+  shutil.move(late, folder / 'late')
+  set_status(folder, 'preempted', time.time())
+
+  def trainer():
+    time.sleep(4)
+    shutil.move(folder / 'late', late)
+    set_status(folder, 'done', time.time())
+
+  thread = threading.Thread(target=trainer)
+  thread.start()
+  forget(folder)
+  evaluate.main([f'--workdir={folder}', '--watch'])
+  thread.join()
+  assert list((folder / 'students' / 'baseline' / 'results').glob(f'in-domain-step{tiny.STEPS}-*.parquet'))
 
 
 def test_watching_ends_when_the_run_has_failed(folder, capsys):

@@ -201,12 +201,18 @@ def placed_state(mesh):
   return (state,), jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state,))
 
 
+def numbered(states, step: int):
+  """The states as they would be after so many steps, as far as a checkpoint checks it."""
+  return tuple(state._replace(step=jax.device_put(np.int32(step), state.step.sharding)) for state in states)
+
+
 def test_each_part_is_written_once_and_comes_back_where_it_was(tmp_path):
   states, abstract = placed_state(runs.mesh(2, 2, 2))
   saves = LocalCheckpoints(tmp_path, abstract, 'run')
   for step in (1, 2, 3):
-    saves.save(step, states)
+    saves.save(step, numbered(states, step))
   saves.close()
+  states = numbered(states, 3)
   saves = LocalCheckpoints(tmp_path, abstract, 'run')
   found, step = saves.restore(0, 9)
   assert step == 3
@@ -292,12 +298,15 @@ def test_where_the_config_leaves_no_room_for_any_it_is_told(home, tmp_path, fiel
 def test_the_order_of_an_array_in_memory_is_not_the_file_s(tmp_path):
   on = jax.NamedSharding(runs.mesh(1, 2, 1), jax.P('fsdp'))
   wanted = np.arange(32.0, dtype=np.float32).reshape(4, 8)
-  states = (jax.device_put(wanted, Format(Layout((1, 0)), on)),)
-  assert not np.asarray(states[0].addressable_shards[0].data).flags.c_contiguous
-  saves = LocalCheckpoints(tmp_path, (jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=on),), 'run')
-  saves.save(1, states)
+  matrix = jax.device_put(wanted, Format(Layout((1, 0)), on))
+  assert not np.asarray(matrix.addressable_shards[0].data).flags.c_contiguous
+  (state,), (abstract,) = placed_state(runs.mesh(1, 2, 1))
+  state = state._replace(params={'matrix': matrix})
+  abstract = abstract._replace(params={'matrix': jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=on)})
+  saves = LocalCheckpoints(tmp_path, (abstract,), 'run')
+  saves.save(1, numbered([state], 1))
   saves.wait()
-  runs.assert_identical(runs.host(saves.restore(0, 1)[0]), (wanted,))
+  runs.assert_identical(runs.host(saves.restore(0, 1)[0][0].params['matrix']), wanted)
   saves.close()
 
 

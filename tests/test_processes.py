@@ -135,7 +135,7 @@ def test_a_live_trainer_of_another_container_of_the_same_name_keeps_its_folder(t
     first.wait(60)
     third = subprocess.Popen(words, **pipes)  # its heartbeat has stopped: the folder is taken over after the timeout
     lines = [third.stdout.readline(), third.stdout.readline()]
-    assert 'waiting up to 5 s for its heartbeat to stop' in lines[0] and lines[1] == 'owned\n'
+    assert 'waiting up to 5 s to see whether it is alive' in lines[0] and lines[1] == 'owned\n'
     third.kill()
   finally:
     first.kill()

@@ -184,10 +184,12 @@ def score_missing(
   wanted_sets = _sets(job, corpus, sets)
   teacher = ''  # only in the students' key, because a teacher that is still training has no final step yet
   if job.teacher and not all(job.is_teacher(run) for run, _ in checkpoints):
-    teacher = f'{_weights(job.teacher, _step(job.teacher, job.teacher_step))} in {job.config.teacher.dtype}'
+    teacher = (
+      f'{teachers.saved_fingerprint(job.teacher, _step(job.teacher, job.teacher_step))} in {job.config.teacher.dtype}'
+    )
   tasks = [
     _task(job, run, step, weights, teacher, name, eval_set, corpus.train.fingerprint)
-    for run, step, weights in [(run, step, _weights(run, step)) for run, step in checkpoints]
+    for run, step, weights in [(run, step, teachers.saved_fingerprint(run, step)) for run, step in checkpoints]
     for name, eval_set in wanted_sets.items()
   ]
   missing = distributed.from_first_process([not task.file.exists() for task in tasks])
@@ -353,14 +355,6 @@ def _step(run: RunFolder, step: int) -> int:
   saves = Checkpoints(run.checkpoints, read_only=True)
   try:
     return teachers.final_step(run, saves, step)
-  finally:
-    saves.close()
-
-
-def _weights(run: RunFolder, step: int) -> str:
-  saves = Checkpoints(run.checkpoints, read_only=True)
-  try:
-    return saves.fingerprint(step)
   finally:
     saves.close()
 

@@ -64,24 +64,24 @@ def printed(work: Work, runners: int) -> str:
   return '\n'.join([line] * max(1, runners))
 
 
-def slurm_script(work: Work, runners: int, options: Sequence[str]) -> str:
-  """The batch script of an array of runners.
-
-  Slurm signals a runner before its time limit or a preemption. The runner saves and exits with TEMPORARY, and the script requeues it.
-  """
-  ask = [
+def slurm_options(work: Work, runners: int) -> list[str]:
+  """Options of sbatch for an array of runners. Slurm signals a runner before its time limit or a preemption."""
+  log = f'{paths.absolute(work.folder)}/runners/'.replace('%', '%%') + '%a.log'
+  return [
     f'--job-name={work.name}',
     f'--array=1-{max(1, runners)}',
-    f'--output={paths.absolute(work.folder)}/runners/%a.log',
+    f'--output={log}',
     '--open-mode=append',
     '--requeue',
     '--signal=TERM@120',
-    *options,
   ]
+
+
+def slurm_script(work: Work) -> str:
+  """The batch script of a runner: one that saved and has work left (TEMPORARY) goes back into the queue."""
   return '\n'.join(
     [
       '#!/usr/bin/env bash',
-      *(f'#SBATCH {option}' for option in ask),
       f'cd {shlex.quote(os.getcwd())} || exit 1',
       f'srun --ntasks=1 {shlex.join(work.words)}',
       'code=$?',
@@ -109,8 +109,10 @@ def submit_to_slurm(work: Work, runners: int, options: Sequence[str]) -> str:
   """Submits the array; returns what sbatch says."""
   (work.folder / 'runners').mkdir(parents=True, exist_ok=True)
   script = work.folder / 'runners' / 'job.sh'
-  paths.write_text(script, slurm_script(work, runners, options))
-  done = subprocess.run(['sbatch', str(script)], capture_output=True, text=True, check=False)
+  paths.write_text(script, slurm_script(work))
+  # As arguments: a #SBATCH line would be split at the blanks of a folder's name.
+  command = ['sbatch', *slurm_options(work, runners), *options, str(script)]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
   if done.returncode:
     raise UserError(f'sbatch: {(done.stderr.strip().splitlines() or ["failed"])[-1]} ({script})')
   return done.stdout.strip()

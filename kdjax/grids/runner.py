@@ -3,7 +3,7 @@
     <grid>/grid.json        the config, resolved; compared on every later start
     <grid>/corpus.json      how many documents of each set were read, dropped and kept
     <grid>/pilot.json       what the pilot chose, with its whole curve, time stamp and hash; main cells start after it, and it never changes
-    <grid>/jobs/<id>/       a unit of work: its owner, its state, its error; job.json names the result files
+    <grid>/jobs/<id>/       a unit of work: its owner, its state, its error, its unfinished attempts; job.json names the result files
     <grid>/cells/<id>/      one student's run folder (kdjax/run.py)
     <grid>/teachers/        the teachers' results; they themselves live in <runs>/teachers, shared by all grids
 
@@ -11,8 +11,10 @@ Any number of runners may work on one grid. A job is claimed as a run folder is;
 """
 
 import dataclasses
+import functools
 import json
 import logging
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -22,22 +24,22 @@ import jax
 from jax.sharding import Mesh
 
 from kdjax import config as config_lib
-from kdjax import distributed, paths, preemption, preflight, training
+from kdjax import distributed, machine, paths, preemption, preflight, run, training
 from kdjax.checkpoint import steps_in
 from kdjax.config import Config
 from kdjax.data.corpus import Corpus
 from kdjax.data.wanted import Origin
-from kdjax.errors import OwnedError, UserError
+from kdjax.errors import OwnedError, StoreUnavailable, UserError
 from kdjax.evals import job as evaluation
 from kdjax.evals import results
+from kdjax.grids import attempts, comparisons, pilots, plan
 from kdjax.grids import cells as cells_lib
-from kdjax.grids import comparisons, pilots, plan
 from kdjax.grids.cells import Cell, Group
 from kdjax.grids.config import GridConfig
 from kdjax.grids.names import exact_number, pilot_key
 from kdjax.grids.plan import Job
 from kdjax.paths import read_json, write_json
-from kdjax.run import Heartbeat, RunFolder, git_commit, versions
+from kdjax.run import Heartbeat, RunFolder
 
 log = logging.getLogger('kdjax')
 
@@ -74,8 +76,8 @@ def claim(folder: paths.Path, grid: GridConfig) -> None:
       {
         'identity': identity(grid),
         'resolved': resolved,
-        'versions': versions(),
-        'git': git_commit(),
+        'versions': machine.versions(),
+        'git': machine.git_commit(),
         'time': time.time(),
       },
     )
@@ -123,6 +125,25 @@ def state(folder: paths.Path, job: Job, timeout: float) -> str:
   if status['state'] == 'running' and time.time() - status['heartbeat'] > timeout:
     return 'stopped'
   return {'preempted': 'stopped'}.get(status['state'], status['state'])
+
+
+def states(folder: paths.Path, jobs: Sequence[Job], timeout: float) -> list[str]:
+  """Return the state of each job. A clock may be off: a heartbeat that looks old is looked at again a little later."""
+  found = [state(folder, job, timeout) for job in jobs]
+  late = [k for k, job in enumerate(jobs) if found[k] == 'stopped' and _heartbeat(folder, job)]
+  before = [_heartbeat(folder, jobs[k]) for k in late]
+  if late:
+    time.sleep(3 * run.BEAT)
+  for k, heartbeat in zip(late, before, strict=True):
+    if _heartbeat(folder, jobs[k]) != heartbeat:
+      found[k] = state(folder, jobs[k], math.inf)
+  return found
+
+
+def _heartbeat(folder: paths.Path, job: Job) -> float | None:
+  """Return the heartbeat of a job that says that it is running."""
+  status = RunFolder(folder / 'jobs' / job.id).status() or {}
+  return status.get('heartbeat') if status.get('state') == 'running' else None
 
 
 Wanted = Callable[[Sequence[Job]], set[str]]  # of all jobs that are known by now, the ids of a runner's share
@@ -195,7 +216,8 @@ class Runner:
       heart = Heartbeat([here], len(job.cells))
       with heart.beating():
         try:
-          scores = self._do(job)
+          with attempts.counted(here, functools.partial(self._saved_steps, job)):
+            scores = self._do(job)
         except OwnedError:
           heart.finish('preempted')
           raise
@@ -209,7 +231,7 @@ class Runner:
         raise
       return False  # a teacher that a runner of another grid trains at this moment
     except Exception as e:  # whatever stops one job must not stop the others; it is told, and kept with its traceback
-      if distributed.is_lost(e):
+      if distributed.is_lost(e) or isinstance(e, StoreUnavailable):
         raise
       failed[job.id] = job
       log.error('%s failed: %s', job.id, (str(e).splitlines() or [type(e).__name__])[0])
@@ -218,6 +240,12 @@ class Runner:
       if jax.process_count() > 1:
         raise
     return True
+
+  def _saved_steps(self, job: Job) -> int:
+    """Return how many steps of the job's runs are saved."""
+    teacher = None if job.cells else training.teacher_folder(job.config, self.corpus)
+    folders = [teacher] if teacher else [cell_folder(self.folder, cell) for cell in job.cells]
+    return sum(max(steps_in(folder.checkpoints), default=0) for folder in folders)
 
   def _do(self, job: Job) -> dict[str, Any]:
     """Trains and scores; returns run -> step -> set -> result file, relative to the grid's folder."""

@@ -11,13 +11,13 @@ from typing import Any
 from jax.sharding import Mesh
 
 from kdjax import config as config_lib
-from kdjax import flops, paths, sharding
+from kdjax import flops, machine, paths, sharding
 from kdjax.checkpoint import Checkpoints, params_fingerprint
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
 from kdjax.huggingface import families, weights
 from kdjax.models import build
-from kdjax.run import Heartbeat, RunFolder, claim_all, git_commit, versions
+from kdjax.run import Heartbeat, RunFolder, claim_all
 
 # The first: of a file that was being written.
 _LEFT_BY_AN_IMPORT = re.compile(r'(\.[0-9a-f]{8}\.)?((owner-\d+|status|tokenizer|run)\.json|checkpoints|logs)')
@@ -109,7 +109,8 @@ class Source:
     heart = Heartbeat([folder], STEP)
     with heart.beating():
       params = self.load(mesh)
-      known = {'tokenizer': self.tokenizer.fingerprint, 'init': params_fingerprint(params)}
+      recorded = (folder.identity() or {}).get('fingerprints', {}).get('init', '')
+      known = {'tokenizer': self.tokenizer.fingerprint, 'init': params_fingerprint(params, like=recorded)}
       saves = Checkpoints(folder.checkpoints)
       try:
         saves.save_params(STEP, params, known)
@@ -123,8 +124,8 @@ class Source:
       notes = {
         'facts': facts,
         'tokenizer': folder.keep_tokenizer(self.tokenizer),
-        'versions': versions(),
-        'git': git_commit(),
+        'versions': machine.versions(),
+        'git': machine.git_commit(),
       }
       folder.record(identity, known, notes)
       heart.finish('done')

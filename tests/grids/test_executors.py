@@ -1,6 +1,8 @@
 """Runners on other machines: what is started there, with what, and what is refused."""
 
+import dataclasses
 import os
+import pathlib
 import shlex
 import subprocess
 import sys
@@ -73,14 +75,27 @@ def test_a_slurm_runner_with_work_left_goes_back_into_the_queue(work, tmp_path, 
   for name, text in FAKES.items():
     (tmp_path / name).write_text(f'#!/bin/bash\n{text}\n')
     (tmp_path / name).chmod(0o755)
-  script = executors.slurm_script(work, 4, ['--partition=gpu'])
-  assert '#SBATCH --array=1-4\n' in script and '#SBATCH --partition=gpu\n' in script
+  script = executors.slurm_script(work)
   told = {'CODE': str(code), 'STATE': state, 'SLURM_JOB_ID': '7'}
   path = f'{tmp_path}:{os.environ["PATH"]}'
   done = subprocess.run(['bash', '-c', script], env=os.environ | told | {'PATH': path}, timeout=60, check=False)
   assert done.returncode == code
   assert (tmp_path / 'srun.said').read_text().split()[1:4] == ['-m', 'kdjax.grid', 'run']
   assert (tmp_path / 'scontrol.said').exists() == requeued
+
+
+def test_sbatch_gets_every_option_whole(work, tmp_path, monkeypatch):
+  """Whatever the names of the folder and the grid are."""
+  odd = dataclasses.replace(work, folder=paths.Path(tmp_path) / "100% my 'runs' [v1]", name='two words')
+  (tmp_path / 'sbatch').write_text('#!/bin/bash\nprintf "%s\\0" "$@" >"$0.said"\necho Submitted batch job 7\n')
+  (tmp_path / 'sbatch').chmod(0o755)
+  monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+  assert executors.submit_to_slurm(odd, 4, ['--partition=gpu']) == 'Submitted batch job 7'
+  *options, script, _ = (tmp_path / 'sbatch.said').read_text().split('\0')
+  assert {'--job-name=two words', '--array=1-4', '--requeue', '--partition=gpu'} <= set(options)
+  (log,) = [option for option in options if option.startswith('--output=')]
+  assert log.replace('%%', '%') == f'--output={odd.folder}/runners/%a.log' and log.count('%%') == 1
+  assert pathlib.Path(script).read_text() == executors.slurm_script(odd)
 
 
 def refused(capsys, *arguments) -> str:

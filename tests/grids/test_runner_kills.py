@@ -3,6 +3,8 @@
 import json
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -12,8 +14,8 @@ import pytest
 
 from kdjax import report
 from kdjax.analysis import effects
-from kdjax.errors import TEMPORARY
-from kdjax.grids import runner
+from kdjax.errors import FAILED, TEMPORARY
+from kdjax.grids import attempts, runner
 from kdjax.run import RunFolder
 from tests import runs, several, tiny
 
@@ -153,3 +155,34 @@ def test_on_a_ray_cluster_a_worker_killed_in_mid_cell_changes_nothing(cluster, u
   assert '2 runners on Ray, 2 at a time' in runs.errors(process)
   # Ray gives its workers other numbers of threads, and so other roundings.
   np.testing.assert_allclose(tables(folder)['estimate'], tables(undisturbed)['estimate'], atol=1e-3)
+
+
+POISON = """
+import os, signal
+from kdjax.grids import attempts, runner
+do = runner.Runner._do
+def poisoned(self, job):
+  if job.phase == 'pilot' and job.cells and job.cells[0].arm == 'distilled':
+    os.kill(os.getpid(), signal.SIGKILL)
+  return do(self, job)
+runner.Runner._do = poisoned
+from kdjax import grid
+grid.main()
+"""
+
+
+def test_a_job_that_kills_its_runner_is_given_up_and_the_others_are_done(tiny_grid, fresh):
+  """As a launcher restarts a runner whose job is killed for its memory."""
+  grid = tiny_grid[1]
+  config, folder = fresh
+  codes = []
+  while not codes or codes[-1] == -signal.SIGKILL:
+    command = [sys.executable, '-c', POISON, 'run', f'--config={config}', f'--workdir={folder}']
+    codes.append(subprocess.run(command, env=runs.environment(), cwd=runs.REPO, timeout=300, check=False).returncode)
+  pilot = [job for job in runner.jobs_of(grid, folder) if job.phase == 'pilot']
+  states = {job.id: runner.state(folder, job, 60) for job in pilot}
+  poisoned = [job.id for job in pilot if job.cells[0].arm == 'distilled']
+  assert codes == [-signal.SIGKILL] * attempts.MOST * len(poisoned) + [FAILED]
+  assert {job for job, state in states.items() if state == 'failed'} == set(poisoned)
+  assert {state for job, state in states.items() if job not in poisoned} == {'done'}
+  assert 'killed 3 times in a row' in (RunFolder(folder / 'jobs' / poisoned[0]).status() or {})['error']
