@@ -109,7 +109,7 @@ def write(
   ]
   data = json.dumps(
     payload(effects, contrasts, figures_note), allow_nan=False, ensure_ascii=False, separators=(',', ':')
-  ).replace('</', '<\\/')
+  ).replace('<', r'\u003c')  # '</script>' would end the element, and '<!--' change how its end is found
   page = [
     '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
     f'<link rel="icon" href="data:,"><title>{_text(title)}</title><style>{_own("page.css")}</style></head><body><main>',

@@ -17,10 +17,12 @@ from kdjax.errors import UserError
 Lines = BinaryIO | gzip.GzipFile | lzma.LZMAFile | io.BufferedReader
 File: TypeAlias = pathlib.Path | paths.Path  # on a local disk, in an object store
 MAX_WINDOW = 1 << 31  # bytes: the largest window that the zstd library decompresses
+LONGEST = 1 << 30  # bytes of a document: a few kilobytes of a compressed file can stand for more than the memory holds
 _READ = 1 << 16  # bytes of a zstd file read at once; a block of four bytes can decompress to 128 KiB of text
 _DAMAGE = (gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError, zlib.error, EOFError)
 OPENERS: dict[str, Callable[[BinaryIO], Lines]] = {
-  '': lambda file: file,
+  # A store's file reads lines of any length only.
+  '': lambda file: file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, 1 << 20),  # type: ignore[type-var]
   '.gz': lambda file: gzip.open(file, 'rb'),  # noqa: SIM115 (the caller closes it)
   '.xz': lambda file: lzma.open(file, 'rb'),  # noqa: SIM115
   '.zst': lambda file: io.BufferedReader(_ZstdFile(file), 1 << 16),
@@ -88,6 +90,22 @@ def open_text(path: File, compression: str) -> Iterator[Lines]:
     if misnamed := _misnamed(path, compression):
       raise UserError(f'{path}: {misnamed}') from error
     raise
+
+
+def read_line(lines: Lines, where: str) -> bytes:
+  """Read to the end of a line; b'' at the end of the file. Raises UserError for a line longer than LONGEST."""
+  return _limited(lines.readline(LONGEST + 1), where)
+
+
+def read_all(file: Lines, where: str) -> bytes:
+  """Read a file to its end. Raises UserError if it holds more than LONGEST bytes."""
+  return _limited(file.read(LONGEST + 1), where)
+
+
+def _limited(data: bytes, where: str) -> bytes:
+  if len(data) > LONGEST:
+    raise UserError(f'{where}: a single document of more than {LONGEST:,} bytes, decompressed; split it')
+  return data
 
 
 def _damage(path: File, compression: str, error: BaseException) -> str:

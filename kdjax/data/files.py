@@ -9,17 +9,21 @@ import os
 import pathlib
 import secrets
 import shutil
+import tempfile
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from kdjax import paths
+from kdjax import machine, paths
 from kdjax.errors import UserError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _CHUNK = 1 << 22
+SIGN_OF_LIFE = 60.0  # seconds between two signs of life of a builder, for other machines
+ABANDONED = 24 * 3600.0  # seconds without one
 
 
 class StoreDamaged(UserError):
@@ -150,7 +154,8 @@ def building(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
   except OSError as error:
     raise UserError(f'cannot write to {folder.parent}: {error.strerror}; mend that, or set data.cache') from error
   try:
-    yield temporary
+    with _alive(temporary):
+      yield temporary
     _flush(temporary)
     _rename(temporary, folder)
   except OSError as error:
@@ -163,28 +168,62 @@ def building(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def remove_leftovers(parent: pathlib.Path) -> None:
-  """Removes the temporary folders whose builder is dead: the lock of a living one is held."""
-  for path in parent.glob('.*.building-*'):
-    with contextlib.suppress(FileNotFoundError):
-      lock = os.open(path, os.O_RDONLY)
-      try:
-        if _lock(lock):
+  """Remove the temporary folders of dead builders.
+
+  On this machine the lock of a living builder is held. A lock may not reach another machine (NFS, gcsfuse), so a folder of another machine is
+  removed once it has had no sign of life for ABANDONED seconds, by the file system's own clock.
+  """
+  with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=parent) as probe:
+    now = os.fstat(probe.fileno()).st_mtime
+    for path in parent.glob('.*.building-*'):
+      with contextlib.suppress(FileNotFoundError):
+        ours = path.name.rpartition('.building-')[2].startswith(machine.name())
+        if _is_unlocked(path) if ours else now - path.stat().st_mtime > ABANDONED:
           shutil.rmtree(path, ignore_errors=True)
-      finally:
-        os.close(lock)
+
+
+def _is_unlocked(path: pathlib.Path) -> bool:
+  lock = os.open(path, os.O_RDONLY)
+  try:
+    return _lock(lock)
+  finally:
+    os.close(lock)
+
+
+@contextlib.contextmanager
+def _alive(folder: pathlib.Path) -> Iterator[None]:
+  """Show other machines that the folder's builder lives: renew the folder's time of change."""
+  done = threading.Event()
+
+  def renew():
+    while not done.wait(SIGN_OF_LIFE):
+      with contextlib.suppress(OSError):
+        os.utime(folder)
+
+  thread = threading.Thread(target=renew, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    thread.join()
 
 
 def discard(folder: pathlib.Path) -> None:
   """Removes a folder so that no half of it is ever seen under its own name."""
-  trash = folder.with_name(f'.{folder.name}.building-{secrets.token_hex(4)}')
+  trash = _temporary_name(folder)
   with contextlib.suppress(FileNotFoundError):  # another process was faster
     os.rename(folder, trash)
     shutil.rmtree(trash, ignore_errors=True)
 
 
+def _temporary_name(folder: pathlib.Path) -> pathlib.Path:
+  return folder.with_name(f'.{folder.name}.building-{machine.name()}-{secrets.token_hex(4)}')
+
+
 def _temporary_sibling(folder: pathlib.Path) -> tuple[pathlib.Path, int]:
   while True:
-    path = folder.with_name(f'.{folder.name}.building-{secrets.token_hex(4)}')
+    path = _temporary_name(folder)
     path.mkdir()
     try:
       lock = os.open(path, os.O_RDONLY)
@@ -212,11 +251,7 @@ def _lock(descriptor: int) -> bool:
 
 def _flush(folder: pathlib.Path) -> None:
   for path in [folder, *folder.rglob('*')]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-      os.fsync(descriptor)
-    finally:
-      os.close(descriptor)
+    paths.flush(path)
 
 
 def _rename(temporary: pathlib.Path, folder: pathlib.Path) -> None:
@@ -226,8 +261,4 @@ def _rename(temporary: pathlib.Path, folder: pathlib.Path) -> None:
     if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
       raise FileExistsError(folder) from error
     raise
-  descriptor = os.open(folder.parent, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+  paths.flush(folder.parent)

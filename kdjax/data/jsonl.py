@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from kdjax.data import compressed
 from kdjax.data.compressed import File, Lines
 from kdjax.data.text import decoded
 from kdjax.errors import UserError
@@ -20,10 +21,10 @@ def read(lines: Lines, path: File) -> Iterator[Record]:
   """Stream the objects of a file.
 
   Raises:
-    UserError: a line is not UTF-8 or not a JSON object.
+    UserError: a line is not UTF-8, not a JSON object, or longer than `compressed.LONGEST`.
   """
   position, number = 0, 0
-  for line in lines:
+  while line := compressed.read_line(lines, f'{path}:{number + 1}'):
     size = len(line)
     found, ends = _records(decoded(line, path, position), path, number)
     del line  # a document may fill much of the memory: keep one copy

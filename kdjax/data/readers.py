@@ -53,7 +53,7 @@ def texts(path: File, text_field: str) -> Iterator[str | NullText]:
       yield text
   else:
     with compressed.open_text(path, kind(path)[1]) as file:
-      yield decoded(file.read(), path)
+      yield decoded(compressed.read_all(file, str(path)), path)
 
 
 def token_texts(path: File, tokenizer: Tokenizer, cut: collections.Counter | None = None) -> Iterator[str]:

@@ -202,10 +202,12 @@ def test_every_column_of_the_table_is_explained(tables):
 
 
 def test_text_cannot_end_its_script(tmp_path, tables):
-  effects = tables[0][:50].assign(over='</script><b>')
+  effects = tables[0][:50].assign(over='<!--<script></script><b>')
   page.write(effects, tables[1][:0], '', {'name': '</title>'}, tmp_path / 'p.html')
   parsed = Parser((tmp_path / 'p.html').read_text(encoding='utf-8'))
-  assert not parsed.open and set(unpacked(embedded(parsed)['effects']['over'])) == {'</script><b>'}
+  assert not parsed.open and set(unpacked(embedded(parsed)['effects']['over'])) == {'<!--<script></script><b>'}
+  text = (tmp_path / 'p.html').read_text(encoding='utf-8')
+  assert '<' not in text.split('id="data">')[1].split('</script>')[0]
 
 
 def test_nothing_at_all_is_still_a_page(tmp_path):

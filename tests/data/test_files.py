@@ -1,11 +1,16 @@
 import os
 import random
+import subprocess
+import sys
+import time
 
 import pytest
 
+from kdjax import machine
 from kdjax.data import files
 from kdjax.data.files import StoreDamaged
 from kdjax.errors import UserError
+from tests import runs
 
 
 def test_a_folder_appears_only_when_its_block_has_ended(tmp_path):
@@ -68,11 +73,59 @@ def test_the_first_of_two_builders_wins_and_the_other_leaves_nothing(tmp_path):
 
 
 def test_leftovers_of_the_dead_are_removed_and_the_living_are_not(tmp_path):
-  (tmp_path / '.a.building-0123').mkdir()
+  dead = tmp_path / f'.a.building-{machine.name()}-0123'
+  dead.mkdir()
   with files.building(tmp_path / 'a') as living:
-    assert not (tmp_path / '.a.building-0123').exists()
+    assert not dead.exists()
     files.remove_leftovers(tmp_path)
     assert living.exists()
+
+
+def test_another_machines_folder_is_removed_after_a_day_without_a_sign_of_life(tmp_path, monkeypatch):
+  """Its lock does not reach this machine."""
+  living, dead = tmp_path / '.a.building-elsewhere-0123abcd-1', tmp_path / '.a.building-elsewhere-0123abcd-2'
+  for folder, age in ((living, files.ABANDONED - 60), (dead, files.ABANDONED + 60)):
+    folder.mkdir()
+    os.utime(folder, (time.time() - age,) * 2)
+  files.remove_leftovers(tmp_path)
+  assert living.exists() and not dead.exists()
+
+
+def test_a_builder_shows_that_it_lives(tmp_path, monkeypatch):
+  monkeypatch.setattr(files, 'SIGN_OF_LIFE', 0.01)
+  with files.building(tmp_path / 'a') as temporary:
+    os.utime(temporary, (0, 0))
+    runs.wait_for(lambda: temporary.stat().st_mtime > 0)
+
+
+BUILD = """
+import sys, time
+from kdjax import machine
+from kdjax.config import Config, DataConfig, EvalConfig
+from kdjax.data import corpus, files
+machine.name = lambda: sys.argv[2]
+files._lock = lambda descriptor: True
+while time.time() < float(sys.argv[3]):
+  pass
+data = DataConfig(source=sys.argv[4], tokenizer='bytes')
+print(corpus.prepare(data, EvalConfig(), sys.argv[1], progress=False).fingerprint)
+"""
+
+
+def test_builders_on_a_shared_disk_where_locks_do_not_reach_all_end_with_the_same_corpus(tmp_path):
+  text = tmp_path / 'text.jsonl'
+  text.write_text(''.join(f'{{"text": "document {i} of many, all of them different"}}\n' for i in range(3000)))
+  at = str(time.time() + 15)
+  command = lambda name: [sys.executable, '-c', BUILD, str(tmp_path / 'runs'), name, at, str(text)]
+  builders = [
+    subprocess.Popen(
+      command(f'host{i}-0000000{i}'), env=runs.environment(), cwd=runs.REPO, stdout=subprocess.PIPE, text=True
+    )
+    for i in range(3)
+  ]
+  found = [(builder.communicate(timeout=120)[0], builder.returncode) for builder in builders]
+  assert {code for _, code in found} == {0} and len({out for out, _ in found}) == 1
+  assert [path.name for path in (tmp_path / 'runs' / 'stores').iterdir() if path.name.startswith('.')] == []
 
 
 def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path):

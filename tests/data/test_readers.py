@@ -15,6 +15,7 @@ import pytest
 import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from kdjax.data import compressed
 from kdjax.data.sources import documents, records
 from kdjax.errors import UserError
 from tests.data.helpers import REPO, write_jsonl
@@ -111,6 +112,19 @@ def test_a_zstd_file_that_cannot_be_read_says_why(tmp_path, damage, said):
 
 PACK = {'.gz': gzip.compress, '.xz': lzma.compress, '.zst': zstandard.compress}
 NAMES = {'.gz': 'gzip', '.xz': 'xz', '.zst': 'zstd'}
+
+
+@pytest.mark.parametrize('suffix', ['.jsonl', '.jsonl.zst', '.jsonl.gz', '.jsonl.xz', '.txt', '.txt.zst'])
+def test_a_document_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, suffix):
+  """A few kilobytes of zstd can stand for gigabytes without a line's end."""
+  monkeypatch.setattr(compressed, 'LONGEST', 100_000)
+  path = tmp_path / f'bomb{suffix}'
+  data = b'{"text": "a"}\n{"text": "' + b'x' * 5_000_000
+  pack = {'.zst': zstandard.ZstdCompressor().compress, '.gz': gzip.compress, '.xz': lzma.compress}
+  path.write_bytes(pack.get(path.suffix, bytes)(data))
+  where = r'bomb\S*:2: ' if '.jsonl' in suffix else r'bomb\S*: '
+  with pytest.raises(UserError, match=where + 'a single document of more than 100,000 bytes, decompressed; split it'):
+    list(documents(str(path)))
 
 
 @pytest.mark.parametrize('suffix', PACK)
