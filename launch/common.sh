@@ -62,6 +62,10 @@ requires() { # names all the settings that are missing
   done
   ((${#missing[@]} == 0)) || fail "$command: missing ${missing[*]}"
 }
+check_numbers() { # refuses settings that are no whole number above or equal to 0
+  local setting
+  for setting; do [[ ${!setting} =~ ^[0-9]+$ ]] || fail "$setting=${!setting}: must be a whole number"; done
+}
 requires_train() {
   ((${#train[@]})) || fail "$command: missing -- and what python -m kdjax.train is to be given, as in -- --config=configs/weak2strong.py:scale=paper"
 }
@@ -87,6 +91,10 @@ does() { # runs a command, or shows it as one would type it
   printf '%s\n' "${line# }"
 }
 
+tracked_files() { # that are there, separated by NUL: a tracked file may have been deleted
+  local file
+  git ls-files -z | while IFS= read -r -d '' file; do [[ ! -e $file && ! -L $file ]] || printf '%s\0' "$file"; done
+}
 train_words() { printf '%q ' "${train[@]}"; } # as a shell reads them again
 
 record() { # what is about to run, from what code

@@ -44,6 +44,11 @@ run | print) requires NAME IMAGE ACCELERATOR && requires_train && requires_runs
 *) requires NAME ;;
 esac
 SLICES=${SLICES:-1} RESTARTS=${RESTARTS:-100}
+for setting in NAME IMAGE SERVICE_ACCOUNT LOCAL BUCKET train; do
+  declare -n value=$setting
+  [[ "${value[*]:-}" != *[[:cntrl:]]* ]] || fail "$command: ${setting,,} holds a control character, such as a line break"
+done
+check_numbers SLICES RESTARTS
 kube=(kubectl ${CONTEXT:+--context="$CONTEXT"} ${NAMESPACE:+--namespace="$NAMESPACE"})
 jobset=launched/$NAME/jobset.yaml
 
@@ -65,13 +70,15 @@ describe() { # from the accelerator's name: GKE's own, its topology, its hosts o
   hosts=$((chips / 4))
 }
 
+yaml() { printf "'%s'" "${1//\'/\'\'}"; } # a string in single quotes
+
 render() {
   local word
   cat <<EOF
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: '$NAME'
+  name: $(yaml "$NAME")
   annotations:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool # each slice is a node pool
 spec:
@@ -109,7 +116,7 @@ EOF
             restartPolicy: Never
             terminationGracePeriodSeconds: 120 # to save in
 EOF
-  [[ -z ${SERVICE_ACCOUNT:-} ]] || echo "            serviceAccountName: '$SERVICE_ACCOUNT'"
+  [[ -z ${SERVICE_ACCOUNT:-} ]] || echo "            serviceAccountName: $(yaml "$SERVICE_ACCOUNT")"
   ((SLICES == 1)) || [[ -n ${BUCKET:-} ]] || cat <<EOF
             hostNetwork: true
             dnsPolicy: ClusterFirstWithHostNet
@@ -126,26 +133,25 @@ EOF
   cat <<EOF
             containers:
             - name: kdjax
-              image: '$IMAGE'
+              image: $(yaml "$IMAGE")
               env: [{name: RESTARTS, value: '0'}] # see launch/supervise.sh
               resources: {limits: {google.com/tpu: 4}}
               command:
 EOF
   for word in bash launch/supervise.sh python -m kdjax.train --distributed "${train[@]}"; do
-    word=${word//\$/\$\$} # $(...) would be a variable to Kubernetes
-    printf "              - '%s'\n" "${word//\'/\'\'}"
+    printf '              - %s\n' "$(yaml "${word//\$/\$\$}")" # $(...) would be a variable to Kubernetes
   done
   [[ -n ${BUCKET:-}${LOCAL:-} ]] || return 0
   echo '              volumeMounts:'
   [[ -z ${BUCKET:-} ]] || echo '              - {name: bucket, mountPath: /mnt/bucket}'
   [[ -z ${LOCAL:-} ]] || echo '              - {name: local, mountPath: /mnt/local}'
   echo '            volumes:'
-  [[ -z ${LOCAL:-} ]] || echo "            - {name: local, hostPath: {path: '$LOCAL', type: DirectoryOrCreate}}"
+  [[ -z ${LOCAL:-} ]] || echo "            - {name: local, hostPath: {path: $(yaml "$LOCAL"), type: DirectoryOrCreate}}"
   [[ -z ${BUCKET:-} ]] || cat <<EOF
             - name: bucket
               csi:
                 driver: gcsfuse.csi.storage.gke.io
-                volumeAttributes: {bucketName: '$BUCKET', mountOptions: 'implicit-dirs,rename-dir-limit=100000'}
+                volumeAttributes: {bucketName: $(yaml "$BUCKET"), mountOptions: 'implicit-dirs,rename-dir-limit=100000'}
 EOF
 }
 

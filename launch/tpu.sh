@@ -12,10 +12,11 @@
 #   create   asks for the slice; --spot, --reserved, or on demand; --slices=N joins several (set --config.mesh.replica=N in run). What was asked
 #            for is kept in launched/, for the commands below: from another machine say it again
 #   setup    waits for the slice, copies the tracked files with their uncommitted changes to every host, and installs them
-#   run      starts training on every host, under launch/supervise.sh: what was preempted goes on by itself, a config error ends the job;
-#            what runs (commit, uncommitted changes, command) is written beside it, in launched/
+#   run      starts training on every host with launch/host.sh: a process that was preempted, crashed or lost its host to a reboot resumes by itself,
+#            a config error ends the job. The commit, the uncommitted changes and the command are recorded in launched/
 #   logs     follows host 0's
-#   resume   where the slice was taken away: deletes what is left of it, creates, sets up and runs again as before
+#   resume   runs again as before. A slice that was taken away (SUSPENDED, FAILED) is deleted and created again, one that is still queued is waited
+#            for, and nothing is changed if its state cannot be asked
 #   stop     asks every host to save and stop
 #   delete   gives the slice back
 #
@@ -62,7 +63,30 @@ on_all_hosts() { # a command on every host of every slice
 nodes() {
   if ((SLICES == 1)); then printf '%s\n' "$NAME"; else for ((i = 0; i < SLICES; i++)); do printf '%s-%d\n' "$NAME" "$i"; done; fi
 }
-state() { gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" --format='value(state.state)'; }
+state() { # of the queued resource; ABSENT where there is none. Fails where that cannot be known: a broken connection is no reason to delete anything
+  local said
+  if said=$(gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" --format='value(state.state)' 2>&1); then
+    printf '%s\n' "${said##*$'\n'}"
+  elif [[ $said == *NOT_FOUND* || $said == *'not found'* ]]; then
+    printf 'ABSENT\n'
+  else
+    printf 'UNKNOWN: %s\n' "${said%%$'\n'*}"
+  fi
+}
+wait_until_active() {
+  local now unknown=0
+  while now=$(state) && [[ $now != ACTIVE ]]; do
+    case $now in
+    SUSPENDED* | FAILED* | ABSENT) fail "$command: $NAME is $now and will not become active; see launch/tpu.sh status, and launch/tpu.sh resume to ask for it again" ;;
+    UNKNOWN*)
+      ((++unknown < 10)) || fail "$command: the state of $NAME is not known (${now#UNKNOWN: })"
+      ;;
+    *) unknown=0 ;;
+    esac
+    printf 'waiting for %s to become ACTIVE (%s)\n' "$NAME" "$now"
+    sleep "${PAUSE:-30}"
+  done
+}
 
 create() {
   local ask=(gcloud compute tpus queued-resources create "$NAME" "${place[@]}" --accelerator-type="$ACCELERATOR" --runtime-version="${RUNTIME:-$runtime}")
@@ -79,18 +103,13 @@ create() {
 }
 
 setup() {
-  if ! $dry_run; then
-    until [[ $(state) == ACTIVE ]]; do
-      printf 'waiting for %s (%s)\n' "$NAME" "$(state)"
-      sleep 30
-    done
-  fi
+  $dry_run || wait_until_active
   local archive=launched/$NAME.tar.gz
   if $dry_run; then
-    printf 'git ls-files -z | tar --null -T - -czf %s\n' "$archive"
+    printf 'pack the tracked files with their uncommitted changes into %s\n' "$archive"
   else
     mkdir -p launched
-    git ls-files -z | tar --null -T - -czf "$archive"
+    tracked_files | tar --null -T - -czf "$archive"
   fi
   local node
   for node in $(nodes); do
@@ -102,22 +121,30 @@ setup() {
 
 run() {
   record
-  on_all_hosts "cd kdjax && . .venv/bin/activate && nohup launch/supervise.sh python -m kdjax.train --distributed $(train_words)> train.log 2>&1 < /dev/null &"
+  on_all_hosts "kdjax/launch/host.sh start -- $(train_words)"
 }
 
 case $command in
 create | setup | run) "$command" ;;
 logs) does gcloud compute tpus tpu-vm ssh "$(nodes | head -n 1)" "${place[@]}" --worker=0 --command='tail -n 100 -F kdjax/train.log' ;;
 status) does gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" ;;
-stop) on_all_hosts 'pkill -TERM -f kdjax.train' ;;
+stop) on_all_hosts 'kdjax/launch/host.sh stop' ;;
 delete) does gcloud compute tpus queued-resources delete "$NAME" "${place[@]}" --force --quiet ;;
 resume)
   recall
-  if $dry_run || [[ $(state) != ACTIVE ]]; then
+  now=SUSPENDED
+  $dry_run || now=$(state)
+  case $now in
+  ACTIVE) ;;
+  SUSPENDED* | FAILED*)
     does gcloud compute tpus queued-resources delete "$NAME" "${place[@]}" --force --quiet
     create
     setup
-  fi
+    ;;
+  ABSENT) create && setup ;;
+  UNKNOWN*) fail "resume: the state of $NAME is not known, so nothing was changed (${now#UNKNOWN: })" ;;
+  *) setup ;; # asked for already, and not there yet
+  esac
   run
   ;;
 esac

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from kdjax import topology
-from tests.test_launch import DRY, KEPT, PODS, RECORDED, REPO, launch
+from tests.test_launch import DRY, KEPT, PODS, RECORDED, REPO, TRAIN, launch
 
 RENDERED = [name for name in DRY if name.startswith('gke_print')]
 
@@ -81,6 +81,30 @@ def test_the_pods_run_what_was_given():
   given = DRY['gke_print_slices']
   assert words[:6] == ['bash', 'launch/supervise.sh', 'python', '-m', 'kdjax.train', '--distributed']
   assert words[6:] == given[given.index('--') + 1 :]
+
+
+def test_names_with_quotes_are_strings_and_line_breaks_are_refused():
+  odd = [
+    "--name=it's",
+    '--image=a: "b" #c',
+    '--accelerator=v6e-8',
+    "--local=/l'x}",
+    '--bucket=b, c: d',
+    "--service-account=k'd",
+  ]
+  done = launch('gke.sh', 'print', *odd, *TRAIN, '--config.runs=/mnt/bucket/x', "--config.name=it's: {a}")
+  assert done.returncode == 0, done.stderr
+  jobset = yaml.safe_load(done.stdout)
+  (container,), volumes = pod(jobset)['containers'], {v['name']: v for v in pod(jobset)['volumes']}
+  assert jobset['metadata']['name'] == "it's" and container['image'] == 'a: "b" #c'
+  assert container['command'][-1] == "--config.name=it's: {a}" and pod(jobset)['serviceAccountName'] == "k'd"
+  assert volumes['local']['hostPath']['path'] == "/l'x}"
+  assert volumes['bucket']['csi']['volumeAttributes']['bucketName'] == 'b, c: d'
+  for arguments in ([*PODS, *KEPT, '--config.name=a\nb'], ['--name=a\nb', PODS[1], *KEPT]):
+    wrong = launch('gke.sh', 'print', '--accelerator=v6e-8', *arguments)
+    assert wrong.returncode == 2 and 'holds a control character' in wrong.stderr
+  wrong = launch('gke.sh', 'print', '--accelerator=v6e-8', *PODS, *KEPT, RESTARTS='many')
+  assert wrong.returncode == 2 and wrong.stderr == 'error: RESTARTS=many: must be a whole number\n'
 
 
 ACCELERATORS = [
