@@ -609,7 +609,8 @@ def main() -> None:
   seeds = [seed for seed in range(args.first, args.first + args.n) if seed not in done]
   print(f'{len(seeds)} faults; jax {machine.versions()["jax"]}', flush=True)
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-    for record in pool.map(lambda seed: one(base, seed), seeds):
+    for finished in concurrent.futures.as_completed([pool.submit(one, base, seed) for seed in seeds]):
+      record = finished.result()
       print(
         f'{record["seed"]:5d} {record["kind"]:22s} {record["seconds"]:6.1f} s  {record["outcome"][:100]}', flush=True
       )
