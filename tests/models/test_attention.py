@@ -215,6 +215,7 @@ def pretend(monkeypatch, backend: str, capability: str = '9.0') -> None:
   class Device:
     compute_capability = capability
 
+  monkeypatch.setenv('XLA_FLAGS', '')  # a test before may have run a command, which sets flags
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   monkeypatch.setattr(jax, 'local_devices', lambda: [Device()])
   for name in IMPLEMENTATIONS[1:]:
