@@ -430,17 +430,23 @@ def store_unavailable(case: Case) -> str:
     case.config = case.base.write_config(case.folder, case.base.home / 'stores', runs=home)
     environment = bucket.environment(port)
     command = [sys.executable, '-m', 'kdjax.train', f'--config={case.config}', f'--workdir={home}/run']
-    log = open(case.folder / 'store.err', 'w')  # noqa: SIM115 - for the process
-    process = subprocess.Popen(command, env=runs.environment() | environment, cwd=runs.REPO, stderr=log, stdout=log)
-    time.sleep(case.rng.uniform(0, 2 * case.base.seconds))
-    bucket.begin_outage(port, seconds, status)
-    case.starts += 1
-    code = process.wait(TIMEOUT + 3 * seconds)
-    text = (case.folder / 'store.err').read_text()
-    if 'Traceback' in text:
-      raise Failure(f'traceback: {text[-1500:]}')
+    code, log = None, case.folder / 'store.err'
+    while code is None or code not in ENDS:
+      with log.open('a') as file:
+        process = subprocess.Popen(
+          command, env=runs.environment() | environment, cwd=runs.REPO, stderr=file, stdout=file
+        )
+      if code is None:
+        time.sleep(case.rng.uniform(0, 2 * case.base.seconds))
+        bucket.begin_outage(port, seconds, status)
+      case.starts += 1
+      code = process.wait(TIMEOUT + 3 * seconds)
+      if 'Traceback' in log.read_text():
+        raise Failure(f'traceback: {log.read_text()[-1500:]}')
+      if case.starts > 4:
+        raise Failure(f'wrong restart: it ends with {code} every time: {log.read_text()[-300:]}')
     if code:
-      raise Failure(f'wrong end: {code}: {text[-500:]}')
+      raise Failure(f'wrong end: {code}: {log.read_text()[-500:]}')
     os.environ.update(environment)
     import fsspec
 

@@ -406,7 +406,8 @@ def _not_written(folder: epath.Path, error: Exception) -> Exception:
     return StoreUnavailable(
       f'{folder}: a checkpoint could not be saved, as the store does not answer ({_first_line(error)})'
     )
+  fix = "correct this machine's permissions on the bucket" if paths.is_remote(folder) else 'free some disk space'
   return TrainingError(
-    f'{folder}: a checkpoint could not be written ({_first_line(error)}); free some disk space and run the same command again: '
-    'it goes on from the last good checkpoint'
+    f'{folder}: a checkpoint could not be written ({_first_line(error)}); {fix} and run the same command again: '
+    'it resumes from the last good checkpoint'
   )

@@ -284,7 +284,10 @@ class Mirror:
 
 
 # What TensorStore, which writes the arrays of checkpoints, says of a store that does not answer. All its errors are ValueErrors.
-_OUTAGE = re.compile(r'UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|All \d+ retry attempts failed')
+# It retries some answers itself; a 401, as while credentials are being renewed, it does not.
+_OUTAGE = re.compile(
+  r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|All \d+ retry attempts failed|http_response_code='(401|408|429|5\d\d)'"
+)
 
 
 def is_outage(path: str | os.PathLike, error: BaseException | None) -> bool:

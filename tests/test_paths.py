@@ -186,6 +186,14 @@ def test_no_run_is_looked_for_where_none_can_be_kept(open_it):
     open_it('s3://bucket/run')
 
 
+@pytest.mark.parametrize(('code', 'passes'), [(401, True), (429, True), (503, True), (403, False), (404, False)])
+def test_which_answers_to_tensorstore_may_pass(code, passes):
+  """It writes the arrays of checkpoints and retries a 401 not at all; a fault campaign found that."""
+  error = ValueError(f"PERMISSION_DENIED: Error writing gs://bucket/runs/a: Text [http_response_code='{code}']")
+  assert paths.is_outage('gs://bucket/runs', error) == passes
+  assert not paths.is_outage('/runs', error)
+
+
 def test_nobody_answers_in_time(monkeypatch):
   monkeypatch.setattr(paths, 'PATIENCE', 0.2)
   monkeypatch.setattr(paths, '_trouble', lambda *_: threading.Event().wait(2))
