@@ -4,8 +4,8 @@
     python -m benchmarks.faults --report     write docs/FAULTS.md from the results
 
 A fault ends well if the run finishes with the bits of an undisturbed run, or if it stops with one line that names a file or folder and says what to
-do, where the launcher (launch/supervise.sh) does not restart it. Anything else is a failure: other bits, a restart that cannot help, an end that a
-restart would have mended, a traceback, or a hang.
+do, where the launcher (launch/supervise.sh) does not restart it. Anything else is a failure: other bits, a restart that cannot help, a final stop
+where a restart would have helped, a traceback, or a hang.
 """
 
 import argparse

@@ -19,6 +19,7 @@ import requests.exceptions
 from gcsfs.retry import HttpError, is_retriable
 from google.auth import exceptions as auth
 
+from kdjax import paths
 from kdjax.errors import StoreUnavailable
 
 log = logging.getLogger('kdjax')
@@ -45,14 +46,14 @@ class CloudStorage(gcsfs.GCSFileSystem):
       try:
         found = await gcsfs.core.GCSFileSystem._request.__wrapped__(self, method, path, *args, **kwargs)
       except CLIENT_ERRORS as e:
-        if not is_outage(e):
-          raise OSError(_describe(e)) from e
+        if not _may_pass(e):
+          raise OSError(paths.said(e)) from e
         if self._unavailable or time.monotonic() - since + pause > PATIENCE:
           CloudStorage._unavailable = True
-          raise StoreUnavailable(f'the store does not answer ({_describe(e)})') from e
+          raise StoreUnavailable(f'the store does not answer ({paths.said(e)})') from e
         if not reported:
           _report(
-            logging.WARNING, 'the store does not answer (%s); trying again for up to %.0f s', _describe(e), PATIENCE
+            logging.WARNING, 'the store does not answer (%s); trying again for up to %.0f s', paths.said(e), PATIENCE
           )
         reported = True
         await asyncio.sleep(pause * random.uniform(0.8, 1.2))
@@ -64,16 +65,12 @@ class CloudStorage(gcsfs.GCSFileSystem):
       return found
 
 
-def is_outage(error: Exception) -> bool:
+def _may_pass(error: Exception) -> bool:
   """Return whether an error may pass: the store is overloaded, down or out of reach, or credentials are being renewed."""
   if isinstance(error, HttpError) and str(error.code) == '401':
     return True
   passing = (aiohttp.ClientError, asyncio.TimeoutError, auth.TransportError, auth.RefreshError)
   return isinstance(error, passing) or is_retriable(error)
-
-
-def _describe(error: Exception) -> str:
-  return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
 
 
 def _report(level: int, message: str, *values: Any) -> None:

@@ -76,7 +76,7 @@ def watch(workdir: paths.Path, mesh: Mesh, patience: float = PATIENCE) -> None:
   """Score each new checkpoint of a run until its status is done or failed, then write the table.
 
   Args:
-    patience: seconds to wait for heartbeats that have stopped, or not begun, whatever the status.
+    patience: seconds to wait for heartbeats that have stopped or not yet started, whatever the status.
 
   Raises TrainingError where they stay away longer.
   """

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,8 +123,7 @@ def _start(
       placed = jax.tree.map(lambda x: x.sharding, shape)
       init = functools.partial(init_state, cohort.recipe, member.alpha)
       states.append(jax.jit(init, out_shardings=placed)(jax.random.key(cohort.seed), params))
-      recorded = (member.folder.identity() or {}).get('fingerprints', {}).get('init', '')
-      known['init'] = params_fingerprint(states[-1].params, like=recorded)
+      known['init'] = params_fingerprint(states[-1].params, like=member.folder.fingerprint('init'))
     else:
       saves[k].set_aside_after(found[k].step)
       states.append(found[k].state)
@@ -284,13 +283,22 @@ def _window(windows: Windows, i: int) -> dict[str, np.ndarray]:
   return {'tokens': empty, 'labels': empty - 1, 'segment_ids': empty}
 
 
+class _Call(NamedTuple):
+  """A dispatched call of the step: its first step, how many, their metrics, when its dispatch began, and when its results were ready."""
+
+  first: int
+  n: int
+  metrics: Any
+  dispatched: float
+  done: Future
+
+
 class _Report:
   """Writes a call's metrics once the next call has been dispatched, and stops a run that no longer learns."""
 
   def __init__(self, cohort: Cohort, start: int, asked_to_stop: StopRequest):
     self._cohort, self._asked_to_stop = cohort, asked_to_stop
-    self._pending: tuple[int, int, Any] | None = None
-    self._times: tuple[float, Future] | None = None  # of the pending call: when it was dispatched, and done
+    self._pending: _Call | None = None
     self._rates: dict[str, float] | None = None  # of the pending call, once measured
     writes = jax.process_index() == 0
     self._writers = [
@@ -305,13 +313,14 @@ class _Report:
     """Take over the metrics of a call whose dispatch began at that time."""
     done = self._clock.watch(metrics[0]['tokens'])
     self._settle()
-    self._pending, self._times = (first, n, metrics), (dispatched, done)
+    self._pending = _Call(first, n, metrics, dispatched, done)
 
   def measure(self) -> None:
     """Wait for the call that was dispatched last: what follows does not count for its rates."""
-    assert self._pending and self._times
-    (_, n, metrics), (dispatched, done) = self._pending, self._times
-    self._rates = self._speed(float(jax.device_get(metrics[0]['tokens'])[:n].sum()), dispatched, done.result())
+    assert self._pending
+    call = self._pending
+    tokens = float(jax.device_get(call.metrics[0]['tokens'])[: call.n].sum())
+    self._rates = self._speed(tokens, call.dispatched, call.done.result())
 
   def validated(self, losses: Sequence[jax.Array]) -> None:
     """The students' validation losses after that call."""
@@ -335,7 +344,7 @@ class _Report:
     if self._pending:
       if self._rates is None:
         self.measure()
-      self._write(*self._pending, validation)
+      self._write(self._pending.first, self._pending.n, self._pending.metrics, validation)
     self._pending = self._rates = None
 
   def _write(self, first: int, n: int, metrics, validation) -> None:

@@ -49,7 +49,6 @@ class MetricWriter:
       kept = {record['step']: line for line, record in _lines(self.path) if record['step'] <= step}
       paths.write_text(local / self.path.name, ''.join(kept.values()))
       self._file = open(local / self.path.name, 'a', encoding='utf-8')  # noqa: SIM115 - closed by close()
-
     if len(kept) < step:
       log.warning(
         '%s: the metrics of %d of the first %d steps are lost; the checkpoint is not affected',
@@ -159,11 +158,11 @@ class Speed:
       dispatched: when its dispatch began, seconds.
       done: when its results were ready.
     """
-    begun = dispatched if self._last is None else self._last
+    start = dispatched if self._last is None else self._last
     is_first, self._is_first, self._last = self._is_first, False, done
     if is_first:
       return {}
-    rate = tokens / max(done - begun, 1e-9)
+    rate = tokens / max(done - start, 1e-9)
     rates = {
       'tokens_per_second': rate,
       'student_tflops': rate * self._student / 1e12,

@@ -299,7 +299,7 @@ def is_outage(path: str | os.PathLike, error: BaseException | None) -> bool:
   return False
 
 
-def missing_extra(error: Exception) -> str | None:
+def missing_extra(error: BaseException) -> str | None:
   """The extra that brings the client which, as an error says, is not installed; None for any other error."""
   client = getattr(error.__cause__, 'name', None) if isinstance(error, ImportError) else None
   return EXTRAS.get(client or '')
@@ -310,7 +310,7 @@ def errors(path: str | os.PathLike) -> tuple[type[Exception], ...]:
   return (Exception,) if is_remote(path) else (OSError, UnicodeDecodeError)
 
 
-def said(error: Exception) -> str:
+def said(error: BaseException) -> str:
   """An error of a store's client in one line."""
   if extra := missing_extra(error):
     return f"its client is not installed: pip install 'kdjax[{extra}]'"

@@ -80,6 +80,10 @@ class RunFolder:
       self._status_reported = True
       return None
 
+  def fingerprint(self, name: str) -> str:
+    """Return a fingerprint that run.json records, e.g. 'tokenizer'; '' where it has none."""
+    return (self.identity() or {}).get('fingerprints', {}).get(name, '')
+
   def is_done(self) -> bool:
     return (self.status() or {}).get('state') == 'done'
 

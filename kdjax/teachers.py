@@ -100,8 +100,7 @@ def step_of(config: Config) -> int:
 def check(folder: RunFolder, field: str, tokenizer: Tokenizer, step: int = 0) -> None:
   """Raises UserError where the run that a config's `field` names learned from another tokenizer, or is not finished."""
   model_of(folder)
-  known = (folder.identity() or {}).get('fingerprints', {}).get('tokenizer')
-  check_tokenizer(f'{field} = {folder.path}', known, tokenizer)
+  check_tokenizer(f'{field} = {folder.path}', folder.fingerprint('tokenizer') or None, tokenizer)
   if not step and not folder.is_done():
     raise UserError(
       f'{field} = {folder.path} is not finished; wait for it, or name one of its checkpoints with --config.teacher.step'

@@ -155,10 +155,10 @@ class Slow:
 
 def test_a_call_ends_when_its_results_are_ready_even_while_the_host_is_held_up():
   """As by the dispatch of the next call on a GPU: the time at which the host looks gave an MFU of 1.7."""
-  clock, begun = metrics.Clock(), time.perf_counter()
+  clock, start = metrics.Clock(), time.perf_counter()
   first, second = clock.watch(Slow(0.2)), clock.watch(Slow(0.4))
   time.sleep(0.8)
-  assert 0.2 <= first.result() - begun < 0.4 <= second.result() - begun < 0.7
+  assert 0.2 <= first.result() - start < 0.4 <= second.result() - start < 0.7
   clock.close()
 
 

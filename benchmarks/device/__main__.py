@@ -19,7 +19,7 @@ import traceback
 
 DOCS = pathlib.Path(__file__).parents[2] / 'docs'
 RESULTS = DOCS / 'results' / 'device.jsonl'
-# part -> most seconds that it may take; the most valuable first. Together 470: with the parts' start-up, eight minutes.
+# part -> most seconds that it may take; the most valuable first. The last one has what the others leave of ALL.
 PARTS = {'correctness': 120, 'loss': 60, 'throughput': 150, 'resume': 80, 'liger': 30, 'main_job': 150}
 ALL = 470  # seconds
 # How much memory JAX takes of a GPU at the start of a part: nearly all, or only what it uses where other processes use the GPU too.

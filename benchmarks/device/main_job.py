@@ -1,7 +1,5 @@
 """The main job at `scale=colab`: how long it takes, and the table it prints."""
 
-import pathlib
-import re
 import subprocess
 import sys
 import tempfile
@@ -27,17 +25,4 @@ def main_job(size: Size) -> dict:
     seconds = time.monotonic() - start
     if done.returncode:
       raise RuntimeError(f'ended with code {done.returncode}: {done.stderr[-300:]}')
-    logs = [file.read_text() for file in pathlib.Path(folder).glob('runs/*/log.txt')]
-    shown = ' '.join(['python -m kdjax.train', *scale])
-    return {
-      'command': shown,
-      'wall seconds': seconds,
-      'table': done.stdout,
-      'rates': rates(''.join(logs) + done.stderr),
-    }
-
-
-def rates(text: str) -> list[str]:
-  """The log's lines that state a rate, the last of each kind."""
-  found = {line.split(':')[0]: line.strip() for line in re.split(r'[\r\n]', text) if 'tokens/s' in line}
-  return list(found.values())[-5:]
+    return {'command': ' '.join(['python -m kdjax.train', *scale]), 'wall seconds': seconds, 'table': done.stdout}

@@ -17,9 +17,10 @@ def write(results: pathlib.Path) -> str:
 
   rows = read(results)
   by_part = {part: [row for row in rows if row['part'] == part] for part in PARTS}
-  text = PEERS_PAGE.format(
-    environment=next((row['environment'] for row in rows if 'environment' in row), None)
-    or 'It has not run on an accelerator yet.',
+  text = TEXT.format(
+    environment=next(
+      (environment(row) for row in rows if 'environment' in row), 'It has not run on an accelerator yet.'
+    ),
     failures='\n'.join(f'- {line}' for line in failures(by_part)) or '- none',
     correctness='\n'.join(correctness_rows(by_part['correctness'])),
     loss='\n'.join(loss_rows(by_part['loss'], by_part['liger'])),
@@ -30,6 +31,11 @@ def write(results: pathlib.Path) -> str:
   return text
 
 
+def environment(row: dict) -> str:
+  """Versions and hardware, and how the results came about if it was not one plain run."""
+  return f'{row["environment"]}.' + (f' {row["note"]}' if 'note' in row else '')
+
+
 def failures(by_part: dict[str, list[dict]]) -> Iterator[str]:
   """One line for each part that is missing, each case that raised, each number beyond its bar and each property that does not hold."""
   for part, rows in by_part.items():
@@ -38,7 +44,7 @@ def failures(by_part: dict[str, list[dict]]) -> Iterator[str]:
     for row in rows:
       name = f'`{part}`, {row["case"]}'
       if 'error' in row:
-        yield f'{name}: {row["error"]}'
+        yield f'{name}: {row["error"]}' + (f' ({row["note"]})' if 'note' in row else '')
       if row.get('missing'):
         yield f'{name}: {", ".join(row["missing"])}'
       for key, value in row.items():
@@ -109,7 +115,7 @@ def main_job_lines(rows: list[dict]) -> Iterator[str]:
       yield f'`{row["command"]}` took {row["wall seconds"]:.0f} s, data and evaluation included. It printed:\n\n```\n{row["table"].strip()}\n```'
 
 
-PEERS_PAGE = """# On an accelerator
+TEXT = """# On an accelerator
 
 Measured by `python -m benchmarks.device` (results: `docs/results/device.jsonl`). {environment}
 

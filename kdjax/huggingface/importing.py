@@ -109,8 +109,8 @@ class Source:
     heart = Heartbeat([folder], STEP)
     with heart.beating():
       params = self.load(mesh)
-      recorded = (folder.identity() or {}).get('fingerprints', {}).get('init', '')
-      known = {'tokenizer': self.tokenizer.fingerprint, 'init': params_fingerprint(params, like=recorded)}
+      init = params_fingerprint(params, like=folder.fingerprint('init'))
+      known = {'tokenizer': self.tokenizer.fingerprint, 'init': init}
       saves = Checkpoints(folder.checkpoints)
       try:
         saves.save_params(STEP, params, known)
