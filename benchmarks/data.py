@@ -20,7 +20,7 @@ from kdjax.data.batches import BatchStream, Windows
 from kdjax.data.store import TokenStore, write_store
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.models import build
-from kdjax.sharding import make_mesh
+from kdjax.runtime.sharding import make_mesh
 
 TOKENS_PER_STEP = 16_384
 

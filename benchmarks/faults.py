@@ -36,8 +36,8 @@ import pandas as pd
 
 from kdjax import machine
 from kdjax.errors import FAILED, STOPPED, WRONG
-from kdjax.evals import results
-from tests import bucket, runs, several, tiny
+from kdjax.scoring import results
+from tests import bucket, commands, several, tiny
 
 FILE = pathlib.Path(__file__).parents[1] / 'docs' / 'results' / 'faults.jsonl'
 PAGE = FILE.parents[1] / 'FAULTS.md'
@@ -71,7 +71,7 @@ class Base:
     self.config = self.write_config(home / 'whole', home / 'stores')
     began = time.monotonic()
     if not (self.whole / 'table.txt').exists():
-      (code,) = runs.finish(runs.start(self.config, self.whole), timeout=TIMEOUT)
+      (code,) = commands.finish(commands.start(self.config, self.whole), timeout=TIMEOUT)
       assert code == 0
     self.seconds = max(6.0, time.monotonic() - began)
 
@@ -124,22 +124,22 @@ class Case:
 
   def start(self, *arguments: str, module: str = 'kdjax.train', **variables: str) -> subprocess.Popen:
     self.starts += 1
-    return runs.start(self.config, self.run, *arguments, module=module, variables=variables, start_new_session=True)
+    return commands.start(self.config, self.run, *arguments, module=module, variables=variables, start_new_session=True)
 
   def wait(self, process: subprocess.Popen) -> int:
     try:
       code = process.wait(TIMEOUT)
     except subprocess.TimeoutExpired:
       os.killpg(process.pid, signal.SIGKILL)
-      raise Failure(f'hangs: {runs.errors(process)[-300:]}') from None
-    if 'Traceback' in runs.errors(process):
-      raise Failure(f'traceback: {runs.errors(process)[-1500:]}')
+      raise Failure(f'hangs: {commands.errors(process)[-300:]}') from None
+    if 'Traceback' in commands.errors(process):
+      raise Failure(f'traceback: {commands.errors(process)[-1500:]}')
     return code
 
   def kill(self, process: subprocess.Popen, after: float) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
       process.wait(after)
-    runs.kill(process)
+    commands.kill(process)
 
   def launch(self, *arguments: str, module: str = 'kdjax.train') -> tuple[int, subprocess.Popen]:
     """Do what launch/supervise.sh does. Raises Failure where restarts do not help."""
@@ -147,28 +147,28 @@ class Case:
       process = self.start(*arguments, module=module)
       if (code := self.wait(process)) in ENDS:
         return code, process
-    raise Failure(f'wrong restart: it ends with {code} every time: {runs.errors(process)[-300:]}')
+    raise Failure(f'wrong restart: it ends with {code} every time: {commands.errors(process)[-300:]}')
 
   def finish(self, may_stop: bool = False, module: str = 'kdjax.train') -> str:
     """Launch until it ends, and judge."""
     code, process = self.launch(module=module)
     if code == 0:
       for arm in self.lost:
-        if f'{self.run / "students" / arm / "metrics.jsonl"}: the metrics of' not in runs.errors(process):
+        if f'{self.run / "students" / arm / "metrics.jsonl"}: the metrics of' not in commands.errors(process):
           raise Failure(f'silent loss: the metrics of {arm}')
       self.compare()
       return SAME
     check_line(process, self.folder)
     if not may_stop:
-      raise Failure(f'wrong end: {code}, where a restart would have helped: {runs.errors(process)[-300:]}')
+      raise Failure(f'wrong end: {code}, where a restart would have helped: {commands.errors(process)[-300:]}')
     return STOPS
 
   def compare(self) -> None:
     for arm in ARMS:
       one, other = self.run / 'students' / arm, self.expected / 'students' / arm
-      if runs.leaves(one) != runs.leaves(other):
+      if commands.leaves(one) != commands.leaves(other):
         raise Failure(f'silent difference: the weights of {arm}')
-      got, wanted = runs.metrics(one), runs.metrics(other)
+      got, wanted = commands.metrics(one), commands.metrics(other)
       if arm in self.lost:
         wanted = [record for record in wanted if record['step'] >= got[0]['step']]
       if got != wanted:
@@ -183,9 +183,9 @@ class Case:
 
 def check_line(process: subprocess.Popen, folder: pathlib.Path) -> None:
   """Raise Failure unless stderr holds one error of one line that names something in the folder."""
-  lines = [line for line in runs.errors(process).splitlines() if line.startswith('error: ')]
+  lines = [line for line in commands.errors(process).splitlines() if line.startswith('error: ')]
   if len(lines) != 1 or str(folder) not in lines[0] or ';' not in lines[0]:
-    raise Failure(f'no single line that names the file and the fix: {runs.errors(process)[-600:]}')
+    raise Failure(f'no single line that names the file and the fix: {commands.errors(process)[-600:]}')
 
 
 def fault(weight: float) -> Callable[[Kind], Kind]:
@@ -236,7 +236,7 @@ def killed_in_evaluation(case: Case) -> str:
 def one_of_two_killed(case: Case) -> str:
   """Two processes, each under a launcher of its own, as on two hosts; one is killed."""
   case.expected = case.base.of_two
-  flags = f'--coordinator=127.0.0.1:{runs.free_port()}', '--processes=2'
+  flags = f'--coordinator=127.0.0.1:{commands.free_port()}', '--processes=2'
   start = lambda i: case.start(*flags, f'--process={i}')
   processes = [start(0), start(1)]
   case.kill(case.rng.choice(processes), case.rng.uniform(0, 1.5 * case.base.seconds))
@@ -247,14 +247,14 @@ def one_of_two_killed(case: Case) -> str:
         continue
       case.wait(process)  # for its traceback
       if code in ENDS:
-        raise Failure(f'wrong end: {code}: {runs.errors(process)[-300:]}')
+        raise Failure(f'wrong end: {code}: {commands.errors(process)[-300:]}')
       if case.starts > 10:
-        raise Failure(f'wrong restart: {runs.errors(process)[-300:]}')
+        raise Failure(f'wrong restart: {commands.errors(process)[-300:]}')
       processes[i] = start(i)
     if time.monotonic() > until:
       for process in processes:
-        runs.kill(process)
-      raise Failure(f'hangs: {runs.errors(processes[0])[-300:]}')
+        commands.kill(process)
+      raise Failure(f'hangs: {commands.errors(processes[0])[-300:]}')
     time.sleep(0.1)
   case.compare()
   return SAME
@@ -414,7 +414,7 @@ def disk_failing(case: Case) -> str:
   process = case.start(**shim)
   code = case.wait(process)
   if code not in (0, FAILED, WRONG):
-    raise Failure(f'wrong restart: {code} where the disk fails: {runs.errors(process)[-300:]}')
+    raise Failure(f'wrong restart: {code} where the disk fails: {commands.errors(process)[-300:]}')
   if code:
     check_line(process, case.folder)
   return case.finish()
@@ -434,7 +434,7 @@ def store_unavailable(case: Case) -> str:
     while code is None or code not in ENDS:
       with log.open('a') as file:
         process = subprocess.Popen(
-          command, env=runs.environment() | environment, cwd=runs.REPO, stderr=file, stdout=file
+          command, env=commands.environment() | environment, cwd=commands.REPO, stderr=file, stdout=file
         )
       if code is None:
         time.sleep(case.rng.uniform(0, 2 * case.base.seconds))
@@ -480,7 +480,7 @@ def clocks_apart(case: Case) -> str:
   while not marker.exists() and first.poll() is None and time.monotonic() < until:
     time.sleep(0.005)
   if not alive:
-    runs.kill(first)
+    commands.kill(first)
   else:
     first.send_signal(signal.SIGCONT)
   command = [
@@ -491,13 +491,13 @@ def clocks_apart(case: Case) -> str:
     f'--workdir={case.run}',
   ]
   second = subprocess.run(
-    command, env=runs.environment(), cwd=case.folder, capture_output=True, text=True, timeout=TIMEOUT, check=False
+    command, env=commands.environment(), cwd=case.folder, capture_output=True, text=True, timeout=TIMEOUT, check=False
   )
   case.starts += 1
   if 'Traceback' in second.stderr:
     raise Failure(f'traceback: {second.stderr[-1500:]}')
   if alive and case.wait(first) != 0:
-    raise Failure(f'the live run was disturbed: {runs.errors(first)[-300:]}')
+    raise Failure(f'the live run was disturbed: {commands.errors(first)[-300:]}')
   if not alive and second.returncode != 0:
     raise Failure(f'wrong end: a dead run was not taken over: {second.stderr[-300:]}')
   return case.finish()
@@ -510,7 +510,7 @@ def started_at_once(case: Case) -> str:
   processes = [case.start() for _ in range(n)]
   codes = [case.wait(process) for process in processes]
   if 0 not in codes or set(codes) - {0, WRONG}:
-    raise Failure(f'wrong end: {codes}: {runs.errors(processes[0])[-300:]}')
+    raise Failure(f'wrong end: {codes}: {commands.errors(processes[0])[-300:]}')
   for code, process in zip(codes, processes, strict=True):
     if code:
       check_line(process, case.folder)
@@ -525,20 +525,20 @@ def grid_killed(case: Case) -> str:
   whole = case.base.home / 'grid' / 'grid'
   if not (whole / 'pilot.json').exists():
     whole.parent.mkdir(parents=True, exist_ok=True)
-    undisturbed = runs.start(tiny.write_grid_config(whole.parent, text), whole, 'run', module='kdjax.grid')
-    assert runs.finish(undisturbed, timeout=900) == [0]
+    undisturbed = commands.start(tiny.write_grid_config(whole.parent, text), whole, 'run', module='kdjax.grid')
+    assert commands.finish(undisturbed, timeout=900) == [0]
   config, folder = tiny.write_grid_config(case.folder, text), case.folder / 'grid'
   for _ in range(case.rng.randint(1, 3)):
     case.starts += 1
-    case.kill(runs.start(config, folder, 'run', module='kdjax.grid'), case.rng.uniform(5, 60))
+    case.kill(commands.start(config, folder, 'run', module='kdjax.grid'), case.rng.uniform(5, 60))
   case.starts += 1
-  last = runs.start(config, folder, 'run', module='kdjax.grid')
-  (code,) = runs.finish(last, timeout=900)
+  last = commands.start(config, folder, 'run', module='kdjax.grid')
+  (code,) = commands.finish(last, timeout=900)
   if code:
-    raise Failure(f'wrong end: {code}: {runs.errors(last)[-300:]}')
+    raise Failure(f'wrong end: {code}: {commands.errors(last)[-300:]}')
   cells = [sorted(p.name for p in (at / 'cells').iterdir()) for at in (folder, whole)]
   if cells[0] != cells[1] or any(
-    runs.leaves(folder / 'cells' / c) != runs.leaves(whole / 'cells' / c) for c in cells[0]
+    commands.leaves(folder / 'cells' / c) != commands.leaves(whole / 'cells' / c) for c in cells[0]
   ):
     raise Failure('silent difference: the cells')
   return SAME

@@ -15,14 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from kdjax import cli, compiling, sharding, teachers, topology, train, training
+from kdjax import cli, train
 from kdjax.analysis import table
-from kdjax.compiling import GIB
 from kdjax.config import Config
 from kdjax.data.batches import Windows
 from kdjax.data.corpus import prepare
-from kdjax.evals import job as jobs
 from kdjax.losses import ModelTargets, fused_loss
+from kdjax.programs import compiling, topology
+from kdjax.programs.compiling import GIB
+from kdjax.runtime import sharding
+from kdjax.scoring import job as jobs
+from kdjax.teachers import frozen
+from kdjax.trainer import experiments
 
 PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'INT8.md'
 DTYPES = ('float32', 'bfloat16', 'int8')
@@ -98,17 +102,17 @@ def teacher_rows(name: str, config: Config) -> list[str]:
   rows = []
   with jax.set_mesh(mesh):
     corpus = prepare(config.data, config.eval, config.runs)
-    folder = training.teacher_folder(config, corpus)
+    folder = experiments.teacher_folder(config, corpus)
     assert folder is not None
     windows = Windows(corpus.validation, config.data.seq_len, (0.0, 1.0), 0, config.data.mask_documents)
     picked = [windows.window(i) for i in range(min(256, len(windows)))]
     tokens, labels, segments = (np.stack([w[key] for w in picked]) for key in ('tokens', 'labels', 'segment_ids'))
-    model, exact, _, _ = teachers.load(folder, 'float32', mesh, like=config.teacher.model)
+    model, exact, _, _ = frozen.load(folder, 'float32', mesh, like=config.teacher.model)
     targets = ModelTargets(model.hidden(exact, tokens, segments), model.head(exact))
     weights = (labels >= 0) / np.float32((labels >= 0).sum())
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree['blocks']))
     for dtype in DTYPES:
-      params = teachers.in_dtype(exact, dtype)
+      params = frozen.in_dtype(exact, dtype)
       hidden, head = model.hidden(params, tokens, segments), model.head(params)
       _, sums = jax.jit(
         lambda h, w: fused_loss(h, w, labels, weights, 0.5, targets, vocab_size=model.config.vocab_size)

@@ -16,9 +16,12 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks import timing
-from kdjax import backend, cli, flops, topology
+from kdjax import cli
 from kdjax.config import LossConfig
 from kdjax.losses import ModelTargets, fused_loss
+from kdjax.models import flops
+from kdjax.programs import topology
+from kdjax.runtime import backend
 
 PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'LOSS_ON_TPU.md'
 SLICES = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')

@@ -9,7 +9,7 @@ import pandas as pd
 from scipy import stats
 
 from kdjax.analysis import crossed
-from kdjax.grids.config import MAX_PRIMARY
+from kdjax.sweeps.config import MAX_PRIMARY
 
 RESULTS = pathlib.Path(__file__).parents[1] / 'docs' / 'results'
 OOD = ['code', 'dialogue', 'genres', 'reference', 'web']

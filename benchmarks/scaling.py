@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from benchmarks import timing
-from kdjax import hlo
+from kdjax.programs import hlo
 
 DOCS = pathlib.Path(__file__).parents[1] / 'docs'
 KEPT = DOCS / 'scaling'
@@ -121,7 +121,7 @@ def _weak_rows(found: dict[str, Any]) -> Iterator[str]:
 
 def _models(models: dict[str, str]) -> list[str]:
   """Overrides that make the config's two models these."""
-  from kdjax.models import named
+  from kdjax.config.sizes import named
 
   fields = ('d_model', 'n_layers', 'd_ff', 'n_heads', 'n_kv_heads', 'head_dim')
   return [

@@ -3,7 +3,7 @@
     python -m benchmarks.statistics                  write the tables of docs/STATISTICS.md, and their data to docs/results/statistics.json
     python -m benchmarks.statistics --grids=100      the same in a few minutes, printed only
 
-The simulation draws grids with a known truth for the shipped configs/grid.py and analyses them with kdjax.analysis.contrasts and .advisor.
+The simulation draws grids with a known truth for the shipped configs/grid.py and analyses them with kdjax.analysis.grid.contrasts and .advisor.
 A student's value on a document is the sum of a shift of its seed and arm (half of its variance is common to all sets), a shift of its arm and
 document, and a residual.
 """
@@ -22,15 +22,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kdjax import cli, flops
-from kdjax.analysis import advisor, contrasts, crossed
+from kdjax import cli
+from kdjax.analysis import crossed
 from kdjax.analysis.crossed import Effect, Paired
-from kdjax.grids import cells as cells_lib
-from kdjax.grids import comparisons
-from kdjax.grids import config as grid_config
-from kdjax.grids.cells import Cell, Group
-from kdjax.grids.config import GridConfig
-from kdjax.models.named import NAMED, named
+from kdjax.analysis.grid import advisor, contrasts
+from kdjax.config.sizes import NAMED, named
+from kdjax.models import flops
+from kdjax.sweeps import cells as cells_lib
+from kdjax.sweeps import comparisons
+from kdjax.sweeps import config as grid_config
+from kdjax.sweeps.cells import Cell, Group
+from kdjax.sweeps.config import GridConfig
 
 FILE = pathlib.Path(__file__).parents[1] / 'docs' / 'results' / 'statistics.json'
 PAGE = FILE.parents[1] / 'STATISTICS.md'
@@ -72,7 +74,7 @@ def design(n_seeds: int) -> Design:
 
 
 class SimulatedScores:
-  """Simulated results of a grid, with the interface that kdjax.analysis.contrasts uses."""
+  """Simulated results of a grid, with the interface that kdjax.analysis.grid.contrasts uses."""
 
   def __init__(self, made: Design, regime: str, effects: Callable[[Group, str], float], rng: np.random.Generator):
     self.grid = made.grid

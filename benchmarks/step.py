@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from kdjax import flops, teachers
 from kdjax.config import AlphaSchedule, LossConfig, MeshConfig, ModelConfig, OptimizerConfig
+from kdjax.config.sizes import named
 from kdjax.losses import alpha_state
-from kdjax.models import Model, build, named
-from kdjax.optimizer import adamw, learning_rate
-from kdjax.sharding import make_mesh
-from kdjax.step import Recipe, Teacher, init_state, make_step, state_shardings
+from kdjax.models import Model, build, flops
+from kdjax.runtime.sharding import make_mesh
+from kdjax.teachers import frozen
+from kdjax.trainer.optimizer import adamw, learning_rate
+from kdjax.trainer.step import Recipe, Teacher, init_state, make_step, state_shardings
 
 ROWS, TOKENS = 8, 128
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
@@ -64,7 +65,7 @@ class Stepper:
       shardings.append(state_shardings(recipe, jax.eval_shape(init, jax.random.key(0)), mesh))
       states.append(jax.jit(init, out_shardings=shardings[-1])(jax.random.key(0)))
     self.states = tuple(states)
-    weights = jax.jit(lambda key: teachers.in_dtype(teacher.init(key), 'auto'))(jax.random.key(1)) if teacher else None
+    weights = jax.jit(lambda key: frozen.in_dtype(teacher.init(key), 'auto'))(jax.random.key(1)) if teacher else None
     self.teacher = Teacher(weights)
     self.step: Any = make_step(recipe, shardings)
     ids = np.random.default_rng(0).integers(0, student.config.vocab_size, (1, rows, tokens)).astype(np.int32)

@@ -7,7 +7,7 @@ The sets are public, but do not come with the package: JSON lines under data/, n
 Many short documents, as documents and not bytes are what an interval counts.
 """
 
-from kdjax.grids import studies
+from kdjax.sweeps import studies
 
 OOD = {
   'web': 'data/ood/web_c4.jsonl.xz',  # C4

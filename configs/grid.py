@@ -9,7 +9,7 @@ Studies: main, size_alpha, student_size, horizon, teacher_budget, second_family,
 Scales: laptop (two CPU cores, hours), colab (one accelerator), paper (pods).
 """
 
-from kdjax.grids import studies
+from kdjax.sweeps import studies
 
 
 def get_config(arg=None):

@@ -5,7 +5,7 @@ python -m kdjax.train --config=configs/same_level.py:scale=colab     one acceler
 python -m kdjax.train --config=configs/same_level.py:scale=paper     a pod: 1.7B teacher and student
 """
 
-from kdjax import scales
+from kdjax.config import scales
 
 
 def get_config(arg=None):

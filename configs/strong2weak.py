@@ -5,7 +5,7 @@ python -m kdjax.train --config=configs/strong2weak.py:scale=colab     one accele
 python -m kdjax.train --config=configs/strong2weak.py:scale=paper     a pod: 8B teacher, 1.7B student
 """
 
-from kdjax import scales
+from kdjax.config import scales
 
 
 def get_config(arg=None):

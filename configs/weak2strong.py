@@ -7,7 +7,7 @@
 Ends with a table and a figure. The outcome is printed as it comes.
 """
 
-from kdjax import scales
+from kdjax.config import scales
 
 
 def get_config(arg=None):

@@ -18,12 +18,14 @@ from typing import Any
 
 import jax
 
-from kdjax import cli, compiling, pretrained
-from kdjax.compiling import GIB, Report
+from kdjax import cli
 from kdjax.config import Config, MeshConfig
 from kdjax.errors import UserError
+from kdjax.programs import compiling
+from kdjax.programs.compiling import GIB, Report
+from kdjax.programs.topology import Slice, parse
 from kdjax.runtime import options
-from kdjax.topology import Slice, parse
+from kdjax.teachers import by_name
 
 TENSORS = (1, 2, 4, 8)
 REMATS = ('none', 'dots', 'full')  # the least recomputation first
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--json', type=options.path, metavar='FILE', help='also write the figures to this file')
     config, args = cli.parse(parser, sys.argv[1:] if argv is None else argv, cli.load_config)
-    config = pretrained.adopted(config)
+    config = by_name.adopted(config)
     slice_ = parse(args.topology, args.num_slices)
     jax.config.update('jax_platforms', 'cpu')  # a device that is here is not needed
     report = (

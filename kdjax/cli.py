@@ -16,9 +16,7 @@ from typing import Any, TypeVar
 import jax
 
 from kdjax import config as config_lib
-from kdjax import distributed, paths, preemption
 from kdjax.config import Config, config_file
-from kdjax.data.files import NO_SPACE
 from kdjax.errors import (
   FAILED,
   STOPPED,
@@ -30,9 +28,11 @@ from kdjax.errors import (
   TrainingError,
   UserError,
 )
-from kdjax.preemption import Preempted
-from kdjax.runtime import interrupts, progress, streams
+from kdjax.runtime import distributed, interrupts, preemption, progress, streams
 from kdjax.runtime.options import Parser, axis, count, machines, positive, runners, seed, share  # noqa: F401 - of commands
+from kdjax.runtime.preemption import Preempted
+from kdjax.storage import paths
+from kdjax.storage.files import NO_SPACE
 
 NO_MEMORY = (
   'out of memory: take a smaller model or batch_size, more microbatches, remat=full, or a mesh of more devices'

@@ -15,10 +15,13 @@ from collections.abc import Sequence
 
 import jax
 
-from kdjax import cli, huggingface, paths, sharding, teachers
+from kdjax import cli
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
-from kdjax.run import RunFolder
+from kdjax.runs.folder import RunFolder
+from kdjax.runtime import sharding
+from kdjax.storage import paths
+from kdjax.teachers import frozen, huggingface
 
 log = logging.getLogger('kdjax')
 UNITS = {'': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9}
@@ -57,7 +60,7 @@ def to_hf(args: argparse.Namespace) -> None:
   if known != tokenizer.fingerprint:
     raise UserError(f'--tokenizer {args.tokenizer} is not the one that {args.run} learned with; name that one')
   with jax.set_mesh(mesh := sharding.one_device()):
-    model, params, step = teachers.weights(run, mesh, args.step)
+    model, params, step = frozen.weights(run, mesh, args.step)
   # How far a model was trained to look, not how far it could: that is what others take it to be good for.
   seen = identity['config'].get('data', {}).get('seq_len') or model.config.max_seq_len
   origin = {

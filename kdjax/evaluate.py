@@ -4,9 +4,9 @@
     python -m kdjax.evaluate --workdir=runs/weak2strong-0123456789ab --step=500
     python -m kdjax.evaluate --workdir=... --watch                              each new checkpoint, until the run ends
 
-Sets: the in-domain test split, every OOD set, and the multiple-choice tasks of `eval.tasks` (kdjax/evals/choices.py). Each set's evaluation
+Sets: the in-domain test split, every OOD set, and the multiple-choice tasks of `eval.tasks` (kdjax/scoring/choices.py). Each set's evaluation
 temperature is fitted, for each model, on documents of the same set that are not scored (the validation split; the validation share of an OOD
-set). Documents longer than the window are scored in strided windows (kdjax/evals/windows.py).
+set). Documents longer than the window are scored in strided windows (kdjax/scoring/windows.py).
 """
 
 import argparse
@@ -18,14 +18,16 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
-from kdjax import cli, distributed, paths, preemption, sharding
+from kdjax import cli
 from kdjax.analysis import table
-from kdjax.checkpoint import steps_in
 from kdjax.config import Config, MeshConfig
 from kdjax.data.corpus import Corpus, prepare
 from kdjax.errors import TrainingError, UserError
-from kdjax.evals.job import Job, evaluate, find, score_missing
-from kdjax.run import Pulse, RunFolder
+from kdjax.runs.checkpoint import steps_in
+from kdjax.runs.folder import Pulse, RunFolder
+from kdjax.runtime import distributed, preemption, sharding
+from kdjax.scoring.job import Job, evaluate, find, score_missing
+from kdjax.storage import paths
 
 log = logging.getLogger('kdjax')
 

@@ -15,11 +15,14 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from kdjax import cli, paths, pretrained, sharding
+from kdjax import cli
 from kdjax.data.tokenizer import Tokenizer
-from kdjax.evals import job as jobs
+from kdjax.models.sampling import TEMPERATURES, Sampling, cut_at, is_temperature, stream
+from kdjax.runtime import sharding
 from kdjax.runtime.options import number
-from kdjax.sampling import TEMPERATURES, Sampling, cut_at, is_temperature, stream
+from kdjax.scoring import job as jobs
+from kdjax.storage import paths
+from kdjax.teachers import by_name
 
 log = logging.getLogger('kdjax')
 temperature = number(is_temperature, TEMPERATURES)
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with jax.set_mesh(mesh := sharding.one_device()):
       named = models(args.model)
       for name, path in named:
-        opened = pretrained.opened(path, mesh, args.step, args.separator)
+        opened = by_name.opened(path, mesh, args.step, args.separator)
         _note(opened, args.max_tokens)
         for k in range(args.samples):
           title = ' '.join([name] * (len(named) > 1) + [f'{k + 1}'] * (args.samples > 1))
@@ -52,7 +55,7 @@ def models(path: str) -> list[tuple[str, str]]:
 
 
 def texts(
-  opened: pretrained.Opened, prompt: str, max_tokens: int, sampling: Sampling, seed: int, special: bool = False
+  opened: by_name.Opened, prompt: str, max_tokens: int, sampling: Sampling, seed: int, special: bool = False
 ) -> Iterator[str]:
   """Yields the prompt and then what follows it, piece by piece, as soon as a piece is whole characters."""
   tokenizer = opened.tokenizer
@@ -69,7 +72,7 @@ def texts(
   yield tokenizer.decode(said)[shown:]
 
 
-def prompt_ids(opened: pretrained.Opened, prompt: str, special: bool = False) -> list[int]:
+def prompt_ids(opened: by_name.Opened, prompt: str, special: bool = False) -> list[int]:
   """Encode a prompt after the token that starts a document. Raises UserError for a special token without a row in the weights."""
   tokenizer = opened.tokenizer
   ids = tokenizer.encode_batch([prompt], special=special)[0].tolist()
@@ -82,7 +85,7 @@ def _whole(tokenizer: Tokenizer, ids: list[int]) -> str:
   return tokenizer.decode(ids).rstrip('\ufffd')
 
 
-def _note(opened: pretrained.Opened, max_tokens: int) -> None:
+def _note(opened: by_name.Opened, max_tokens: int) -> None:
   if opened.trained_window and max_tokens > opened.trained_window:
     log.info(
       'note: the model was trained on windows of %s tokens; what it says beyond them is a guess',

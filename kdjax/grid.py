@@ -21,20 +21,22 @@ from collections.abc import Sequence
 
 import jax
 
-from kdjax import backend, cli, distributed, paths, sharding, trackers
+from kdjax import cli
 from kdjax.analysis.table import align
 from kdjax.data import fidelity
 from kdjax.data.corpus import prepare
 from kdjax.errors import TrainingError, UserError
-from kdjax.evals import choices
-from kdjax.grids import cells as cells_lib
-from kdjax.grids import comparisons, executors, pilots, plan, runner
-from kdjax.grids import config as grid_config
-from kdjax.grids.config import GridConfig
-from kdjax.grids.plan import Job
-from kdjax.paths import read_json
-from kdjax.run import RunFolder
-from kdjax.runtime import environment
+from kdjax.runs import trackers
+from kdjax.runs.folder import RunFolder
+from kdjax.runtime import backend, distributed, environment, sharding
+from kdjax.scoring import choices
+from kdjax.storage import paths
+from kdjax.storage.paths import read_json
+from kdjax.sweeps import cells as cells_lib
+from kdjax.sweeps import comparisons, executors, pilots, plan, runner
+from kdjax.sweeps import config as grid_config
+from kdjax.sweeps.config import GridConfig
+from kdjax.sweeps.plan import Job
 
 
 def main(argv: Sequence[str] | None = None) -> None:

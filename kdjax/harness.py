@@ -22,18 +22,20 @@ import numpy as np
 import tokenizers
 from jax.sharding import Mesh
 
-from kdjax import cli, paths, pretrained, sharding
+from kdjax import cli
 from kdjax.analysis import table
 from kdjax.config import MeshConfig
-from kdjax.data.files import canonical, digest
 from kdjax.errors import UserError
-from kdjax.evals import harness_results, harness_tasks, likelihood
-from kdjax.evals import job as jobs
-from kdjax.evals.score import Scored
-from kdjax.huggingface.exporting import tokenizer_file
-from kdjax.run import RunFolder
-from kdjax.runtime import options
-from kdjax.sampling import Sampling, generate
+from kdjax.models.sampling import Sampling, generate
+from kdjax.runs.folder import RunFolder
+from kdjax.runtime import options, sharding
+from kdjax.scoring import harness_results, harness_tasks, likelihood
+from kdjax.scoring import job as jobs
+from kdjax.scoring.text import Scored
+from kdjax.storage import paths
+from kdjax.storage.files import canonical, digest
+from kdjax.teachers import by_name
+from kdjax.teachers.huggingface.exporting import tokenizer_file
 
 try:
   import lm_eval
@@ -75,7 +77,7 @@ class Model(TemplateLM):
     UserError: max_length exceeds the model's limit.
   """
 
-  def __init__(self, opened: pretrained.Opened, mesh: Mesh, batch_size: int = 16, max_length: int = 0, seed: int = 0):
+  def __init__(self, opened: by_name.Opened, mesh: Mesh, batch_size: int = 16, max_length: int = 0, seed: int = 0):
     super().__init__()
     self._opened, self._mesh, self._batch_size, self._seed = opened, mesh, batch_size, seed
     longest = opened.model.config.max_seq_len
@@ -259,7 +261,7 @@ def run(args: argparse.Namespace, mesh: Mesh) -> None:
   answers: dict[str, Any] = {}
   files: dict[str, dict[str, paths.Path]] = {}
   for arm, path, step in chosen:
-    opened = pretrained.opened(path, mesh, step, args.separator)
+    opened = by_name.opened(path, mesh, step, args.separator)
     log.info('%s: %s, step %d', arm, path, opened.step)
     answer = _evaluate(opened, selection, args, mesh)
     answers[arm] = answer['results']
@@ -278,7 +280,7 @@ def run(args: argparse.Namespace, mesh: Mesh) -> None:
 
 
 def _evaluate(
-  opened: pretrained.Opened, selection: harness_tasks.Selection, args: argparse.Namespace, mesh: Mesh
+  opened: by_name.Opened, selection: harness_tasks.Selection, args: argparse.Namespace, mesh: Mesh
 ) -> dict[str, Any]:
   """Evaluate one model and print the harness's own tables."""
   answer = lm_eval.simple_evaluate(

@@ -15,10 +15,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from kdjax import cli, paths
+from kdjax import cli
 from kdjax.data import fidelity, overlap
 from kdjax.data.corpus import Corpus, prepare
 from kdjax.runtime.progress import bar
+from kdjax.storage import paths
 
 log = logging.getLogger('kdjax')
 

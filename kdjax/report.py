@@ -16,18 +16,19 @@ from collections.abc import Sequence
 import ml_collections
 import pandas as pd
 
-from kdjax import cli, machine, paths
+from kdjax import cli, machine
 from kdjax import config as config_lib
-from kdjax.analysis import advice, advisor, effects, gridfigures, gridrows, page, summary
-from kdjax.analysis.contrasts import NOT_TESTED
-from kdjax.analysis.effects import Tables
+from kdjax.analysis.grid import advice, advisor, effects, figures, page, summary, table_rows
+from kdjax.analysis.grid.contrasts import NOT_TESTED
+from kdjax.analysis.grid.effects import Tables
 from kdjax.analysis.table import align
 from kdjax.errors import UserError
-from kdjax.grids import cells as cells_lib
-from kdjax.grids import config as grid_config
-from kdjax.grids import pilots, runner
-from kdjax.grids.config import OOD_MEAN, GridConfig
-from kdjax.paths import read_json, write_text
+from kdjax.storage import paths
+from kdjax.storage.paths import read_json, write_text
+from kdjax.sweeps import cells as cells_lib
+from kdjax.sweeps import config as grid_config
+from kdjax.sweeps import pilots, runner
+from kdjax.sweeps.config import OOD_MEAN, GridConfig
 
 log = logging.getLogger('kdjax')
 
@@ -87,7 +88,7 @@ def write(grid: GridConfig, folder: paths.Path, tables: Tables) -> str:
       table.to_parquet(temporary, index=False)
   write_text(out / 'summary.md', summary.markdown(tables.effects, tables.contrasts, tables.warnings))
   note = '; '.join(tables.warnings)
-  gridfigures.write_all(tables.effects, tables.contrasts, out / 'figures', note)
+  figures.write_all(tables.effects, tables.contrasts, out / 'figures', note)
   page.write(tables.effects, tables.contrasts, note, facts(grid, folder, tables), out / 'report.html')
   return '\n'.join(
     [
@@ -127,7 +128,7 @@ def contrast_table(contrasts: pd.DataFrame) -> str:
   if contrasts.empty:
     return 'no contrasts were declared'
   rows = [['contrast', 'set', 'verdict', 'estimate', 'interval', 'level', 'MDE [95% interval]', 'seeds']]
-  for row in gridrows.each(contrasts.sort_values('primary', ascending=False, kind='stable')):
+  for row in table_rows.each(contrasts.sort_values('primary', ascending=False, kind='stable')):
     place = [f'{row.contrast}{f" ({row.detail})" * bool(row.detail)}', row.set]
     if row.verdict == NOT_TESTED:
       rows.append([*place, row.answer, *[''] * 5])

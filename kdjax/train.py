@@ -12,18 +12,22 @@ from collections.abc import Sequence
 
 import jax
 
-from kdjax import backend, cli, distributed, logs, paths, preflight, pretrained, profiling, sharding, trackers, training
+from kdjax import cli
 from kdjax import config as config_lib
 from kdjax.analysis import figures, table
 from kdjax.config import Config
 from kdjax.data.corpus import Corpus, prepare
 from kdjax.data.wanted import Origin
 from kdjax.errors import UserError
-from kdjax.evals import choices
-from kdjax.evals import job as jobs
-from kdjax.paths import read_json, write_json
-from kdjax.run import RunFolder
-from kdjax.runtime import environment
+from kdjax.runs import trackers
+from kdjax.runs.folder import RunFolder
+from kdjax.runtime import backend, distributed, environment, logs, profiling, sharding
+from kdjax.scoring import choices
+from kdjax.scoring import job as jobs
+from kdjax.storage import paths
+from kdjax.storage.paths import read_json, write_json
+from kdjax.teachers import by_name
+from kdjax.trainer import experiments, preflight
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,8 +56,8 @@ def run(
   """Trains, evaluates and prints; returns the experiment's folder."""
   backend.devices()
   trackers.check(config.trackers)
-  config = pretrained.adopted(config)
-  name = f'{config.name}-{config_lib.fingerprint(training.experiment(config))}'
+  config = by_name.adopted(config)
+  name = f'{config.name}-{config_lib.fingerprint(experiments.experiment(config))}'
   folder = paths.of_runs(workdir) if workdir else paths.of_runs(config.runs) / name
   origin = _claim_experiment(folder, config)
   mesh = sharding.make_mesh(config.mesh)
@@ -61,11 +65,11 @@ def run(
     corpus = distributed.first_process_first(lambda: prepare(config.data, config.eval, config.runs, progress, origin))
     # Report an unreadable task before training, not after it.
     choices.read_all(config.eval.tasks, config.eval.max_items, kept=corpus.tasks)
-    teacher = training.teacher_folder(config, corpus)
+    teacher = experiments.teacher_folder(config, corpus)
     preflight.check(config, corpus, mesh)
     write_experiment(folder, config, teacher, corpus)  # before training, for an eval job with --watch
-    training.train_teacher(config, corpus, teacher, mesh, progress)
-    training.train_students(students(config, folder), corpus, teacher, mesh, progress, profile)
+    experiments.train_teacher(config, corpus, teacher, mesh, progress)
+    experiments.train_students(students(config, folder), corpus, teacher, mesh, progress, profile)
     jobs.evaluate(jobs.find(folder), corpus, mesh, progress=progress)
   if jax.process_index() == 0:
     print(table.write(folder))
@@ -73,8 +77,8 @@ def run(
   return folder
 
 
-def students(config: Config, folder: paths.Path) -> list[training.Arm]:
-  return [training.Arm(config, arm, RunFolder(folder / 'students' / arm), arm) for arm in config.student.arms]
+def students(config: Config, folder: paths.Path) -> list[experiments.Arm]:
+  return [experiments.Arm(config, arm, RunFolder(folder / 'students' / arm), arm) for arm in config.student.arms]
 
 
 def write_experiment(folder: paths.Path, config: Config, teacher: RunFolder | None, corpus: Corpus) -> None:
@@ -82,10 +86,10 @@ def write_experiment(folder: paths.Path, config: Config, teacher: RunFolder | No
   if jax.process_index() == 0:
     origin = (read_json(folder / 'experiment.json') or {}).get('origin', {})
     if origin.get('corpus') != corpus.folder.name:  # a restart from another folder may not find the text
-      origin = training.origin(corpus, folder)
+      origin = experiments.origin(corpus, folder)
     known = {
-      'config': training.experiment(config),
-      'resolved': training.resolved(config, folder),
+      'config': experiments.experiment(config),
+      'resolved': experiments.resolved(config, folder),
       'teacher': paths.relative(teacher.path, folder) if teacher else None,
       'students': [paths.relative(student.folder.path, folder) for student in students(config, folder)],
       'origin': origin,
@@ -99,7 +103,7 @@ def _claim_experiment(folder: paths.Path, config: Config) -> Origin:
     raise UserError(f'{folder} is the folder of one run, not of an experiment; use another --workdir')
   known = read_json(folder / 'experiment.json')
   if known is not None:
-    RunFolder(folder).compare(known['config'], training.experiment(config))
+    RunFolder(folder).compare(known['config'], experiments.experiment(config))
   return Origin(corpus=(known or {}).get('origin', {}).get('corpus', ''))
 
 

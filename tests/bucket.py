@@ -12,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 
-from tests import runs
+from tests import commands
 
 BUCKET = 'kdjax-runs'
 
@@ -26,8 +26,10 @@ def environment(port: int) -> dict[str, str]:
 @contextlib.contextmanager
 def serving() -> Iterator[int]:
   """Its port."""
-  port = runs.free_port()
-  server = subprocess.Popen([sys.executable, '-m', 'tests.bucket', str(port)], cwd=runs.REPO, stderr=subprocess.DEVNULL)
+  port = commands.free_port()
+  server = subprocess.Popen(
+    [sys.executable, '-m', 'tests.bucket', str(port)], cwd=commands.REPO, stderr=subprocess.DEVNULL
+  )
   try:
     for _ in range(200):
       with contextlib.suppress(OSError):

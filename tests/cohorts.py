@@ -7,11 +7,12 @@ import shutil
 
 import jax
 
-from kdjax import loop, train, training
+from kdjax import train
 from kdjax.data.corpus import prepare
-from kdjax.paths import write_json
-from kdjax.run import RunFolder
-from tests import runs, tiny
+from kdjax.runs.folder import RunFolder
+from kdjax.storage.paths import write_json
+from kdjax.trainer import experiments, loop
+from tests import commands, small, tiny
 
 ARMS = ('baseline', 'unigram')  # a cohort that needs no teacher
 
@@ -25,9 +26,9 @@ def fit(home, folder: pathlib.Path, **overrides) -> None:
   """Trains the students of an experiment in `folder` on the text of `home`; no teacher, no evaluation."""
   config = make_config(home, **overrides)
   corpus = prepare(config.data, config.eval, config.runs, progress=False)
-  on = runs.mesh()
+  on = small.mesh()
   with jax.set_mesh(on):
-    training.train_students(train.students(config, folder), corpus, None, on, progress=False)
+    experiments.train_students(train.students(config, folder), corpus, None, on, progress=False)
 
 
 def students(folder):
@@ -36,8 +37,8 @@ def students(folder):
 
 def assert_same_runs(folder, expected):
   for one, other in zip(students(folder), students(expected), strict=True):
-    assert runs.leaves(one) == runs.leaves(other)
-    assert runs.metrics(one) == runs.metrics(other)
+    assert commands.leaves(one) == commands.leaves(other)
+    assert commands.metrics(one) == commands.metrics(other)
     assert RunFolder(one).is_done()
 
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from kdjax.evals import results
-from kdjax.paths import read_json
-from kdjax.run import RunFolder
-from tests import runs, tiny
+from kdjax.runs.folder import RunFolder
+from kdjax.scoring import results
+from kdjax.storage.paths import read_json
+from tests import commands, tiny
 
 ARMS = ('baseline', 'distilled', 'unigram')
 LONG = {
@@ -18,18 +18,18 @@ LONG = {
 
 def start(n, config, workdir, *arguments, devices=1, each=(), module='kdjax.train'):
   """So many processes over loopback; `each`: arguments of each alone."""
-  port = runs.free_port()
+  port = commands.free_port()
   flags = (f'--coordinator=127.0.0.1:{port}', f'--processes={n}')
   own = each or [()] * n
   return [
-    runs.start(config, workdir, *flags, f'--process={i}', *arguments, *own[i], devices=devices, module=module)
+    commands.start(config, workdir, *flags, f'--process={i}', *arguments, *own[i], devices=devices, module=module)
     for i in range(n)
   ]
 
 
 def done(*processes, timeout=400):
-  codes = runs.finish(*processes, timeout=timeout)
-  assert codes == [0] * len(codes), '\n'.join(runs.errors(p)[-3000:] for p in processes)
+  codes = commands.finish(*processes, timeout=timeout)
+  assert codes == [0] * len(codes), '\n'.join(commands.errors(p)[-3000:] for p in processes)
 
 
 def trained(workdir, arms=ARMS):
@@ -43,7 +43,7 @@ def assert_close(workdir, expected, arms=ARMS, rtol=1e-4, only_scored=False):
     known, like = (RunFolder(folder).identity()['fingerprints'] for folder in (one, other))
     assert {k: known[k] for k in ('data', 'tokenizer')} == {k: like[k] for k in ('data', 'tokenizer')}
     assert known.get('init') == like.get('init')
-    got, wanted = runs.metrics(one), runs.metrics(other)
+    got, wanted = commands.metrics(one), commands.metrics(other)
     assert [r['step'] for r in got] == [r['step'] for r in wanted]
     assert [r['tokens'] for r in got] == [r['tokens'] for r in wanted]
     for name in ('loss', 'ce', 'grad_norm'):

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kdjax import aot, cli, compiling, step, topology
-from kdjax.compiling import GIB, Report
+from kdjax import aot, cli
 from kdjax.errors import UserError
-from kdjax.hlo import SLICES, Collective
+from kdjax.programs import compiling, topology
+from kdjax.programs.compiling import GIB, Report
+from kdjax.programs.hlo import SLICES, Collective
+from kdjax.trainer import step
 
 CONFIG = 'configs/weak2strong.py:scale=colab'
 VOCAB = 32_768

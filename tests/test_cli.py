@@ -11,9 +11,9 @@ import pytest
 from kdjax import cli, train
 from kdjax import config as config_lib
 from kdjax.errors import ConfigError, TrainingError, UserError
-from kdjax.grids import config as grid_config
-from kdjax.grids.config import GridConfig
-from kdjax.preemption import Preempted
+from kdjax.runtime.preemption import Preempted
+from kdjax.sweeps import config as grid_config
+from kdjax.sweeps.config import GridConfig
 from tests import tiny
 
 REPO = pathlib.Path(__file__).parents[1]

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from kdjax.config import Config, leaves
-from kdjax.grids.config import GridConfig
+from kdjax.sweeps.config import GridConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([ROOT / 'README.md', *ROOT.glob('docs/*.md'), *ROOT.glob('docs/guides/*.md')])

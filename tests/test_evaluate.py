@@ -12,14 +12,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdjax import evaluate, paths, sharding, teachers, train
-from kdjax.checkpoint import steps_in
+from kdjax import evaluate, train
 from kdjax.config import Config
 from kdjax.errors import UserError
-from kdjax.evals import job as jobs
-from kdjax.evals import results
-from kdjax.paths import read_json, write_json
-from kdjax.run import RunFolder
+from kdjax.runs.checkpoint import steps_in
+from kdjax.runs.folder import RunFolder
+from kdjax.runtime import sharding
+from kdjax.scoring import job as jobs
+from kdjax.scoring import results
+from kdjax.storage import paths
+from kdjax.storage.paths import read_json, write_json
+from kdjax.teachers import frozen
 from tests import tiny
 
 MODELS = 4  # the teacher and three students
@@ -104,20 +107,20 @@ def test_a_teacher_named_at_a_step_is_scored_with_that_steps_weights(folder, mai
   folder = train.run(tiny.config(tmp_path, **fields, **places), progress=False)
   for path in trunk.results.glob('*.parquet'):
     path.unlink()
-  loaded, load = [], teachers.load
+  loaded, load = [], frozen.load
 
   def record(run, *arguments, **options):
     found = load(run, *arguments, **options)
     loaded.extend([found[1]] * (run.path == trunk.path))
     return found
 
-  monkeypatch.setattr(teachers, 'load', record)
+  monkeypatch.setattr(frozen, 'load', record)
   evaluate.main([f'--workdir={folder}'])
   for name, file in read_json(folder / 'evaluation.json')['teacher'].items():
     _, meta = results.read(paths.under(folder, file))
     assert meta['step'] == first and meta['set'] == name
   mesh = jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])
-  wanted, other = (teachers.weights(trunk, mesh, step)[1] for step in (first, newest))
+  wanted, other = (frozen.weights(trunk, mesh, step)[1] for step in (first, newest))
   same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
   assert loaded and all(same(used, wanted) and not same(used, other) for used in loaded)
 

@@ -23,18 +23,19 @@ import zstandard
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from kdjax import aot, cli, convert, evaluate, generate, grid, harness, huggingface, prepare, report, train
+from kdjax import aot, cli, convert, evaluate, generate, grid, harness, prepare, report, train
 from kdjax import config as config_lib
 from kdjax.config import Config, leaves
 from kdjax.data import sources
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import ConfigError, UserError
-from kdjax.evals import choices, harness_tasks
-from kdjax.grids import cells as cells_lib
-from kdjax.grids import config as grid_config
-from kdjax.grids import executors
-from kdjax.grids.config import GridConfig
-from tests.huggingface.folders import MODELS, make
+from kdjax.scoring import choices, harness_tasks
+from kdjax.sweeps import cells as cells_lib
+from kdjax.sweeps import config as grid_config
+from kdjax.sweeps import executors
+from kdjax.sweeps.config import GridConfig
+from kdjax.teachers import huggingface
+from tests.teachers.huggingface.folders import MODELS, make
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 EXAMPLES = int(os.environ.get('KDJAX_FUZZ_EXAMPLES', 9))
@@ -205,7 +206,7 @@ COMMANDS = {
 WORK = (
   (train, 'run'), (train.distributed, 'initialize'), (prepare, 'prepare'), (aot.compiling, 'compile_step'), (aot, '_best'), (grid, 'run'),
   (grid, 'plan_text'), (grid, 'status_text'), (executors, 'submit_to_slurm'), (harness_tasks, 'find_tasks'), (train.environment, 'set_deterministic'),
-  (generate.pretrained, 'opened'),
+  (generate.by_name, 'opened'),
 )  # fmt: skip
 
 

@@ -1,9 +1,11 @@
 import pytest
 
-from kdjax import convert, generate, pretrained, sharding
+from kdjax import convert, generate
 from kdjax.data.tokenizer import Tokenizer
-from tests.huggingface import shapes
-from tests.huggingface.folders import make
+from kdjax.runtime import sharding
+from kdjax.teachers import by_name
+from tests.teachers.huggingface import shapes
+from tests.teachers.huggingface.folders import make
 
 
 def text(capsys, *argv) -> str:
@@ -55,7 +57,7 @@ def test_special_tokens_in_a_prompt_are_text_unless_asked_for():
 
 def test_a_prompt_begins_with_the_beginning_token_once(tmp_path):
   folder = shapes.make(tmp_path / 'x', 'Llama 2')
-  opened = pretrained.opened(str(folder), sharding.one_device())
+  opened = by_name.opened(str(folder), sharding.one_device())
   assert generate.prompt_ids(opened, 'ab')[0] == 1 and len(generate.prompt_ids(opened, '<s>')) == 4
   assert generate.prompt_ids(opened, '<s>ab', special=True) == generate.prompt_ids(opened, 'ab', special=True)
   assert generate.prompt_ids(opened, '') == [1]

@@ -12,19 +12,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdjax import evaluate, pretrained, sharding, teachers, train
+from kdjax import evaluate, train
 from kdjax.analysis import table
 from kdjax.config import MeshConfig
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
-from kdjax.evals import job as jobs
-from kdjax.evals import results
 from kdjax.models import build
-from kdjax.paths import read_json, write_json
-from kdjax.run import RunFolder
+from kdjax.runs.folder import RunFolder
+from kdjax.runtime import sharding
+from kdjax.scoring import job as jobs
+from kdjax.scoring import results
+from kdjax.storage.paths import read_json, write_json
+from kdjax.teachers import by_name, frozen
 from tests import tiny
-from tests.evals import lm_eval_tasks
-from tests.huggingface.folders import MODELS, random_params
+from tests.scoring import lm_eval_tasks
+from tests.teachers.huggingface.folders import MODELS, random_params
 
 pytest.importorskip('lm_eval', reason='the harness is not installed (the [lm-eval] extra)')
 from kdjax import harness
@@ -33,9 +35,9 @@ LONGEST = 128
 
 
 @pytest.fixture(scope='module')
-def opened() -> pretrained.Opened:
+def opened() -> by_name.Opened:
   config = dataclasses.replace(MODELS['LlamaForCausalLM'], vocab_size=257, max_seq_len=LONGEST)
-  return pretrained.Opened(build(config), random_params(config), Tokenizer(), 'random')
+  return by_name.Opened(build(config), random_params(config), Tokenizer(), 'random')
 
 
 def model(opened, devices: int = 1, **options) -> harness.Model:
@@ -202,7 +204,7 @@ def test_the_teacher_is_the_one_that_the_students_learned_from(experiment, tasks
   teacher = jobs.find(experiment).teacher
   assert (teacher.path / 'checkpoints' / str(tiny.STEPS)).exists()  # the newest of the trunk
   weights = {}
-  opened = lambda path, *args: weights.setdefault(path, pretrained.opened(path, *args))
+  opened = lambda path, *args: weights.setdefault(path, by_name.opened(path, *args))
   monkeypatch.setattr(harness, 'pretrained', SimpleNamespace(opened=opened))
   run(tasks, experiment, '--tasks', 'mymc_*', '--limit', '0.5')
   out = capsys.readouterr().out
@@ -219,7 +221,7 @@ def test_the_teacher_is_the_one_that_the_students_learned_from(experiment, tasks
 def is_of_step(params, run: RunFolder, step: int) -> bool:
   """Whether weights are those of a checkpoint of a run."""
   mesh = jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])
-  wanted = teachers.weights(run, mesh, step)[1]
+  wanted = frozen.weights(run, mesh, step)[1]
   return all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(wanted)))
 
 
@@ -229,7 +231,7 @@ def test_a_teacher_named_at_a_step_is_evaluated_at_that_step(experiment, trunk, 
   fields = {'teacher.run': str(teacher.path), 'teacher.step': step, 'student.arms': ('distilled',)}
   places = tiny.write_text(trunk.parents[1]) | {'data.cache': str(trunk.parent / 'stores')}
   folder = pathlib.Path(train.run(tiny.config(tmp_path, **fields, **places), progress=False))
-  used, open_model = {}, pretrained.opened
+  used, open_model = {}, by_name.opened
   opened = lambda path, *args: used.setdefault(path, open_model(path, *args))
   monkeypatch.setattr(harness, 'pretrained', SimpleNamespace(opened=opened))
   run(tasks, folder, '--tasks', 'mymc_a')
@@ -314,7 +316,7 @@ def test_tables_name_what_each_accuracy_is_normalised_by(experiment, tasks, caps
 
 def test_nothing_is_added_where_one_model_could_not_be_scored(experiment, tasks, monkeypatch):
   before = read_json(experiment / 'evaluation.json')
-  opened = pretrained.opened
+  opened = by_name.opened
 
   def fail(path, *args):
     if path.endswith('distilled'):

@@ -11,13 +11,13 @@ import time
 import pytest
 
 from kdjax import cli
-from kdjax.evals import job as jobs
-from kdjax.grids import config as grid_config
-from kdjax.grids import runner
-from kdjax.grids.config import GridConfig
-from kdjax.paths import write_json
-from kdjax.run import RunFolder
-from tests import runs, several, tiny
+from kdjax.runs.folder import RunFolder
+from kdjax.scoring import job as jobs
+from kdjax.storage.paths import write_json
+from kdjax.sweeps import config as grid_config
+from kdjax.sweeps import runner
+from kdjax.sweeps.config import GridConfig
+from tests import commands, several, tiny
 
 
 def command(module: str, *arguments, **options) -> subprocess.Popen:
@@ -27,7 +27,7 @@ def command(module: str, *arguments, **options) -> subprocess.Popen:
 
 def shell_of_colab() -> dict[str, str]:
   """The environment of `!python -m ...` in a cell: the notebook's backend, no terminal; here also an ASCII-only stdout."""
-  env = {name: value for name, value in runs.environment().items() if name not in ('COLUMNS', 'LINES', 'LC_ALL')}
+  env = {name: value for name, value in commands.environment().items() if name not in ('COLUMNS', 'LINES', 'LC_ALL')}
   return env | {'MPLBACKEND': 'module://matplotlib_inline.backend_inline', 'TERM': 'dumb', 'PYTHONIOENCODING': 'ascii'}
 
 
@@ -58,17 +58,17 @@ def long_run(home, folder, **fields):
 )
 def test_a_training_that_is_told_to_stop_says_so_saves_and_exits_with_work_left(home, tmp_path, number, code):
   config, workdir = long_run(home, tmp_path / 'e')
-  process = runs.start(config, workdir)
-  runs.wait_for(lambda: several.lines(workdir) > 0 or (workdir / 'students/baseline/run.json').exists(), process)
+  process = commands.start(config, workdir)
+  commands.wait_for(lambda: several.lines(workdir) > 0 or (workdir / 'students/baseline/run.json').exists(), process)
   process.send_signal(number)
-  assert runs.finish(process, timeout=120) == [code]
-  told = [line for line in runs.errors(process).splitlines() if 'sees' not in line and 'goodput' not in line]
+  assert commands.finish(process, timeout=120) == [code]
+  told = [line for line in commands.errors(process).splitlines() if 'sees' not in line and 'goodput' not in line]
   assert told[0].startswith('Stopping after this step. The run is saved, and the same command resumes it.')
   assert told[-1].startswith('student: stopped at step ') and told[-1].endswith('saved. The same command resumes it.')
-  assert sum('topping' in line for line in told) == 1 and 'Traceback' not in runs.errors(process)
+  assert sum('topping' in line for line in told) == 1 and 'Traceback' not in commands.errors(process)
   student = RunFolder(workdir / 'students' / 'baseline')
   assert student.status()['state'] == 'preempted'
-  assert runs.leaves(student.path)['step'] > 0
+  assert commands.leaves(student.path)['step'] > 0
 
 
 def test_an_evaluation_that_is_told_to_stop_exits_with_work_left(main_job, tmp_path):
@@ -77,19 +77,19 @@ def test_an_evaluation_that_is_told_to_stop_exits_with_work_left(main_job, tmp_p
   workdir = tmp_path / 'home' / 'runs' / experiment.name
   for run in jobs.find(workdir).students:  # it looks as if it is still training
     write_json(run.path / 'status.json', run.status() | {'state': 'running', 'heartbeat': time.time() + 1e6})
-  process = runs.start(tmp_path, workdir, '--watch', module='kdjax.evaluate')
-  runs.wait_for(lambda: 'scored' in runs.errors(process), process)
+  process = commands.start(tmp_path, workdir, '--watch', module='kdjax.evaluate')
+  commands.wait_for(lambda: 'scored' in commands.errors(process), process)
   process.send_signal(signal.SIGTERM)
-  assert runs.finish(process, timeout=60) == [75]
-  told = runs.errors(process).splitlines()
-  assert told[-1] == 'Stopped by SIGTERM. The same command resumes what is left.' and 'Traceback' not in runs.errors(
-    process
-  )
+  assert commands.finish(process, timeout=60) == [75]
+  told = commands.errors(process).splitlines()
+  assert told[
+    -1
+  ] == 'Stopped by SIGTERM. The same command resumes what is left.' and 'Traceback' not in commands.errors(process)
 
 
 def test_a_reader_that_leaves_a_generation_ends_it_without_a_word(main_job):
   (run,) = (main_job / 'runs').glob('tiny-*/students/distilled')
-  process = command('generate', run, 'α', '--samples', 50, '--max-tokens', 12, env=runs.environment())
+  process = command('generate', run, 'α', '--samples', 50, '--max-tokens', 12, env=commands.environment())
   assert process.stdout.readline() == b'--- 1\n'
   process.stdout.close()
   assert process.wait(120) == 141
@@ -97,7 +97,7 @@ def test_a_reader_that_leaves_a_generation_ends_it_without_a_word(main_job):
 
 
 def test_a_prompt_that_is_not_utf_8_is_one_line(tmp_path):
-  process = command('generate', tmp_path, os.fsdecode(b'caf\xe9'), env=runs.environment())
+  process = command('generate', tmp_path, os.fsdecode(b'caf\xe9'), env=commands.environment())
   out, err = process.communicate(timeout=60)
   assert (process.returncode, out) == (2, b'')
   (line,) = err.decode().splitlines()
@@ -124,7 +124,7 @@ def in_containers() -> bool:
 def test_a_live_trainer_of_another_container_of_the_same_name_keeps_its_folder(tmp_path):
   """Each container sees only its own processes: the owner's PID is another process there, or none."""
   words = [*IN_A_CONTAINER, sys.executable, '-c', OWNER, str(tmp_path / 'r')]
-  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'env': runs.environment(), 'text': True}
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'env': commands.environment(), 'text': True}
   first = subprocess.Popen(words, **pipes)
   try:
     assert first.stdout.readline() == 'owned\n'
@@ -159,7 +159,7 @@ def test_a_grid_that_is_told_to_stop_says_so_and_is_finished_by_the_same_command
   """In the middle of a cell, and between two jobs: the teacher's is owned by this process, and its student waits."""
   config, folder = tiny.write_grid_config(tmp_path, home), tmp_path / 'grid'
   overrides = [f'--config.{name}={value}' for name, value in SHORT_GRID.items()]
-  go = lambda: runs.start(config, folder, 'run', *overrides, module='kdjax.grid')
+  go = lambda: commands.start(config, folder, 'run', *overrides, module='kdjax.grid')
   grid = cli.load_as(GridConfig, grid_config.problems, str(config), SHORT_GRID)
   all_jobs = runner.jobs_of(grid, folder)
   states = lambda: {
@@ -170,28 +170,28 @@ def test_a_grid_that_is_told_to_stop_says_so_and_is_finished_by_the_same_command
   teacher.claim(60)
 
   process = go()
-  runs.wait_for(lambda: baseline.metrics.exists() and baseline.metrics.read_bytes(), process)
+  commands.wait_for(lambda: baseline.metrics.exists() and baseline.metrics.read_bytes(), process)
   process.send_signal(signal.SIGTERM)
-  assert runs.finish(process, timeout=60) == [75]
-  told = [line for line in runs.errors(process).splitlines() if 'sees' not in line and 'goodput' not in line]
+  assert commands.finish(process, timeout=60) == [75]
+  told = [line for line in commands.errors(process).splitlines() if 'sees' not in line and 'goodput' not in line]
   assert told[0] == 'Stopping after this step. The run is saved, and the same command resumes it.'
   assert len(told) == 2 and re.fullmatch(
     r'student: stopped at step \d+ of 200 and saved. The same command resumes it.', told[1]
   )
-  stopped_at = runs.leaves(baseline.path)['step']
+  stopped_at = commands.leaves(baseline.path)['step']
   assert 0 < stopped_at < 200 and states() == {'teacher': 'missing', 'lm': 'stopped', 'kd': 'missing'}
 
   process = go()
-  runs.wait_for(lambda: states()['lm'] == 'done', process)
+  commands.wait_for(lambda: states()['lm'] == 'done', process)
   process.send_signal(signal.SIGTERM)
-  assert runs.finish(process, timeout=60) == [75]
-  told = [line for line in runs.errors(process).splitlines() if 'sees' not in line and 'goodput' not in line]
+  assert commands.finish(process, timeout=60) == [75]
+  told = [line for line in commands.errors(process).splitlines() if 'sees' not in line and 'goodput' not in line]
   assert told == ['Stopped by SIGTERM. The same command resumes what is left.']
   assert states() == {'teacher': 'missing', 'lm': 'done', 'kd': 'missing'}
 
   teacher.release()
   process = go()
-  assert runs.finish(process, timeout=180) == [0]
-  assert 'all done' in runs.output(process)[0] and set(states().values()) == {'done'}
-  assert [record['step'] for record in runs.metrics(baseline.path)][-1] == 200
+  assert commands.finish(process, timeout=180) == [0]
+  assert 'all done' in commands.output(process)[0] and set(states().values()) == {'done'}
+  assert [record['step'] for record in commands.metrics(baseline.path)][-1] == 200
   assert len(baseline.identity()['commands']) == 2

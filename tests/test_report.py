@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 
 from kdjax import report
-from kdjax.analysis import effects
 from kdjax.analysis.crossed import Paired, crossed_effect
+from kdjax.analysis.grid import effects
 from kdjax.analysis.scores import Scores
 from kdjax.errors import UserError
-from kdjax.evals import results
-from kdjax.grids import cells, runner
-from kdjax.grids import config as grid_config
+from kdjax.scoring import results
+from kdjax.sweeps import cells, runner
+from kdjax.sweeps import config as grid_config
 
 
 @pytest.fixture(scope='module')

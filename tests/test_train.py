@@ -11,15 +11,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdjax import cli, flops, train, training
+from kdjax import cli, train
 from kdjax import config as config_lib
 from kdjax.analysis import table
-from kdjax.checkpoint import Checkpoints
 from kdjax.errors import UserError
-from kdjax.evals import job as jobs
-from kdjax.metrics import read_metrics
-from kdjax.paths import write_text
-from kdjax.run import RunFolder
+from kdjax.models import flops
+from kdjax.runs.checkpoint import Checkpoints
+from kdjax.runs.folder import RunFolder
+from kdjax.runs.metrics import read_metrics
+from kdjax.scoring import job as jobs
+from kdjax.storage.paths import write_text
+from kdjax.trainer import experiments
 from tests import tiny
 
 ARMS = ('baseline', 'distilled', 'unigram')
@@ -138,10 +140,10 @@ def test_the_teacher_has_weights_and_data_order_of_its_own(folder, teacher):
 
 def test_no_teacher_weight_is_in_any_students_checkpoint(folder, teacher, config):
   """By name, by shape and by weight: a checkpoint holds the student, its two moments, and a few scalars."""
-  model = jobs.teachers.model_of(teacher)
+  model = jobs.frozen.model_of(teacher)
   theirs = {leaf.shape for leaf in jax.tree.leaves(model.abstract())}
   for each in students(folder).values():
-    own = jobs.teachers.model_of(each)
+    own = jobs.frozen.model_of(each)
     shapes = [leaf.shape for leaf in jax.tree.leaves(own.abstract())]
     assert theirs.isdisjoint({shape for shape in shapes if len(shape) > 1})
     saves = Checkpoints(each.checkpoints, read_only=True)
@@ -182,7 +184,7 @@ def test_the_mixed_loss_is_the_mixture_of_its_parts(folder, config):
 
 
 def test_the_learning_rate_in_the_metrics_is_the_schedules(folder, config):
-  rate = training.learning_rate(config.student.optimizer, tiny.STEPS)
+  rate = experiments.learning_rate(config.student.optimizer, tiny.STEPS)
   records = read_metrics(students(folder)['baseline'].path)
   np.testing.assert_allclose([r['learning_rate'] for r in records], [rate(s) for s in range(tiny.STEPS)], rtol=1e-6)
 
@@ -208,7 +210,7 @@ def test_a_run_knows_what_it_is(folder):
     assert identity['versions']['jax'] == jax.__version__
     assert identity['commands'] and identity['commands'][0]['argv']
     facts = identity['facts']
-    assert facts['parameters'] == flops.count_params(jobs.teachers.model_of(each).config).total
+    assert facts['parameters'] == flops.count_params(jobs.frozen.model_of(each).config).total
     assert facts['tokens'] == tiny.STEPS * 8 * 16
 
 
@@ -335,12 +337,12 @@ def test_a_mesh_of_other_than_the_devices_here_is_refused(make, tmp_path):
 def test_more_tokens_than_an_epoch_are_noted(folder, home, config, caplog):
   corpus = train.prepare(config.data, config.eval, config.runs, progress=False)
   section = dataclasses.replace(config.student, tokens=50_000)
-  stream = training.BatchStream(training._windows(config, section, corpus), 8, 0)
+  stream = experiments.BatchStream(experiments._windows(config, section, corpus), 8, 0)
   with caplog.at_level(logging.WARNING, 'kdjax'):
-    training._warn_of_epochs('student', section, stream, config_lib.n_steps(section, config.data))
+    experiments._warn_of_epochs('student', section, stream, config_lib.n_steps(section, config.data))
     assert 'distinct tokens' in caplog.text
     caplog.clear()
-    training._warn_of_epochs('student', config.student, stream, tiny.STEPS)
+    experiments._warn_of_epochs('student', config.student, stream, tiny.STEPS)
     assert not caplog.text
 
 
@@ -394,7 +396,7 @@ def test_a_teacher_of_other_text_is_another_teacher(main_job, tmp_path):
   found = []
   for _ in range(2):
     corpus = train.prepare(config.data, config.eval, config.runs, progress=False)
-    found.append(training.teacher_folder(config, corpus).path)
+    found.append(experiments.teacher_folder(config, corpus).path)
     with open(tmp_path / 'home' / 'home.jsonl', 'a') as file:
       file.writelines(json.dumps({'text': f'one more document, number {i}'}) + '\n' for i in range(20))
   assert found[0] != found[1]
@@ -413,7 +415,7 @@ def test_files_that_say_so_already_are_left_alone(tmp_path):
 def test_what_an_experiment_was_called_before_later_fields_came_it_is_called_still(name, known):
   """By kdjax before the fields of training.LATER: else nobody would find the runs that are done."""
   config = cli.load_config(f'{pathlib.Path(__file__).parents[1]}/configs/{name}.py')
-  assert config_lib.fingerprint(training.experiment(config)) == known
+  assert config_lib.fingerprint(experiments.experiment(config)) == known
 
 
 @pytest.mark.parametrize(
@@ -432,8 +434,8 @@ def test_a_run_whose_nucleus_was_cut_at_temperature_1_is_another_run(fields, dif
   """Only runs whose results have changed get a new identity."""
   config = cli.load_config(f'{pathlib.Path(__file__).parents[1]}/configs/weak2strong.py', fields)
   older = dataclasses.asdict(config.loss)
-  kept = training.experiment(config)['loss']
+  kept = experiments.experiment(config)['loss']
   assert (kept != {name: older[name] for name in kept if name in older}) == differs
   for arm in config.student.arms:
-    run = training.run_config(config, config.student, config.student.model, arm, 'teacher')
+    run = experiments.run_config(config, config.student, config.student.model, arm, 'teacher')
     assert ('nucleus' in run['loss']) == (differs and arm != 'baseline')

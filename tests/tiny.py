@@ -15,7 +15,7 @@ import numpy as np
 
 from kdjax import config as config_lib
 from kdjax.config import Config
-from kdjax.grids.config import ControlsConfig, GridConfig, PilotConfig, TunedConfig
+from kdjax.sweeps.config import ControlsConfig, GridConfig, PilotConfig, TunedConfig
 
 STEPS = 12  # of the students; the teacher's are half as many
 FIELDS: dict[str, Any] = {

@@ -11,14 +11,15 @@ import numpy as np
 from benchmarks import timing
 from benchmarks.device.sizes import Size
 from benchmarks.step import Stepper
-from kdjax import backend
 from kdjax.config import LossConfig, MeshConfig, ModelConfig
+from kdjax.config.sizes import named
 from kdjax.losses import ModelTargets, dense_loss, fused_loss
-from kdjax.models import build, named
+from kdjax.models import build
 from kdjax.models.attention import attention
 from kdjax.models.quantized import quantize
-from kdjax.sharding import make_mesh
-from kdjax.teachers import in_dtype
+from kdjax.runtime import backend
+from kdjax.runtime.sharding import make_mesh
+from kdjax.teachers.frozen import in_dtype
 
 ALPHA = 0.4
 BODIES = {'cpu': ('xla',), 'gpu': ('xla', 'cudnn'), 'tpu': ('xla', 'splash')}

@@ -144,7 +144,7 @@ matrix products that no implementation can avoid. Liger and PyTorch ran in a pro
 ## The whole step
 
 AdamW with float32 parameters, bfloat16 computation, windows of 8,192 tokens without document masks, random tokens. FLOPs are the model's
-(kdjax/flops.py): nothing is counted for rematerialisation. `alone` is the LM-only step, `distilled` has the teacher's forward pass in the step,
+(kdjax/models/flops.py): nothing is counted for rematerialisation. `alone` is the LM-only step, `distilled` has the teacher's forward pass in the step,
 `two students` share it. Memory: arguments + temporaries, by the compiler.
 
 | step | student | teacher | layers | batch | ms | tokens/s | TFLOP/s | MFU | memory, GiB |

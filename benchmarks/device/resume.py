@@ -13,8 +13,8 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.device.sizes import Size
-from kdjax.checkpoint import Checkpoints
-from kdjax.metrics import read_metrics
+from kdjax.runs.checkpoint import Checkpoints
+from kdjax.runs.metrics import read_metrics
 
 CONFIG = """
 import ml_collections

@@ -9,10 +9,10 @@ import jax
 
 from benchmarks.device.sizes import Size
 from benchmarks.step import Stepper
-from kdjax import flops
 from kdjax.config import MeshConfig
-from kdjax.models import Model, build, named
-from kdjax.sharding import make_mesh
+from kdjax.config.sizes import named
+from kdjax.models import Model, build, flops
+from kdjax.runtime.sharding import make_mesh
 
 CASES = {  # name -> (alphas of the students, rematerialisation of the student)
   'student alone': ([0.0], 'full'),

@@ -3,10 +3,10 @@
 import matplotlib.figure
 import numpy as np
 
-from kdjax import paths
 from kdjax.analysis import table
-from kdjax.evals import job as jobs
-from kdjax.metrics import read_metrics
+from kdjax.runs.metrics import read_metrics
+from kdjax.scoring import job as jobs
+from kdjax.storage import paths
 
 COLOURS = {'baseline': '#4c4c4c', 'distilled': '#0072b2', 'unigram': '#d55e00', 'teacher': '#009e73'}
 SMOOTHING = 40  # points of a loss curve after averaging

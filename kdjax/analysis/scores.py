@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kdjax import paths
 from kdjax.analysis import crossed
 from kdjax.analysis.crossed import Paired
 from kdjax.analysis.table import CONTROLLED
 from kdjax.errors import UserError
-from kdjax.evals import job as jobs
-from kdjax.evals import results
-from kdjax.evals.score import DIFFICULTIES
-from kdjax.grids import pilots, runner
-from kdjax.grids.cells import Cell, Group
-from kdjax.grids.config import GridConfig
-from kdjax.run import RunFolder
+from kdjax.runs.folder import RunFolder
+from kdjax.scoring import job as jobs
+from kdjax.scoring import results
+from kdjax.scoring.text import DIFFICULTIES
+from kdjax.storage import paths
+from kdjax.sweeps import pilots, runner
+from kdjax.sweeps.cells import Cell, Group
+from kdjax.sweeps.config import GridConfig
 
 LN2 = math.log(2)
 # What may differ between the runs of one comparison: what it is about. All else in run.json must be equal.

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kdjax import paths
 from kdjax.analysis.crossed import Effect, Paired, crossed_effect
 from kdjax.data import fidelity
 from kdjax.errors import UserError
-from kdjax.evals import job as jobs
-from kdjax.evals import results
-from kdjax.evals.score import TEMPERATURES
-from kdjax.grids.config import OOD_MEAN
-from kdjax.paths import read_json, write_text
-from kdjax.run import RunFolder
+from kdjax.runs.folder import RunFolder
+from kdjax.scoring import job as jobs
+from kdjax.scoring import results
+from kdjax.scoring.text import TEMPERATURES
+from kdjax.storage import paths
+from kdjax.storage.paths import read_json, write_text
+from kdjax.sweeps.config import OOD_MEAN
 
 log = logging.getLogger('kdjax')
 
@@ -48,7 +48,7 @@ class Cell:
 
   @property
   def is_task(self) -> bool:
-    """Downstream multiple choice (kdjax/evals/choices.py): a row is an item, and `correct` is 0 or 1."""
+    """Downstream multiple choice (kdjax/scoring/choices.py): a row is an item, and `correct` is 0 or 1."""
     return self.meta.get('kind') == 'task'
 
 

@@ -2,7 +2,7 @@
 
 A config file's `get_config(arg)` returns an ml-collections `ConfigDict` that starts from `default()`, so that each field can be overridden on
 the command line (`--config.student.alpha=0.4`). `kdjax.cli` reads the command line; `resolve` turns the ConfigDict into the dataclasses of
-`schema`. Inside the library no ConfigDict travels.
+`schema`. Inside the library no ConfigDict travels, and nothing here imports JAX.
 """
 
 from kdjax.config.bounds import MIXINGS

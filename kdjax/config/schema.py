@@ -133,7 +133,7 @@ class TeacherConfig:
   slice: tuple[float, float] = (0.0, 1.0)  # of the training documents
   optimizer: OptimizerConfig = OptimizerConfig()
   dtype: str = 'auto'  # of its weights in the student's step: auto | float32 | bfloat16 | int8 (models/quantized.py)
-  layout: str = 'student'  # how its weights and rows lie on the mesh inside the step: student | fsdp | replicated (kdjax/sharding.py)
+  layout: str = 'student'  # how its weights and rows lie on the mesh inside the step: student | fsdp | replicated (kdjax/runtime/sharding.py)
   forward_microbatch: int = 0  # rows of one teacher forward pass inside the step; 0: the student's microbatch
 
 
@@ -209,7 +209,7 @@ class CheckpointConfig:
   keep_period: int = 0  # steps; each multiple is saved too and kept for good; 0: only the last
   keep_minutes: float = 0.0  # and, for good, one each time that so many minutes have gone by; 0: none
   local: str = ''  # a folder of each host's own, on its disk or in memory (/dev/shm/kdjax), for checkpoints between these; '': none
-  local_every: int = 0  # steps between them (kdjax/local.py)
+  local_every: int = 0  # steps between them (kdjax/runs/local_checkpoint.py)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,1 +1,4 @@
-"""Text on disk -> batches: sources, tokenizers, token stores, corpora, windows and batches in a seeded order."""
+"""Text to batches: sources, tokenizers, token stores, corpora, windows, and batches as a function of (seed, step).
+
+Nothing here knows a model or a loss.
+"""

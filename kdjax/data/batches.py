@@ -14,9 +14,9 @@ import grain
 import jax
 import numpy as np
 
-from kdjax.data.files import canonical, digest
 from kdjax.data.store import TokenStore
 from kdjax.errors import UserError
+from kdjax.storage.files import canonical, digest
 
 # Of the order that the fingerprint hashes: Grain's shuffle takes 20 ms / n for each index of a range of n.
 _FINGERPRINT_SAMPLES, _FINGERPRINT_EPOCHS = 10_000, 4

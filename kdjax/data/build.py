@@ -14,16 +14,17 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kdjax.config import DataConfig
-from kdjax.data import fidelity, files
+from kdjax.data import fidelity
 from kdjax.data import splits as splits_lib
 from kdjax.data.ahead import ahead
-from kdjax.data.files import StoreDamaged
 from kdjax.data.plan import SPLITS, Plan, bar, plan_ood, plan_splits
 from kdjax.data.spill import Spill
 from kdjax.data.store import TokenStore, link_store, token_dtype, write_store
 from kdjax.data.tokenizer import Tokenizer, train_bpe
 from kdjax.data.wanted import MAIN, META, TOKENIZER, VERSION, Wanted, given_tokenizer, known_corpora
 from kdjax.errors import UserError
+from kdjax.storage import files
+from kdjax.storage.files import StoreDamaged
 
 log = logging.getLogger('kdjax')
 

@@ -11,8 +11,8 @@ from typing import BinaryIO, TypeAlias
 
 import zstandard
 
-from kdjax import paths
 from kdjax.errors import UserError
+from kdjax.storage import paths
 
 Lines = BinaryIO | gzip.GzipFile | lzma.LZMAFile | io.BufferedReader
 File: TypeAlias = pathlib.Path | paths.Path  # on a local disk, in an object store

@@ -19,15 +19,15 @@ import shutil
 
 import numpy as np
 
-from kdjax import paths
 from kdjax.config import DataConfig, EvalConfig
-from kdjax.data import fidelity, files
+from kdjax.data import fidelity
 from kdjax.data.build import Builder
-from kdjax.data.files import StoreDamaged
 from kdjax.data.store import COUNTED_TOKENS, TokenStore
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.data.wanted import META, VERSION, Origin, Wanted, given_tokenizer, inspect_sources
 from kdjax.errors import UserError
+from kdjax.storage import files, paths
+from kdjax.storage.files import StoreDamaged
 
 log = logging.getLogger('kdjax')
 

@@ -13,9 +13,9 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
-from kdjax import paths
 from kdjax.data.records import NullText, field_of, fields_of
 from kdjax.errors import SourceGone, UserError
+from kdjax.storage import paths
 
 TFDS, HF = 'tfds:', 'hf:'
 _BATCH = 256

@@ -12,13 +12,13 @@ from typing import Any
 import tqdm
 
 from kdjax.config import DataConfig, EvalConfig
-from kdjax.data import files
 from kdjax.data import splits as splits_lib
 from kdjax.data.records import NullText
 from kdjax.data.sources import documents, mixture
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
 from kdjax.runtime import progress as progress_lib
+from kdjax.storage import files
 
 log = logging.getLogger('kdjax')
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import tokenizers
 
-from kdjax import paths
 from kdjax.errors import UserError
+from kdjax.storage import paths
 
 log = logging.getLogger('kdjax')
 

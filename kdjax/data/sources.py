@@ -25,13 +25,13 @@ from typing import Any
 
 import fsspec
 
-from kdjax import paths
 from kdjax.data import embedded, hubs, readers
 from kdjax.data.compressed import File
-from kdjax.data.files import digest
 from kdjax.data.records import MissingField, NullText
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import SourceGone, UserError
+from kdjax.storage import paths
+from kdjax.storage.files import digest
 
 log = logging.getLogger('kdjax')
 _TOKENS = 'tokens:'

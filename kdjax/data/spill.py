@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdjax.data import files
-from kdjax.data.files import StoreDamaged
+from kdjax.storage import files
+from kdjax.storage.files import StoreDamaged
 
 
 class Document(NamedTuple):

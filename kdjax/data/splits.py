@@ -3,7 +3,7 @@
 import hashlib
 
 from kdjax.config import EvalConfig
-from kdjax.data import files
+from kdjax.storage import files
 
 
 def split(found: dict[str, int], shares: dict[str, float], rest: str, seed: int) -> dict[str, dict[str, int]]:

@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from kdjax.data import files
-from kdjax.data.files import StoreDamaged
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
+from kdjax.storage import files
+from kdjax.storage.files import StoreDamaged
 
 VERSION = 1
 BLOCK = 8192

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from kdjax import paths
 from kdjax.data import foreign, tokenizer_json
 from kdjax.data import roles as roles_lib
-from kdjax.data.files import StoreDamaged, canonical, check_files, describe, digest, read_json, write_json
 from kdjax.data.pieces import Cutter, Encoder
 from kdjax.data.roles import Roles
 from kdjax.data.tokenizer_json import SEPARATOR
 from kdjax.errors import UserError
+from kdjax.storage import paths
+from kdjax.storage.files import StoreDamaged, canonical, check_files, describe, digest, read_json, write_json
 
 _FILE, _META = 'tokenizer.json', 'tokenizer_meta.json'
 _WITH_FILES = (_FILE, 'tokenizer.model')  # their folder may have files that name roles

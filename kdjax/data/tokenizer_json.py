@@ -8,8 +8,8 @@ from typing import Any
 
 import tokenizers
 
-from kdjax import paths
 from kdjax.errors import UserError
+from kdjax.storage import paths
 
 SEPARATOR = '<|endoftext|>'  # of kdjax's own tokenizers
 # Fields that a BPE's file may omit.

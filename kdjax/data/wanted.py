@@ -12,14 +12,14 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from kdjax import paths
 from kdjax.config import DataConfig, EvalConfig
-from kdjax.data import files, sources
-from kdjax.data.files import StoreDamaged
+from kdjax.data import sources
 from kdjax.data.plan import Reading
 from kdjax.data.store import VERSION as STORE_VERSION
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import SourceGone, UserError
+from kdjax.storage import files, paths
+from kdjax.storage.files import StoreDamaged
 
 log = logging.getLogger('kdjax')
 

@@ -1,4 +1,7 @@
-"""Losses of pretraining with distillation: the dense reference, the fused loss, the teacher's targets, the schedules of alpha."""
+"""Losses of pretraining with distillation: the dense reference, the fused loss, the teacher's targets, the schedules of alpha.
+
+They are pure functions of hidden states, heads and targets: nothing here knows how a model or a teacher is made.
+"""
 
 from kdjax.losses.dense import dense_loss
 from kdjax.losses.fused import Student, fused_loss, fused_losses, token_losses

@@ -1,7 +1,7 @@
 """How many tokens of logits exist at a time: a chunk of the loss's scan, and on CPU the rows of it that go through the cache together."""
 
-from kdjax import backend
 from kdjax.config import LossConfig
+from kdjax.runtime import backend
 
 CACHE_BYTES = 1 << 20  # of one array of logits, of the handful that a row's sums and gradients are made of
 SMALLEST_BLOCK = 2  # rows; below it the loop costs more than the cache gains

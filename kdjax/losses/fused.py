@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from kdjax import sharding
 from kdjax.config import LossConfig
 from kdjax.errors import UserError
 from kdjax.losses import inputs
 from kdjax.losses.chunks import cache_rows, chunk_tokens, evaluation_tokens
 from kdjax.losses.rows import Vocab, mixed_rows, teacher_rows, tempered_nll, top_probability
 from kdjax.losses.targets import Targets
+from kdjax.runtime import sharding
 
 
 class Student(NamedTuple):

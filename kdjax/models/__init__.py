@@ -1,6 +1,8 @@
-"""Models as values: `build(config)` gives a `Model`, `named(name)` a known config."""
+"""Models as values: `build(config)` returns a `Model`, with its parameters, hidden states and head; their FLOPs; sampling from them.
+
+Nothing here knows a loss, an optimizer or a file.
+"""
 
 from kdjax.models.decoder import Model, build
-from kdjax.models.named import NAMED, named
 
-__all__ = ['NAMED', 'Model', 'build', 'named']
+__all__ = ['Model', 'build']

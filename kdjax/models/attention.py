@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec as P
 
-from kdjax import backend
 from kdjax.errors import UserError
-from kdjax.runtime import environment
-from kdjax.sharding import mesh_in_use, rows_in_use
+from kdjax.runtime import backend, environment
+from kdjax.runtime.sharding import mesh_in_use, rows_in_use
 
 IMPLEMENTATIONS = ('auto', 'xla', 'cudnn', 'splash')
 MAX_DENSE_MASK = 2048  # tokens: a [T, T] mask and the scores behind it grow with the square

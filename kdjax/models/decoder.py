@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kdjax import backend
 from kdjax.config import ModelConfig, RopeScaling
 from kdjax.errors import UserError
 from kdjax.models.attention import Local, attention, cached_attention, check_implementation
 from kdjax.models.quantized import widened
-from kdjax.sharding import constrain
+from kdjax.runtime import backend
+from kdjax.runtime.sharding import constrain
 
 DTYPES = ('auto', 'float32', 'bfloat16', 'float16')
 PARAM_DTYPES = ('float32', 'bfloat16', 'float16')

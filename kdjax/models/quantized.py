@@ -11,7 +11,7 @@ import re
 import jax
 import jax.numpy as jnp
 
-from kdjax.sharding import gathered, path_name
+from kdjax.runtime.sharding import gathered, path_name
 
 MATRICES = r'blocks/.*/kernel'
 

@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable
 from typing import NoReturn
 
-from kdjax import paths
 from kdjax.errors import UserError
+from kdjax.storage import paths
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 
 from kdjax import config as config_lib
-from kdjax.evals import results
-from kdjax.paths import write_json
-from kdjax.run import RunFolder
+from kdjax.runs.folder import RunFolder
+from kdjax.scoring import results
+from kdjax.storage.paths import write_json
 from tests import tiny
 
 SETS = ('in-domain', 'far', 'further')

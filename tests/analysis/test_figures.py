@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from kdjax.analysis import figures, table
-from kdjax.evals import job as jobs
-from kdjax.metrics import read_metrics
+from kdjax.runs.metrics import read_metrics
+from kdjax.scoring import job as jobs
 from tests.analysis import experiment
 
 PNG = b'\x89PNG\r\n\x1a\n'

@@ -9,8 +9,8 @@ import pytest
 from kdjax.analysis import table
 from kdjax.analysis.crossed import Paired, crossed_effect
 from kdjax.errors import UserError
-from kdjax.evals import job as jobs
-from kdjax.evals import results
+from kdjax.scoring import job as jobs
+from kdjax.scoring import results
 from tests.analysis import experiment
 from tests.analysis.experiment import ARMS, SETS, TEMPERATURE, documents
 

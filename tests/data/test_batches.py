@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kdjax.data import store as store_module
 from kdjax.data.batches import BatchStream, Windows, local_rows, to_global
-from kdjax.data.files import StoreDamaged
 from kdjax.data.store import TokenStore
 from kdjax.errors import UserError
+from kdjax.storage.files import StoreDamaged
 from tests.data.helpers import make_store
 
 NAMES = ['labels', 'segment_ids', 'tokens']

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from kdjax.config import DataConfig, EvalConfig
-from kdjax.data import build, corpus, files, plan, splits
+from kdjax.data import build, corpus, plan, splits
 from kdjax.data.ahead import ahead
 from kdjax.data.build import xz9_bits_per_byte
 from kdjax.data.corpus import prepare
 from kdjax.data.sources import documents
 from kdjax.data.store import TokenStore
 from kdjax.errors import UserError
+from kdjax.storage import files
 from tests.data.helpers import REPO, write_jsonl
 
 WORDS = ('the', 'of', 'and', 'to', 'in', 'that', 'is', 'was', 'he', 'for', 'it', 'with', 'as', 'his', 'on', 'be', 'at')

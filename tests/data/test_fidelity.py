@@ -13,7 +13,7 @@ from kdjax.data.corpus import prepare
 from kdjax.data.fidelity import Fidelity
 from kdjax.data.tokenizer import Tokenizer, train_bpe
 from kdjax.errors import UserError
-from kdjax.run import RunFolder
+from kdjax.runs.folder import RunFolder
 from tests import tiny
 
 WORDS = ['the', 'cat', 'sat', 'on', 'a', 'mat', 'and', 'it', 'was', 'good']

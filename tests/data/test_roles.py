@@ -19,9 +19,9 @@ from kdjax.data.roles import Roles
 from kdjax.data.store import TokenStore, write_store
 from kdjax.data.tokenizer import Tokenizer, train_bpe
 from kdjax.errors import UserError
-from kdjax.evals import windows
-from tests.huggingface import shapes
-from tests.huggingface.shapes import SHAPES, Shape
+from kdjax.scoring import windows
+from tests.teachers.huggingface import shapes
+from tests.teachers.huggingface.shapes import SHAPES, Shape
 
 LLAMA = Shape(('<unk>', '<s>', '</s>', '[PAD]', '<start>', '<stop>'), True, '', {}, {})
 

@@ -14,7 +14,7 @@ from kdjax.data.sources import documents, signature
 from kdjax.data.tokenizer import Tokenizer, train_bpe
 from kdjax.errors import UserError
 from tests.data.helpers import write_jsonl
-from tests.huggingface import shapes
+from tests.teachers.huggingface import shapes
 
 COMPRESS = {'': bytes, '.gz': gzip.compress, '.xz': lzma.compress, '.zst': lambda b: zstandard.compress(b)}
 

@@ -10,11 +10,12 @@ import sys
 import numpy as np
 import pytest
 
-from kdjax.data import files, store
-from kdjax.data.files import StoreDamaged
+from kdjax.data import store
 from kdjax.data.store import BLOCK, TokenStore, write_store
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
+from kdjax.storage import files
+from kdjax.storage.files import StoreDamaged
 from tests.data.helpers import REPO, make_docs, make_store
 
 LENGTHS = [1, 5000, 0, 8191, 20_000, 3, 700]

@@ -9,9 +9,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdjax.data.files import StoreDamaged
 from kdjax.data.tokenizer import SEPARATOR, Tokenizer, train_bpe
 from kdjax.errors import UserError
+from kdjax.storage.files import StoreDamaged
 from tests.data.helpers import REPO
 
 PADDING = {

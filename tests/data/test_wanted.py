@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from kdjax.config import DataConfig, EvalConfig
-from kdjax.data import build, files, plan
+from kdjax.data import build, plan
 from kdjax.data.corpus import prepare
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.data.wanted import Origin, known_corpora
 from kdjax.errors import SourceGone, UserError
+from kdjax.storage import files
 from tests.data.helpers import write_jsonl
 from tests.data.test_corpus import all_stores, shares, stored_texts, texts
 

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from kdjax import backend
 from kdjax.config import LossConfig
 from kdjax.losses.chunks import CACHE_BYTES, CPU_EVALUATION, cache_rows, chunk_tokens, evaluation_tokens
+from kdjax.runtime import backend
 
 
 def test_a_chunk_has_the_tokens_that_the_budget_allows_and_chunks_are_even():

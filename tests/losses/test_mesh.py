@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from kdjax import hlo, sharding
 from kdjax.config import LossConfig, MeshConfig
 from kdjax.losses import LogitTargets, ModelTargets, Student, UnigramTargets, fused_loss, fused_losses, token_losses
+from kdjax.programs import hlo
+from kdjax.runtime import sharding
 from tests.losses import reference
 from tests.losses.reference import assert_close, assert_same_bits
 

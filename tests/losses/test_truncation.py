@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from kdjax import sharding
 from kdjax.config import LossConfig, MeshConfig
 from kdjax.losses import LogitTargets, dense_loss, fused_loss
+from kdjax.runtime import sharding
 from tests.losses import truncation
 
 FOUR = (

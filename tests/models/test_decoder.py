@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax import flops
 from kdjax.config import ModelConfig, RopeScaling
+from kdjax.config.sizes import NAMED, named
 from kdjax.errors import UserError
-from kdjax.models import NAMED, build, named
+from kdjax.models import build, flops
 from kdjax.models.decoder import rope_angles, rope_frequencies, rotate
 from tests.models import reference
 

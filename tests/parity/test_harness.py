@@ -8,11 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import harness, huggingface, pretrained, sharding, train
+from kdjax import harness, train
 from kdjax.config import MeshConfig
-from kdjax.evals import harness_results
-from kdjax.huggingface import Source
 from kdjax.models.decoder import Model as Decoder
+from kdjax.runtime import sharding
+from kdjax.scoring import harness_results
+from kdjax.teachers import by_name, huggingface
+from kdjax.teachers.huggingface import Source
 from tests import tiny
 from tests.models import stories
 
@@ -137,8 +139,8 @@ def evaluated(model, tasks, names):
   return lm_eval.simple_evaluate(model, tasks=names, task_manager=manager, bootstrap_iters=0, log_samples=True)
 
 
-def opened(folder, mesh) -> pretrained.Opened:
-  return pretrained.opened(str(folder), mesh)
+def opened(folder, mesh) -> by_name.Opened:
+  return by_name.opened(str(folder), mesh)
 
 
 @pytest.fixture(scope='module')
@@ -215,7 +217,7 @@ def test_the_experiments_items_are_what_the_harness_reports_of_its_own_model(our
 
 def test_few_programs_serve_all_requests(folder, tasks):
   mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-  from kdjax.evals import likelihood
+  from kdjax.scoring import likelihood
 
   likelihood._token_values.clear_cache()
   with jax.set_mesh(mesh):

@@ -11,14 +11,16 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import convert, sharding, teachers, train
+from kdjax import convert, train
 from kdjax.config import MeshConfig
-from kdjax.huggingface import Source, export
 from kdjax.models import build
-from kdjax.run import RunFolder
+from kdjax.runs.folder import RunFolder
+from kdjax.runtime import sharding
+from kdjax.teachers import frozen
+from kdjax.teachers.huggingface import Source, export
 from tests import tiny
-from tests.huggingface import folders
 from tests.models import stories
+from tests.teachers.huggingface import folders
 
 if os.environ.get('KDJAX_REQUIRE_PARITY') == '1':
   import torch
@@ -176,7 +178,7 @@ def test_a_real_model_goes_there_is_trained_and_goes_back(tmp_path, capsys):
   assert 'there was a little girl named Lily. She loved to play outside in the park.' in tokenizer.decode(story[0])
 
   convert.main(['from-hf', str(original), str(tmp_path / 'run')])
-  model, params, _ = teachers.weights(RunFolder(tmp_path / 'run'), one_device())
+  model, params, _ = frozen.weights(RunFolder(tmp_path / 'run'), one_device())
   tokens = random_tokens(512)
   assert np.abs(our_logits(model, params, tokens) - their_logits(reference, tokens)).max() < 1e-4
 
@@ -193,7 +195,7 @@ def test_a_real_model_goes_there_is_trained_and_goes_back(tmp_path, capsys):
   experiment = train.run(config, progress=False)
   run = RunFolder(experiment / 'students/distilled')
   convert.main(['to-hf', str(run.path), str(tmp_path / 'back')])
-  model, params, _ = teachers.weights(run, one_device())
+  model, params, _ = frozen.weights(run, one_device())
   back, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'back', output_loading_info=True)
   assert not any(told.values())
   found = their_logits(back.eval(), tokens[:, :16])

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from kdjax.errors import UserError
-from kdjax.huggingface import families
 from kdjax.models.decoder import rope_frequencies
+from kdjax.teachers.huggingface import families
 
 if os.environ.get('KDJAX_REQUIRE_PARITY') == '1':
   import transformers

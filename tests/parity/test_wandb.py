@@ -9,7 +9,7 @@ import pytest
 
 from kdjax import train
 from tests import tiny
-from tests.runs import REPO
+from tests.commands import REPO
 
 if os.environ.get('KDJAX_REQUIRE_PARITY') == '1':
   import wandb

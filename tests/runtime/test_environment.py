@@ -7,18 +7,17 @@ import sys
 import jax
 import pytest
 
-from kdjax import backend, sharding
 from kdjax.config import MeshConfig
 from kdjax.errors import UserError
-from kdjax.runtime import environment
-from tests import runs
+from kdjax.runtime import backend, environment, sharding
+from tests import commands
 
 
 def python(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
   env = {name: value for name, value in os.environ.items() if name not in ('XLA_FLAGS', 'MPLBACKEND')}
   return subprocess.run(
     [sys.executable, *(['-c', code] if code else arguments)],
-    env=env | {'PYTHONPATH': str(runs.REPO)} | variables, capture_output=True, text=True, timeout=100, check=False,
+    env=env | {'PYTHONPATH': str(commands.REPO)} | variables, capture_output=True, text=True, timeout=100, check=False,
   )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests import runs
+from tests import commands
 
 # Locking a mutex twice blocks forever, without the GIL, and no signal interrupts it: like a compiler.
 STUCK = """
@@ -47,7 +47,7 @@ COMPILE = 'compile_for_ever()'
 def start(code: str, body: str) -> subprocess.Popen:
   process = subprocess.Popen(
     [sys.executable, '-c', STUCK + code.replace('BODY', body)],
-    env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    env=commands.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip
   assert process.stdout and process.stdout.readline() == 'ready\n', process.communicate()[1]
   return process
@@ -156,7 +156,7 @@ def slow_jax(tmp_path_factory):
 def test_a_signal_during_the_imports_of_a_command_is_one_line(slow_jax, command, number):
   process = subprocess.Popen(
     [sys.executable, '-m', f'kdjax.{command}', '--help'],
-    env=os.environ | {'PYTHONPATH': f'{slow_jax}:{runs.REPO}'}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    env=os.environ | {'PYTHONPATH': f'{slow_jax}:{commands.REPO}'}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip
   assert process.stdout and process.stdout.readline() == 'importing\n'
   process.send_signal(number)
@@ -174,4 +174,4 @@ assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and 'MPLBAC
 assert not any(name.startswith(('jax', 'numpy', 'kdjax.runtime.interrupts')) for name in sys.modules)
 """
   env = {name: value for name, value in os.environ.items() if name != 'MPLBACKEND'}
-  subprocess.run([sys.executable, '-c', code], env=env | {'PYTHONPATH': str(runs.REPO)}, check=True, timeout=60)
+  subprocess.run([sys.executable, '-c', code], env=env | {'PYTHONPATH': str(commands.REPO)}, check=True, timeout=60)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from kdjax.metrics import Progress
+from kdjax.runs.metrics import Progress
 from kdjax.runtime import progress
 
 

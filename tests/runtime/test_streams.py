@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from kdjax.runtime import streams
-from tests import runs
+from tests import commands
 
 PROGRAM = """
 import sys
@@ -32,7 +32,7 @@ def run(body: str, shell: str, **environment: str) -> tuple[int, bytes]:
   program = f'\'{sys.executable}\' -c "$CODE"'
   done = subprocess.run(
     ['bash', '-c', shell.replace('$PROGRAM', program)],
-    env=BUFFERED | {'PYTHONPATH': str(runs.REPO), 'CODE': PROGRAM.replace('BODY', body)} | environment,
+    env=BUFFERED | {'PYTHONPATH': str(commands.REPO), 'CODE': PROGRAM.replace('BODY', body)} | environment,
     capture_output=True, timeout=60, check=False,
   )  # fmt: skip
   return done.returncode, done.stderr

@@ -1,1 +1,0 @@
-"""Scoring of checkpoints: per-document likelihood, calibration, agreement with the teacher; results as immutable Parquet files."""

@@ -1,1 +1,0 @@
-"""The four-axis grid: its config, the runs it needs, what they cost, and doing what is missing."""

@@ -1,0 +1,397 @@
+"""From configs to trained models: what defines a run, which teacher it needs, which students train side by side.
+
+`train` and `grid` are made of these: a teacher is trained once and found again by its fingerprint; students that differ in their targets and
+alpha alone are one cohort on the same batches.
+"""
+
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kdjax import config as config_lib
+from kdjax import machine
+from kdjax.config import AlphaSchedule, Config, DataConfig, LossConfig, ModelConfig, StudentConfig, TeacherConfig
+from kdjax.data.batches import BatchStream, Windows
+from kdjax.data.corpus import Corpus
+from kdjax.data.roles import Roles
+from kdjax.data.tokenizer import Tokenizer
+from kdjax.errors import UserError
+from kdjax.losses import alpha_state
+from kdjax.models import Model, build, flops
+from kdjax.runs.folder import RunFolder
+from kdjax.runtime.profiling import Window
+from kdjax.storage import paths
+from kdjax.teachers import by_name, frozen
+from kdjax.trainer import loop
+from kdjax.trainer.cohort import Cohort, Member
+from kdjax.trainer.optimizer import adamw, learning_rate, phases_overrun
+from kdjax.trainer.step import Recipe, Teacher
+
+log = logging.getLogger('kdjax')
+
+SPEEDS = {  # fields that change how fast a result comes, and not what it is
+  'attention',
+  'remat',
+  'scan_unroll',
+  'max_seq_len',
+  'microbatches',
+  'forward_microbatch',
+  'layout',
+  'chunk_tokens',
+  'chunk_megabytes',
+}
+LATER = {  # fields that are younger than runs that are kept, at the value that those had: what defines a run leaves them out
+  'norms': 'before',
+  'norm_offset': False,
+  'qk_norm_whole': False,
+  'qkv_bias': False,
+  'activation': 'silu',
+  'embed_scale': 1.0,
+  'attn_scale': 0.0,
+  'local_window': 0,
+  'global_every': 6,
+  'local_rope_theta': 10_000.0,
+  'method': 'llama3',
+  'init': '',
+  'nulls': 'refuse',
+}
+TARGETS = {'baseline': 'none', 'distilled': 'teacher', 'unigram': 'unigram'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """One student: its config, which of the config's arms it is, the folder it trains in, what a progress bar calls it."""
+
+  config: Config
+  name: str  # baseline | distilled | unigram
+  folder: RunFolder
+  label: str
+
+
+def experiment(config: Config) -> dict[str, Any]:
+  """What an experiment's results depend on: the config less its name, places, speeds and schedules of saving."""
+  values = config_lib.as_dict(config)
+  kept = {key: values[key] for key in ('teacher', 'student', 'loss')} | {'data': _data_identity(config)}
+  kept['student']['arms'] = sorted(config.student.arms)
+  if any(TARGETS[arm] != 'none' for arm in config.student.arms):
+    kept['loss'] |= nucleus_identity(config.loss)
+  for name, section in (('teacher', trained_section(config.teacher)), ('student', config.student)):
+    kept[name]['optimizer'] |= schedule_identity(section, config.data)
+  if 'distilled' not in config.student.arms:
+    del kept['teacher']
+  return _essence(kept)
+
+
+def run_config(
+  config: Config, section: TeacherConfig | StudentConfig, model: ModelConfig, arm: str, teacher: str, init: str = ''
+) -> dict[str, Any]:
+  """What defines one model's training run: the value that run.json keeps and compares. `init`: the weights that it begins with, if not fresh.
+
+  The baseline's and the teacher's do not depend on the loss's KD part, so that configs which differ there share them.
+  """
+  target = TARGETS.get(arm, 'none')
+  learns = isinstance(section, StudentConfig) and target != 'none'
+  loss = _arm_loss(config, learns)
+  identity = {
+    'arm': arm,
+    'model': dataclasses.asdict(model),
+    'data': _data_identity(config),
+    **{key: getattr(section, key) for key in ('seed', 'tokens', 'batch_size')},
+    'slice': list(section.slice),
+    'optimizer': dataclasses.asdict(section.optimizer) | schedule_identity(section, config.data),
+    'target': {'teacher': teacher, 'unigram': 'unigram'}.get(target, 'none'),
+    'alpha': section.alpha if learns else 0.0,  # type: ignore[union-attr]
+    'alpha_schedule': dataclasses.asdict(section.alpha_schedule if learns else AlphaSchedule()),  # type: ignore[union-attr]
+    'loss': dataclasses.asdict(loss) | nucleus_identity(loss),
+    'init': init,
+  }
+  return _essence(identity)
+
+
+def nucleus_identity(loss: LossConfig) -> dict[str, str]:
+  """Return a mark for runs whose nucleus older versions cut at temperature 1; empty if the result is the same."""
+  return {'nucleus': 'tempered'} if loss.teacher_top_p < 1 and loss.temperature != 1 else {}
+
+
+def schedule_identity(section: TeacherConfig | StudentConfig, data: DataConfig) -> dict[str, str]:
+  """Return a mark for runs whose learning rates differ from older versions, because warm-up and decay exceed the run; empty otherwise."""
+  return {'phases': 'fitted'} if phases_overrun(section.optimizer, config_lib.n_steps(section, data)) else {}
+
+
+def teacher_key(config: Config) -> str:
+  """Tells teachers' training runs apart before a tokenizer is known; checkpoints of one trunk are of one run."""
+  section = trained_section(config.teacher)
+  return config_lib.fingerprint(run_config(config, section, section.model, 'teacher', ''), 8)
+
+
+def student_key(config: Config, arm: str) -> str:
+  """The same for students."""
+  teacher = f'{teacher_key(config)}@{frozen.step_of(config)}' if TARGETS[arm] == 'teacher' else ''
+  section = config.student
+  return config_lib.fingerprint(run_config(config, section, section.model, arm, teacher, section.init), 8)
+
+
+def teacher_folder(config: Config, corpus: Corpus) -> RunFolder | None:
+  """The teacher's run folder: the one that the config names, or where its own teacher is or will be. None where no arm has one."""
+  section = config.teacher
+  if 'distilled' not in config.student.arms:
+    return None
+  if section.run:
+    return by_name.check(section.run, 'teacher.run', config, corpus.tokenizer, section.step)
+  model, identity = _teacher(config, corpus)
+  # By content too: where the text behind a path has changed, so has the teacher.
+  content = [corpus.tokenizer.fingerprint, corpus.train.fingerprint]
+  return frozen.folder_of(config.runs, model, config_lib.fingerprint([identity, content]))
+
+
+def train_teacher(config: Config, corpus: Corpus, folder: RunFolder | None, mesh: Mesh, progress: bool = True) -> None:
+  """Trains the config's own teacher, or imports the one it names, if it is not there yet."""
+  if folder is None:
+    return
+  if config.teacher.run:
+    by_name.ready(config.teacher.run, config, mesh)
+    return
+  model, identity = _teacher(config, corpus)
+  section = trained_section(config.teacher)
+  members = [_member(config, corpus, section, folder, identity, 'teacher')]
+  loop.fit(_cohort(config, section, 'teacher', corpus, model, members, progress=progress), mesh)
+
+
+def train_students(
+  arms: Sequence[Arm],
+  corpus: Corpus,
+  teacher_folder: RunFolder | None,
+  mesh: Mesh,
+  progress: bool = True,
+  profile: Window | None = None,
+) -> None:
+  """Trains a cohort of students side by side on the same batches. Their configs may differ in `student.alpha` and its schedule alone."""
+  config = arms[0].config
+  assert all(cohort_key(arm.config) == cohort_key(config) for arm in arms), 'these students are no cohort'
+  section = config.student
+  n_tokens = by_name.n_tokens(config, corpus.tokenizer)
+  model = build(frozen.with_vocabulary(section.model, corpus.tokenizer, 'student', n_tokens))
+  targets = {TARGETS[arm.name] for arm in arms}
+  teacher_model, teacher, fingerprints, name = None, Teacher(), {}, ''
+  if teacher_folder and 'teacher' in targets:
+    teacher_model, params, step, weights = frozen.load(
+      teacher_folder, config.teacher.dtype, mesh, frozen.step_of(config), config.teacher.model, config.teacher.layout
+    )
+    name = f'{weights}@{step}'
+    if teacher_model.config.vocab_size > model.config.vocab_size:  # part of its distribution is cut off
+      name += f'/{model.config.vocab_size}'
+    teacher_model, params = frozen.fit_to_student(teacher_model, params, model.config, mesh, config.teacher.layout)
+    teacher = Teacher(params)
+    fingerprints['teacher'] = weights
+  if 'unigram' in targets:
+    log_probs = frozen.unigram_log_probs(_windows(config, section, corpus), model.config.padded_vocab_size)
+    teacher = teacher._replace(unigram_V=jax.device_put(log_probs, NamedSharding(mesh, P('tensor'))))
+  initial, init = None, ''
+  if section.init:
+    begun_with = by_name.ready(section.init, config, mesh)
+    init = by_name.weights_name(begun_with)
+    initial = functools.partial(by_name.weights, begun_with, model, mesh)
+  members = [
+    _member(
+      arm.config,
+      corpus,
+      arm.config.student,
+      arm.folder,
+      run_config(arm.config, arm.config.student, model.config, arm.name, name, init),
+      arm.label,
+    )
+    for arm in arms
+  ]
+  cohort = _cohort(config, section, 'student', corpus, model, members, teacher_model, teacher, fingerprints, progress)
+  loop.fit(dataclasses.replace(cohort, profile=profile, initial=initial), mesh)
+
+
+def resolved(config: Config, folder: paths.Path) -> dict[str, Any]:
+  """The config as a folder keeps it: its paths are relative to the folder."""
+  return config_lib.as_dict(config) | {'runs': paths.relative(config.runs, folder)}
+
+
+def origin(corpus: Corpus, folder: paths.Path) -> dict[str, str]:
+  """Return where a run found its text: the current folder (relative to `folder`), to which the config's paths refer, and the corpus's name."""
+  return {'folder': paths.relative(os.getcwd(), folder), 'corpus': corpus.folder.name}
+
+
+def _member(
+  config: Config,
+  corpus: Corpus,
+  section: TeacherConfig | StudentConfig,
+  folder: RunFolder,
+  identity: dict[str, Any],
+  label: str,
+) -> Member:
+  schedule = AlphaSchedule(**identity['alpha_schedule'])
+  alpha = alpha_state(identity['alpha'], schedule, config_lib.n_steps(section, config.data))
+  notes = {
+    'resolved': resolved(config, folder.path),
+    'origin': origin(corpus, folder.path),
+    'versions': machine.versions(),
+    'git': machine.git_commit(),
+  }
+  return Member(folder, identity, alpha, label, notes)
+
+
+def _teacher(config: Config, corpus: Corpus) -> tuple[Model, dict[str, Any]]:
+  """(model, what defines its run) of the teacher that the config describes."""
+  model = build(frozen.with_vocabulary(config.teacher.model, corpus.tokenizer, 'teacher'))
+  return model, run_config(config, trained_section(config.teacher), model.config, 'teacher', '')
+
+
+def trained_section(section: TeacherConfig) -> TeacherConfig:
+  """The run that a teacher comes from: its own, or the trunk of which it is a checkpoint."""
+  return dataclasses.replace(section, tokens=max(section.trunk)) if section.trunk else section
+
+
+def cohort_key(config: Config) -> Config:
+  """All that students of one cohort share."""
+  student = dataclasses.replace(config.student, alpha=0.0, alpha_schedule=AlphaSchedule(), arms=())
+  return dataclasses.replace(config, student=student)
+
+
+def _cohort(
+  config: Config,
+  section: TeacherConfig | StudentConfig,
+  name: str,
+  corpus: Corpus,
+  model: Model,
+  members: list[Member],
+  teacher_model: Model | None = None,
+  teacher: Teacher = Teacher(),
+  fingerprints: dict[str, str] | None = None,
+  progress: bool = True,
+) -> Cohort:
+  """The cohort of a section of the config, whose `name` is 'teacher' or 'student'."""
+  total = config_lib.n_steps(section, config.data)
+  windows = _windows(config, section, corpus)
+  stream = BatchStream(windows, section.batch_size, section.seed)
+  _warn_of_epochs(name, section, stream, total)
+  targets = tuple(TARGETS.get(member.config['arm'], 'none') for member in members)
+  return Cohort(
+    title=name if len(members) == 1 else f'{len(members)} {name}s',
+    members=tuple(members),
+    recipe=recipe_of(config, section, model, targets, teacher_model),
+    teacher=teacher,
+    seed=section.seed,
+    stream=stream,
+    validation=Windows(corpus.validation, config.data.seq_len, mask_documents=config.data.mask_documents),
+    total_steps=total,
+    checkpoint_every=config.checkpoint.every or max(1, total // 10),
+    eval_every=config.eval.every or max(1, total // 10),
+    eval_batches=config.eval.every_batches,
+    keep=config.checkpoint.keep,
+    keep_period=config.checkpoint.keep_period,
+    keep_minutes=config.checkpoint.keep_minutes,
+    local=config.checkpoint.local,
+    local_every=config.checkpoint.local_every,
+    keep_steps=trunk_steps(config) if name == 'teacher' else (),
+    max_skipped=config.max_skipped,
+    heartbeat_timeout=config.heartbeat_timeout,
+    tokenizer=corpus.tokenizer,
+    fingerprints={'data': stream.fingerprint, 'tokenizer': corpus.tokenizer.fingerprint, **(fingerprints or {})},
+    facts={
+      'parameters': model.n_params,
+      'non_embedding': flops.count_params(model.config).non_embedding,
+      'tokens': total * section.batch_size * config.data.seq_len,
+      'steps': total,
+      'distinct_tokens': windows.n_tokens,
+      'epochs': total / stream.steps_per_epoch,
+      'xz9_bits_per_byte': corpus.xz9_bits_per_byte,
+      **({'text_lost': corpus.losses} if corpus.losses else {}),
+    },
+    threads=config.data.threads,
+    prefetch=config.data.prefetch,
+    progress=progress,
+    trackers=config.trackers,
+  )
+
+
+def recipe_of(
+  config: Config,
+  section: TeacherConfig | StudentConfig,
+  model: Model,
+  targets: tuple[str, ...],
+  teacher_model: Model | None = None,
+) -> Recipe:
+  """The step of models that train side by side by a section of the config; `targets`: a value of TARGETS for each."""
+  optimizer, total = section.optimizer, config_lib.n_steps(section, config.data)
+  return Recipe(
+    student=model,
+    teacher=teacher_model,
+    targets=targets,
+    optimizer=adamw(optimizer),
+    learning_rate=learning_rate(optimizer, total),
+    peak_learning_rate=optimizer.learning_rate,
+    loss=_arm_loss(config, any(target != 'none' for target in targets)),
+    mask_documents=config.data.mask_documents,
+    microbatches=section.microbatches,
+    teacher_microbatch=config.teacher.forward_microbatch if teacher_model else 0,
+    teacher_layout=config.teacher.layout if teacher_model else 'student',
+    size=config.steps_per_call,
+  )
+
+
+def trunk_steps(config: Config) -> tuple[int, ...]:
+  """Steps of the teacher's trunk whose checkpoints are teachers themselves; () where it has none."""
+  section = config.teacher
+  return tuple(config_lib.n_steps(dataclasses.replace(section, tokens=tokens), config.data) for tokens in section.trunk)
+
+
+def _arm_loss(config: Config, learns: bool) -> LossConfig:
+  """The loss of a model that learns from a teacher, or the LM part of it."""
+  return config.loss if learns else LossConfig(z_loss=config.loss.z_loss)
+
+
+def _windows(config: Config, section: TeacherConfig | StudentConfig, corpus: Corpus) -> Windows:
+  data = config.data
+  return Windows(corpus.train, data.seq_len, section.slice, data.distinct_tokens, data.mask_documents)
+
+
+def _data_identity(config: Config) -> dict[str, Any]:
+  values = dataclasses.asdict(config.data)
+  kept = {key: value for key, value in values.items() if key not in ('cache', 'prefetch', 'threads')}
+  end = _end_token(config.data.tokenizer, config.data.separator)
+  return kept | ({'end': end} if end else {})
+
+
+def _end_token(tokenizer: str, separator: str) -> str:
+  """Return the end token of documents if it differs from their first token (older runs used one for both); '' if it cannot be read here."""
+  if tokenizer in ('bpe', 'bytes') or separator:
+    return ''
+  try:
+    roles = _roles(tokenizer)
+  except UserError:  # raised again when the corpus is built
+    return ''
+  return roles.end if roles.closes else ''
+
+
+@functools.cache
+def _roles(tokenizer: str) -> Roles:
+  return Tokenizer.from_file(tokenizer).roles
+
+
+def _essence(value: Any) -> Any:
+  """Nested dicts less the fields that do not change a result, and those that came later where they change nothing."""
+  if not isinstance(value, dict):
+    return value
+  kept = {key: inner for key, inner in value.items() if key not in SPEEDS and (key, inner) not in LATER.items()}
+  return {key: _essence(inner) for key, inner in kept.items()}
+
+
+def _warn_of_epochs(name: str, section: TeacherConfig | StudentConfig, stream: BatchStream, total: int) -> None:
+  epochs = total / stream.steps_per_epoch
+  if epochs > 1 and jax.process_index() == 0:
+    log.warning(
+      'note: the %s sees %s distinct tokens %.1f times (%s tokens in all); set fewer tokens or more text for a single epoch',
+      name, f'{stream.windows.n_tokens:,}', epochs, f'{section.tokens:,}',
+    )  # fmt: skip
