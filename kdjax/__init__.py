@@ -1,9 +1,13 @@
-"""Language models pretrained with distillation, in JAX.
+"""Pretrain language models with distillation, in JAX: sharded teacher and student in one compiled step.
 
-Importing the package imports no other library. `python -m kdjax.COMMAND` prepares its process here, before its imports, which take seconds.
+`python -m kdjax` lists the commands. The losses are in `kdjax.losses`, models in `kdjax.models`.
+Importing the package imports no other library.
 """
 
 from kdjax.runtime import startup
 
+__version__ = '0.1.0'
+
+# `python -m kdjax.COMMAND`: prepare its process before its imports, which take seconds.
 if command := startup.command():
   startup.prepare(command)

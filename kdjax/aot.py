@@ -1,11 +1,11 @@
-"""Compiles a config's whole step, teacher and students, for a TPU slice that is not here: does it fit, what crosses the network, how fast at best.
+"""Compile a config's whole step for a TPU slice that is not here: size, traffic, speed.
 
     python -m kdjax.aot --config=configs/weak2strong.py:scale=paper --topology=v6e-64 --config.mesh.tensor=4
     python -m kdjax.aot --config=... --topology=v5p-64 --search                        the best of some meshes, remats and microbatches
     python -m kdjax.aot --config=... --topology=v5litepod-256 --num-slices=8 --config.mesh.replica=8
 
-Nothing runs and no device is needed: the real compiler, which `pip install -e '.[tpu]'` brings, works on any machine.
-Exit code 0: it fits; 1: it does not.
+Nothing runs and no device is needed: the real compiler, which `pip install -e '.[tpu]'` installs, works on any machine.
+Exit code 0: the step fits; 1: it does not.
 """
 
 import argparse

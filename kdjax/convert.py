@@ -1,10 +1,11 @@
-"""Models to and from Hugging Face's folders: Llama, Qwen2.5, Qwen3, OLMo-2, Gemma 2 and 3 (text), in safetensors files.
+"""Import models from Hugging Face folders and export models to them.
 
     python -m kdjax.convert from-hf ~/models/SmolLM2-135M runs/imported/smollm2
     python -m kdjax.convert to-hf runs/weak2strong-.../students/distilled exported
 
-What is imported is a run's folder: it can be a teacher (--config.teacher.run), a student's start (--config.student.init), or be exported
-again. A config may also name a Hugging Face folder itself. What is exported loads with transformers' AutoModelForCausalLM.
+Families: Llama, Qwen2.5, Qwen3, OLMo-2, Gemma 2 and 3 (text), in safetensors files. An imported model is a run folder: it can be a teacher
+(--config.teacher.run), a student's initial weights (--config.student.init), or be exported again. A config may also name a Hugging Face folder
+itself. An exported model loads with transformers' AutoModelForCausalLM.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""The eval job: scores checkpoints per document, apart from training, on any number of devices.
+"""Score checkpoints per document, apart from training, on any number of devices.
 
     python -m kdjax.evaluate --workdir=runs/weak2strong-0123456789ab            the newest checkpoint of each model
     python -m kdjax.evaluate --workdir=runs/weak2strong-0123456789ab --step=500
     python -m kdjax.evaluate --workdir=... --watch                              each new checkpoint, until the run ends
 
-Sets: the in-domain test split, every OOD set, and the multiple-choice tasks of `eval.tasks` (kdjax/scoring/choices.py). Each set's evaluation
-temperature is fitted, for each model, on documents of the same set that are not scored (the validation split; the validation share of an OOD
-set). Documents longer than the window are scored in strided windows (kdjax/scoring/windows.py).
+Sets: the in-domain test split, every OOD set, and the multiple-choice tasks of `eval.tasks` (kdjax/scoring/choices.py). Each model's evaluation
+temperature for a set is fitted on documents of that set that are not scored (the validation split; the validation share of an OOD set).
+Documents longer than the window are scored in strided windows (kdjax/scoring/windows.py).
 """
 
 import argparse

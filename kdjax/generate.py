@@ -1,4 +1,4 @@
-"""Text from a checkpoint.
+"""Generate text from a checkpoint or a Hugging Face folder.
 
     python -m kdjax.generate runs/weak2strong-.../students/distilled "The state of the Union"
     python -m kdjax.generate runs/weak2strong-... "The state of the Union" --temperature 0.8 --samples 3    all its students, side by side

@@ -1,11 +1,11 @@
-"""The four-axis grid of distillation: plan it, run it, see how it stands.
+"""Plan a grid of distillation runs, compute what is missing, show its status.
 
-    python -m kdjax.grid plan --config=configs/grid.py                   every run that it needs, and what they cost; runs nothing
-    python -m kdjax.grid run --config=configs/grid.py                    does what is missing; may be killed and started again at any point
+    python -m kdjax.grid plan --config=configs/grid.py                   every run and its cost; runs nothing
+    python -m kdjax.grid run --config=configs/grid.py                    compute what is missing; can be killed and rerun at any point
     python -m kdjax.grid run --config=configs/grid.py --shard=2/8        one of eight array jobs
-    python -m kdjax.grid run --config=configs/grid.py --cell=ID          one cell, with what it needs
+    python -m kdjax.grid run --config=configs/grid.py --cell=ID          one cell and what it needs
     python -m kdjax.grid run --config=configs/grid.py --executor=ray     runners on every node of a Ray cluster; or slurm: an array of jobs;
-                                                                         or print: the command, to be pasted on N machines
+                                                                         or print: the command, to paste on N machines
     python -m kdjax.grid status --config=configs/grid.py                 done, running, failed, missing; what is left
 
 Then: python -m kdjax.report --grid=FOLDER

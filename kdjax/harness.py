@@ -1,11 +1,12 @@
-"""EleutherAI's lm-evaluation-harness on kdjax's models (pip install 'kdjax[lm-eval]').
+"""Evaluate models with EleutherAI's lm-evaluation-harness.
 
     python -m kdjax.harness runs/weak2strong-... --tasks arc_easy,hellaswag --limit 500        all its models
     python -m kdjax.harness runs/weak2strong-.../students/distilled --tasks my_task --include-path my_tasks/
     python -m kdjax.harness ~/models/SmolLM2-135M --tasks gsm8k                                  a Hugging Face folder
 
-Results of an experiment's models are added to its table: one column for each task and filter, with each item paired with the baseline's. The
-teacher is scored at the step that the students learned from, the students at --step, by default the newest that all of them have.
+The harness is an extra: pip install 'kdjax[lm-eval]'. Results of an experiment's models are added to its table: one column for each task and
+filter, with each item paired with the baseline's. The teacher is scored at the step that the students learned from, the students at --step, by
+default the newest that all of them have.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Builds the corpus of a config before anything trains on it, and says what is in it.
+"""Build the corpus of a config and report what is in it.
 
     python -m kdjax.prepare --config=configs/weak2strong.py --config.data.source='texts/*.jsonl.zst'
 
-The text is tokenised on all cores, split by document and packed into checksummed token stores that every training run of the same data opens;
-one that is killed goes on with the same command. The report tells exact and near duplicates, and how much of each test set stands in the training
-split: it is printed, and kept as report.json in the corpus's folder.
+The text is tokenised on all cores, split by document and packed into checksummed token stores, which every training run of the same data opens.
+A build that was killed is resumed by the same command. The report counts exact and near duplicates and the share of each test set that is also in
+the training split. It is printed and saved as report.json in the corpus's folder.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a grid found: tables, figures, one HTML page; and which teacher it would advise.
+"""Write a grid's tables, figures and HTML page, and advise on a teacher.
 
     python -m kdjax.report --grid=runs/grid-0123456789ab
     python -m kdjax.report --grid=runs/grid-0123456789ab --advise --student=tiny-1m --tokens=2M --budget-flops=2e13

@@ -1,9 +1,9 @@
-"""One run of the main job: make sure of the teacher, train the students on the same batches, score everything, say what was gained.
+"""Train teacher and students, evaluate them, print the table of gains.
 
     python -m kdjax.train --config=configs/weak2strong.py
     python -m kdjax.train --config=configs/weak2strong.py:scale=paper --config.student.alpha=0.4 --workdir=runs/mine
 
-Started again, it goes on from the newest good checkpoints; where all is done it only prints the table.
+The students of a run see the same batches. A restart resumes from the newest good checkpoints; if everything is done, it only prints the table.
 """
 
 import argparse

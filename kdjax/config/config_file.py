@@ -15,13 +15,27 @@ import ml_collections
 from kdjax.errors import ConfigError, UserError
 
 SUFFIX = '.py'
+PACKAGE = pathlib.Path(__file__).parents[1]
+SHIPPED = (PACKAGE / 'configs', PACKAGE.parent / 'configs')  # in a wheel; in a checkout
 EXAMPLE = 'write def get_config(arg=None), as configs/weak2strong.py does'
 
 
 def split(spec: str) -> tuple[pathlib.Path, str]:
-  """Split `configs/weak2strong.py:scale=paper` into (file, argument). The whole text is the file if such a file exists, even with colons."""
+  """Split `configs/weak2strong.py:scale=paper` or `weak2strong:scale=paper` into (file, argument).
+
+  The whole text is the file if such a file exists, even with colons. A path that exists wins over the name of a config that kdjax ships.
+  """
   name, _, arg = (spec, '', '') if os.path.isfile(spec) else spec.partition(':')
-  return pathlib.Path(name), arg
+  path = pathlib.Path(name)
+  if not path.exists() and name in shipped():
+    return shipped()[name], arg
+  return path, arg
+
+
+def shipped() -> dict[str, pathlib.Path]:
+  """The config files that kdjax ships, by name."""
+  folder = next((folder for folder in SHIPPED if folder.is_dir()), None)
+  return {path.stem: path for path in sorted(folder.glob(f'*{SUFFIX}'))} if folder else {}
 
 
 def read(path: pathlib.Path, arg: str) -> ml_collections.ConfigDict:
@@ -62,10 +76,11 @@ def _check_name(path: pathlib.Path) -> None:
     what = f'is not a Python file: its name must end in {SUFFIX}'
   folder = path.parent if path.parent.is_dir() else pathlib.Path('.')
   names = [p.name for p in folder.glob(f'*{SUFFIX}') if p.is_file()]
-  near = (
-    [f'{path.name}{SUFFIX}'] if f'{path.name}{SUFFIX}' in names else difflib.get_close_matches(path.name, names, n=1)
-  )
-  raise ConfigError([f'config file {path} {what}' + (f'; did you mean {folder / near[0]}?' if near else '')])
+  names = [f'{path.name}{SUFFIX}'] if f'{path.name}{SUFFIX}' in names else names
+  near = [str(folder / name) for name in difflib.get_close_matches(f'{path.stem}{SUFFIX}', names, n=1)]
+  if path.parent == pathlib.Path('.'):
+    near += difflib.get_close_matches(path.name, list(shipped()), n=1)
+  raise ConfigError([f'config file {path} {what}' + (f'; did you mean {near[0]}?' if near else '')])
 
 
 def _function(module: types.ModuleType, path: pathlib.Path) -> Any:
