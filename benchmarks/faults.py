@@ -178,7 +178,7 @@ class Case:
     if tables[0] != tables[1] or [file.name for file in files[0]] != [file.name for file in files[1]]:
       raise Failure('silent difference: the table')
     for file, like in zip(*files, strict=True):
-      pd.testing.assert_frame_equal(results.read(file)[0], results.read(like)[0], check_exact=True)
+      pd.testing.assert_frame_equal(results.read_result(file)[0], results.read_result(like)[0], check_exact=True)
 
 
 def check_line(process: subprocess.Popen, folder: pathlib.Path) -> None:

@@ -62,7 +62,7 @@ def main() -> None:
 def slice_rows() -> list[str]:
   """The whole step of a 1.7B student of an 8B teacher, compiled for a slice that is not here."""
   rows = []
-  slice_ = topology.parse(SLICE)
+  slice_ = topology.parse_slice(SLICE)
   paper = cli.load_config('configs/strong2weak.py:scale=paper', FIELDS | {'student.batch_size': '64'})
   for dtype in DTYPES[1:]:
     r = compiling.compile_step(with_dtype(paper, dtype), slice_)
@@ -83,7 +83,7 @@ def student_rows(name: str, configs: list[Config]) -> list[str]:
   found: dict[str, dict[str, list[float]]] = {}
   for dtype in DTYPES:
     for config in configs:
-      cells = table.load(jobs.find(train.run(with_dtype(config, dtype))))['distilled']
+      cells = table.load_cells(jobs.find_job(train.run(with_dtype(config, dtype))))['distilled']
       for set_name, cell in cells.items():
         found.setdefault(set_name, {}).setdefault(dtype, []).append(cell.bits())
   rows = []
@@ -107,12 +107,12 @@ def teacher_rows(name: str, config: Config) -> list[str]:
     windows = Windows(corpus.validation, config.data.seq_len, (0.0, 1.0), 0, config.data.mask_documents)
     picked = [windows.window(i) for i in range(min(256, len(windows)))]
     tokens, labels, segments = (np.stack([w[key] for w in picked]) for key in ('tokens', 'labels', 'segment_ids'))
-    model, exact, _, _ = frozen.load(folder, 'float32', mesh, like=config.teacher.model)
+    model, exact, _, _ = frozen.load_teacher(folder, 'float32', mesh, like=config.teacher.model)
     targets = ModelTargets(model.hidden(exact, tokens, segments), model.head(exact))
     weights = (labels >= 0) / np.float32((labels >= 0).sum())
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree['blocks']))
     for dtype in DTYPES:
-      params = frozen.in_dtype(exact, dtype)
+      params = frozen.to_dtype(exact, dtype)
       hidden, head = model.hidden(params, tokens, segments), model.head(params)
       _, sums = jax.jit(
         lambda h, w: fused_loss(h, w, labels, weights, 0.5, targets, vocab_size=model.config.vocab_size)

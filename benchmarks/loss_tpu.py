@@ -41,7 +41,7 @@ def main() -> None:
   jax.config.update('jax_platforms', 'cpu')
   rows, estimates = [], {}
   for name, (width, teachers) in itertools.product(SLICES, WIDTHS):
-    slice_ = topology.parse(name)
+    slice_ = topology.parse_slice(name)
     e = estimates[name, width, teachers] = estimate(slice_, width, teachers)
     ms = ' | '.join(f'{1e3 * x:.1f}' for x in (e.products, e.traffic, e.compiler, e.kernel))
     rows.append(
@@ -75,7 +75,7 @@ def share_of_step() -> float:
 
 
 def estimate(slice_: topology.Slice, width: int, teachers: int) -> Estimate:
-  device = topology.devices(slice_)[0]
+  device = topology.slice_devices(slice_)[0]
   on = SingleDeviceSharding(device)
   shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype, sharding=on)
 

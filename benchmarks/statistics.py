@@ -245,7 +245,7 @@ def regret(surface: str, seed: int) -> float | None:
     'temperature': 1.0, 'top_k': 0.0, 'mixing': 'normalised', 'arm': 'distilled', 'scenario': '', 'distinct_tokens': 0, 'budget': 'annealed',
     'teacher_data': 'iso', 'set': 'in-domain', 'measure': 'bits_per_byte', 'seeds': '46 47 48 49 50', 'over': 'seeds and documents',
   }  # fmt: skip
-  fitted = advisor.fit(pd.DataFrame(rows).assign(**shared), draws=200)
+  fitted = advisor.fit_surface(pd.DataFrame(rows).assign(**shared), draws=200)
   found = advisor.advise(fitted, named(STUDENT, vocab_size=2048), TOKENS, 1e18, SEQ_LEN)
   if found.choice is None:
     return None

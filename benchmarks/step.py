@@ -65,7 +65,7 @@ class Stepper:
       shardings.append(state_shardings(recipe, jax.eval_shape(init, jax.random.key(0)), mesh))
       states.append(jax.jit(init, out_shardings=shardings[-1])(jax.random.key(0)))
     self.states = tuple(states)
-    weights = jax.jit(lambda key: frozen.in_dtype(teacher.init(key), 'auto'))(jax.random.key(1)) if teacher else None
+    weights = jax.jit(lambda key: frozen.to_dtype(teacher.init(key), 'auto'))(jax.random.key(1)) if teacher else None
     self.teacher = Teacher(weights)
     self.step: Any = make_step(recipe, shardings)
     ids = np.random.default_rng(0).integers(0, student.config.vocab_size, (1, rows, tokens)).astype(np.int32)

@@ -23,7 +23,7 @@ from kdjax.config import Config, MeshConfig
 from kdjax.errors import UserError
 from kdjax.programs import compiling
 from kdjax.programs.compiling import GIB, Report
-from kdjax.programs.topology import Slice, parse
+from kdjax.programs.topology import Slice, parse_slice
 from kdjax.runtime import options
 from kdjax.teachers import by_name
 
@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--json', type=options.path, metavar='FILE', help='also write the figures to this file')
     config, args = cli.parse(parser, sys.argv[1:] if argv is None else argv, cli.load_config)
-    config = by_name.adopted(config)
-    slice_ = parse(args.topology, args.num_slices)
+    config = by_name.adopt_models(config)
+    slice_ = parse_slice(args.topology, args.num_slices)
     jax.config.update('jax_platforms', 'cpu')  # a device that is here is not needed
     report = (
       _best(config, slice_, args.vocab_size) if args.search else compiling.compile_step(config, slice_, args.vocab_size)

@@ -54,15 +54,15 @@ def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config
 
 def load_as(kind: type[T], check: Callable[[T], Iterable[str]], spec: str, overrides: Mapping[str, str]) -> T:
   """The same for a config of any kind and what checks it."""
-  path, arg = config_file.split(paths.expand(spec))
-  config = config_file.read(path, arg)
+  path, arg = config_file.split_spec(paths.expand(spec))
+  config = config_file.read_config(path, arg)
   fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
   unknown = set(config.keys()) - fields
   if len(unknown) > max(3, len(config.keys()) / 2):
     raise ConfigError(
       [f'{path} is no config for this command: it knows nothing of {", ".join(sorted(unknown)[:4])}, ...']
     )
-  with config_file.errors_of(path):  # references between fields are resolved only here
+  with config_file.convert_errors(path):  # references between fields are resolved only here
     problems = config_lib.override(config, overrides, kind)
     try:
       resolved = config_lib.resolve_as(kind, check, config)
@@ -149,10 +149,10 @@ def _reporting() -> Iterator[None]:
   except ImportError as e:
     if not paths.missing_extra(e):
       raise
-    _exit(UserError(f'a path is in an object store, but {paths.said(e)}'), WRONG)
+    _exit(UserError(f'a path is in an object store, but {paths.describe_error(e)}'), WRONG)
   except OSError as e:
     if e.errno is None:  # an object store's
-      _exit(UserError(f"{paths.said(e)}; correct the path, or this machine's permissions"), FAILED)
+      _exit(UserError(f"{paths.describe_error(e)}; correct the path, or this machine's permissions"), FAILED)
     where, full = e.filename or 'a file', e.errno in NO_SPACE
     fix = 'free some disk space and run the same command again' if full else 'correct the path or its permissions'
     _exit(UserError(f'{where} cannot be used ({e.strerror}); {fix}'), FAILED if full else WRONG)

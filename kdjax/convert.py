@@ -61,7 +61,7 @@ def to_hf(args: argparse.Namespace) -> None:
   if known != tokenizer.fingerprint:
     raise UserError(f'--tokenizer {args.tokenizer} is not the one that {args.run} learned with; name that one')
   with jax.set_mesh(mesh := sharding.one_device()):
-    model, params, step = frozen.weights(run, mesh, args.step)
+    model, params, step = frozen.load_saved(run, mesh, args.step)
   # How far a model was trained to look, not how far it could: that is what others take it to be good for.
   seen = identity['config'].get('data', {}).get('seq_len') or model.config.max_seq_len
   origin = {

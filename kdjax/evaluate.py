@@ -26,7 +26,7 @@ from kdjax.errors import TrainingError, UserError
 from kdjax.runs.checkpoint import steps_in
 from kdjax.runs.folder import Pulse, RunFolder
 from kdjax.runtime import distributed, preemption, sharding
-from kdjax.scoring.job import Job, evaluate, find, score_missing
+from kdjax.scoring.job import Job, evaluate, find_job, score_missing
 from kdjax.storage import paths
 
 log = logging.getLogger('kdjax')
@@ -60,18 +60,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if args.watch and args.step:
       raise UserError('--step names one checkpoint, --watch takes each new one: give one of the two')
-    paths.check(args.workdir)
+    paths.check_writable(args.workdir)
     distributed.initialize(args, Config().heartbeat_timeout)
     mesh = sharding.make_mesh(MeshConfig(args.replica, args.fsdp, args.tensor), flags='--replica, --fsdp, --tensor')
     with jax.set_mesh(mesh):
       if args.watch:
-        watch(paths.of_runs(args.workdir), mesh, args.patience)
+        watch(paths.runs_path(args.workdir), mesh, args.patience)
       else:
-        job = find(paths.of_runs(args.workdir))
+        job = find_job(paths.runs_path(args.workdir))
         corpus = _corpus(job)
         evaluate(job, corpus, mesh, step=args.step)
     if jax.process_index() == 0:
-      print(table.write(paths.of_runs(args.workdir), args.step))
+      print(table.write_table(paths.runs_path(args.workdir), args.step))
 
 
 def watch(workdir: paths.Path, mesh: Mesh, patience: float = PATIENCE) -> None:
@@ -82,7 +82,7 @@ def watch(workdir: paths.Path, mesh: Mesh, patience: float = PATIENCE) -> None:
 
   Raises TrainingError where they stay away longer.
   """
-  job = find(workdir)
+  job = find_job(workdir)
   corpus = _corpus(job)
   seen: set[tuple[paths.Path, int]] = set()
   pulse, reported = Pulse(), False

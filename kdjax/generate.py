@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with jax.set_mesh(mesh := sharding.one_device()):
       named = models(args.model)
       for name, path in named:
-        opened = by_name.opened(path, mesh, args.step, args.separator)
+        opened = by_name.open_model(path, mesh, args.step, args.separator)
         _note(opened, args.max_tokens)
         for k in range(args.samples):
           title = ' '.join([name] * (len(named) > 1) + [f'{k + 1}'] * (args.samples > 1))
@@ -48,14 +48,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def models(path: str) -> list[tuple[str, str]]:
   """(name, folder) of the students of an experiment, or of the one model that a folder holds."""
-  folder = paths.of_runs(path)
+  folder = paths.runs_path(path)
   if (folder / 'experiment.json').exists():
-    return [(run.name, str(run.path)) for run in jobs.find(folder).students]
+    return [(run.name, str(run.path)) for run in jobs.find_job(folder).students]
   return [(folder.name, path)]
 
 
 def texts(
-  opened: by_name.Opened, prompt: str, max_tokens: int, sampling: Sampling, seed: int, special: bool = False
+  opened: by_name.OpenModel, prompt: str, max_tokens: int, sampling: Sampling, seed: int, special: bool = False
 ) -> Iterator[str]:
   """Yields the prompt and then what follows it, piece by piece, as soon as a piece is whole characters."""
   tokenizer = opened.tokenizer
@@ -72,7 +72,7 @@ def texts(
   yield tokenizer.decode(said)[shown:]
 
 
-def prompt_ids(opened: by_name.Opened, prompt: str, special: bool = False) -> list[int]:
+def prompt_ids(opened: by_name.OpenModel, prompt: str, special: bool = False) -> list[int]:
   """Encode a prompt after the token that starts a document. Raises UserError for a special token without a row in the weights."""
   tokenizer = opened.tokenizer
   ids = tokenizer.encode_batch([prompt], special=special)[0].tolist()
@@ -85,7 +85,7 @@ def _whole(tokenizer: Tokenizer, ids: list[int]) -> str:
   return tokenizer.decode(ids).rstrip('\ufffd')
 
 
-def _note(opened: by_name.Opened, max_tokens: int) -> None:
+def _note(opened: by_name.OpenModel, max_tokens: int) -> None:
   if opened.trained_window and max_tokens > opened.trained_window:
     log.info(
       'note: the model was trained on windows of %s tokens; what it says beyond them is a guess',

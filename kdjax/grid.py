@@ -36,6 +36,7 @@ from kdjax.sweeps import cells as cells_lib
 from kdjax.sweeps import comparisons, executors, pilots, plan, runner
 from kdjax.sweeps import config as grid_config
 from kdjax.sweeps.config import GridConfig
+from kdjax.sweeps.names import format_count
 from kdjax.sweeps.plan import Job
 
 
@@ -60,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     load = lambda spec, overrides: cli.load_as(GridConfig, grid_config.problems, spec, overrides)
     argv = sys.argv[1:] if argv is None else argv
     grid, args = cli.parse(parser, argv, load)
-    cells_lib.check(grid)
-    folder = runner.folder_of(grid, paths.of_runs(args.workdir) if args.workdir else None)
+    cells_lib.check_grid(grid)
+    folder = runner.grid_folder(grid, paths.runs_path(args.workdir) if args.workdir else None)
     if args.command == 'plan':
       print(plan_text(grid, folder))
     elif args.command == 'status':
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
       if grid.base.deterministic:
         environment.set_deterministic()
-      paths.check(args.workdir or grid.runs)
+      paths.check_writable(args.workdir or grid.runs)
       distributed.initialize(args, grid.base.heartbeat_timeout)
       run(grid, folder, args.cell, args.shard)
 
@@ -81,21 +82,21 @@ def run(
 ) -> None:
   """Run the missing jobs. Raises TrainingError at the end if jobs failed."""
   backend.devices()
-  trackers.check(grid.base.trackers)
-  runner.claim(folder, grid)
+  trackers.check_trackers(grid.base.trackers)
+  runner.claim_grid(folder, grid)
   # Hundreds of runs of a few shapes: each shape is compiled once.
   jax.config.update('jax_compilation_cache_dir', str(paths.absolute(grid.runs) / 'compiled'))
   mesh = sharding.make_mesh(grid.base.mesh)
   base = grid.base
   with jax.set_mesh(mesh):
-    origin = runner.origin_of(folder)
+    origin = runner.read_origin(folder)
     corpus = distributed.first_process_first(lambda: prepare(base.data, base.eval, grid.runs, progress, origin))
     if corpus.losses:
       raise UserError(
         f'{fidelity.describe(corpus.losses)}, and a grid reports bits per byte; set data.tokenizer to another one'
       )
     # Fail on an unreadable task now, not after the training.
-    choices.read_all(base.eval.tasks, base.eval.max_items, kept=corpus.tasks)
+    choices.read_tasks(base.eval.tasks, base.eval.max_items, kept=corpus.tasks)
   if grid.vocab_size and base.data.tokenizer != 'bpe' and grid.vocab_size != corpus.tokenizer.vocab_size:
     raise UserError(
       f'vocab_size: {grid.vocab_size}, but {base.data.tokenizer} has {corpus.tokenizer.vocab_size} tokens; leave it at 0'
@@ -114,18 +115,18 @@ def elsewhere(grid: GridConfig, folder: paths.Path, args: argparse.Namespace, ar
     raise UserError(
       f'--executor={args.executor}: its runners share out all that is missing; leave --cell and --shard out'
     )
-  executors.check(args.executor, folder)
-  asked = executors.resources(args.resources)
+  executors.check_executor(args.executor, folder)
+  asked = executors.parse_resources(args.resources)
   spec, overrides, _ = cli.split_args(argv)
   arguments = [f'--config={spec}', *(f'--config.{name}={value}' for name, value in overrides.items())]
   work = executors.Work(
     grid.name, folder, (*arguments, f'--workdir={paths.absolute(folder)}'), lambda: status_text(grid, folder)
   )
   if args.executor == 'print':
-    print(executors.printed(work, args.runners))
+    print(executors.format_commands(work, args.runners))
     return
-  paths.check(folder)
-  runner.claim(folder, grid)
+  paths.check_writable(folder)
+  runner.claim_grid(folder, grid)
   if args.executor == 'slurm':
     print(executors.submit_to_slurm(work, args.runners, shlex.split(args.sbatch)))
     return
@@ -140,7 +141,7 @@ def _wanted(grid: GridConfig, folder: paths.Path, cell: str | None, shard: str |
     runner.shard([], shard)  # its form, before any work
     return lambda jobs: runner.shard(jobs, shard)
   if cell:
-    ids = [c.id for job in runner.jobs_of(grid, folder) for c in job.cells]
+    ids = [c.id for job in runner.list_jobs(grid, folder) for c in job.cells]
     found = [i for i in ids if cell in i]
     if cell not in ids and len(found) != 1:
       near = ', '.join((found or ids)[:5])
@@ -152,13 +153,13 @@ def _wanted(grid: GridConfig, folder: paths.Path, cell: str | None, shard: str |
 
 def plan_text(grid: GridConfig, folder: paths.Path) -> str:
   """Every job as a table: relationship, tokens, FLOPs, time, bytes, what is shared; then the sums."""
-  jobs = runner.jobs_of(grid, folder)
+  jobs = runner.list_jobs(grid, folder)
   if not any(job.phase == 'validated' for job in jobs) and not grid.pilot.skip:
     jobs += _after_pilot(grid, jobs)
   rows = [['job', 'phase', 'runs', 'relationship', 'tokens', 'FLOPs', 'of it teacher', 'time', 'checkpoints', 'shared']]
   total = plan.NOTHING
   for job in jobs:
-    cost = plan.cost(grid, job)
+    cost = plan.estimate_cost(grid, job)
     total += cost
     rows.append([job.id, job.phase, str(max(1, len(job.cells))), _relationship(job), *_costs(grid, cost)])
     rows[-1].append(f'-{cost.saved:.2g} FLOPs' if cost.saved else '')
@@ -172,7 +173,7 @@ def plan_text(grid: GridConfig, folder: paths.Path) -> str:
     align(rows),
     '',
     f'{teachers} teachers, {runs} students in {len(jobs) - teachers} cohorts; each is scored when it is trained (not in the times).',
-    f'{total.flops:.3g} FLOPs, {_duration(plan.seconds(hardware, total.flops))} on {machine}; {_bytes(total.checkpoint_bytes)} of checkpoints.',
+    f'{total.flops:.3g} FLOPs, {_duration(plan.estimate_seconds(hardware, total.flops))} on {machine}; {_bytes(total.checkpoint_bytes)} of checkpoints.',
     f"Cohorts share their teacher's forward passes: {total.saved:.3g} FLOPs ({total.saved / (total.flops + total.saved):.0%}) saved.",
   ]
   if grid.pilot.skip:
@@ -192,15 +193,15 @@ def _after_pilot(grid: GridConfig, known: list[Job]) -> list[Job]:
     if group.kind in ('distilled', 'unigram', 'tuned')
   }
   groups = cells_lib.validated_groups(grid, chosen, comparisons.reversal_pairs(grid, None))
-  jobs = plan.jobs(grid, 'validated', groups, known)
+  jobs = plan.plan_jobs(grid, 'validated', groups, known)
   return [dataclasses.replace(job, id=re.sub(r'_a[\d.e-]+_', '_a?_', job.id.rpartition('-')[0])) for job in jobs]
 
 
 def status_text(grid: GridConfig, folder: paths.Path) -> str:
   """How many jobs stand how, which run and which failed, and the time that the rest will take at the pace so far."""
   timeout = grid.base.heartbeat_timeout
-  jobs = runner.jobs_of(grid, folder)
-  states = list(zip(jobs, runner.states(folder, jobs, timeout), strict=True))
+  jobs = runner.list_jobs(grid, folder)
+  states = list(zip(jobs, runner.job_states(folder, jobs, timeout), strict=True))
   counts = Counter(state for _, state in states)
   lines = [f'{grid.name}: {folder}', ', '.join(f'{counts[name]} {name}' for name in runner.STATES)]
   for job, state in states:
@@ -213,9 +214,9 @@ def status_text(grid: GridConfig, folder: paths.Path) -> str:
       )
   done = [read_json(folder / 'jobs' / job.id / 'job.json') or {} for job, state in states if state == 'done']
   spent, flop = (sum(record.get(name, 0.0) for record in done) for name in ('seconds', 'flops'))
-  left = sum(plan.cost(grid, job).flops for job, state in states if state != 'done')
+  left = sum(plan.estimate_cost(grid, job).flops for job, state in states if state != 'done')
   if not grid.pilot.skip and not (folder / pilots.FILE).exists():
-    left += sum(plan.cost(grid, job).flops for job in _after_pilot(grid, [job for job, _ in states]))
+    left += sum(plan.estimate_cost(grid, job).flops for job in _after_pilot(grid, [job for job, _ in states]))
   if spent and left:
     lines.append(
       f'left: about {_duration(left * spent / flop)} for one runner, at the pace of the {len(done)} jobs so far'
@@ -240,9 +241,9 @@ def _relationship(job: Job) -> str:
 
 
 def _costs(grid: GridConfig, cost: plan.Cost) -> list[str]:
-  time_ = _duration(plan.seconds(grid.hardware, cost.flops))
+  time_ = _duration(plan.estimate_seconds(grid.hardware, cost.flops))
   return [
-    cells_lib.count(cost.tokens),
+    format_count(cost.tokens),
     f'{cost.flops:.3g}',
     f'{cost.teacher / cost.flops:.0%}',
     time_,

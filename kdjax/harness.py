@@ -34,7 +34,7 @@ from kdjax.scoring import harness_results, harness_tasks, likelihood
 from kdjax.scoring import job as jobs
 from kdjax.scoring.text import Scored
 from kdjax.storage import paths
-from kdjax.storage.files import canonical, digest
+from kdjax.storage.files import canonical_json, digest
 from kdjax.teachers import by_name
 from kdjax.teachers.huggingface.exporting import tokenizer_file
 
@@ -78,7 +78,7 @@ class Model(TemplateLM):
     UserError: max_length exceeds the model's limit.
   """
 
-  def __init__(self, opened: by_name.Opened, mesh: Mesh, batch_size: int = 16, max_length: int = 0, seed: int = 0):
+  def __init__(self, opened: by_name.OpenModel, mesh: Mesh, batch_size: int = 16, max_length: int = 0, seed: int = 0):
     super().__init__()
     self._opened, self._mesh, self._batch_size, self._seed = opened, mesh, batch_size, seed
     longest = opened.model.config.max_seq_len
@@ -120,7 +120,7 @@ class Model(TemplateLM):
     if not asked:
       return []
     scored = Scored(self._opened.model, self._opened.params)
-    logprob_Q, _, greedy_Q = likelihood.score(scored, asked, self.max_length, self._batch_size, self._mesh)
+    logprob_Q, _, greedy_Q = likelihood.score_requests(scored, asked, self.max_length, self._batch_size, self._mesh)
     found = [(float(logprob), bool(greedy)) for logprob, greedy in zip(logprob_Q, greedy_Q, strict=True)]
     for (texts, *_), answer in zip(requests, found, strict=True):
       if texts is not None:
@@ -148,7 +148,7 @@ class Model(TemplateLM):
     groups: dict[str, list[_Draw]] = {}
     for place, request in enumerate(requests):
       settings = json.dumps(request.args[1], sort_keys=True, default=str)
-      asked = canonical([settings, request.args[0]])
+      asked = canonical_json([settings, request.args[0]])
       number = int(digest(asked + b'%d' % repeats[asked], 4), 16)
       groups.setdefault(settings, []).append(_Draw(place, number))
       repeats[asked] += 1
@@ -254,15 +254,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace, mesh: Mesh) -> None:
   names, model = _split_model(args)
   selection = harness_tasks.find_tasks(names, args.include_path, not args.no_defaults, args.confirm_run_unsafe_code)
-  folder = paths.of_runs(model)
-  job = jobs.find(folder) if (folder / 'experiment.json').exists() else None
+  folder = paths.runs_path(model)
+  job = jobs.find_job(folder) if (folder / 'experiment.json').exists() else None
   chosen = [(folder.name, model, args.step)]
   if job:
-    chosen = [(job.arm(run), str(run.path), step) for run, step in jobs.checkpoints(job, args.step)]
+    chosen = [(job.arm(run), str(run.path), step) for run, step in jobs.list_checkpoints(job, args.step)]
   answers: dict[str, Any] = {}
   files: dict[str, dict[str, paths.Path]] = {}
   for arm, path, step in chosen:
-    opened = by_name.opened(path, mesh, step, args.separator)
+    opened = by_name.open_model(path, mesh, step, args.separator)
     log.info('%s: %s, step %d', arm, path, opened.step)
     answer = _evaluate(opened, selection, args, mesh)
     answers[arm] = answer['results']
@@ -277,11 +277,11 @@ def run(args: argparse.Namespace, mesh: Mesh) -> None:
     paths.write_json(args.output, answers)
   if job:
     harness_results.add_to_experiment(job, args.step, {arm: step for arm, _, step in chosen}, files)
-    print(table.write(job.folder, args.step))
+    print(table.write_table(job.folder, args.step))
 
 
 def _evaluate(
-  opened: by_name.Opened, selection: harness_tasks.Selection, args: argparse.Namespace, mesh: Mesh
+  opened: by_name.OpenModel, selection: harness_tasks.Selection, args: argparse.Namespace, mesh: Mesh
 ) -> dict[str, Any]:
   """Evaluate one model and print the harness's own tables."""
   answer = lm_eval.simple_evaluate(

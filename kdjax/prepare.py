@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--no-report', action='store_true', help='build alone: the report reads all tokens again')
     config, args = cli.parse(parser, sys.argv[1:] if argv is None else argv, cli.load_config)
-    paths.check(config.runs)
+    paths.check_writable(config.runs)
     begin = time.monotonic()
     corpus = prepare(config.data, config.eval, config.runs)
     seconds = time.monotonic() - begin
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.no_report:
       found = report(corpus)
       paths.write_json(corpus.folder / 'report.json', found)
-      print(told(found))
+      print(format_report(found))
 
 
 def describe(corpus: Corpus, seconds: float) -> str:
@@ -76,7 +76,7 @@ def report(corpus: Corpus, progress: bool = True) -> dict[str, Any]:
   return {'near_duplicates': near, 'overlap': {name: dataclasses.asdict(one) for name, one in found.items()}}
 
 
-def told(found: dict[str, Any]) -> str:
+def format_report(found: dict[str, Any]) -> str:
   near = found['near_duplicates']
   lines = [
     '',

@@ -53,22 +53,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--set', default='in-domain', choices=('in-domain', OOD_MEAN), help='what is to be gained')
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    paths.check(args.grid)
-    folder = paths.of_runs(args.grid)
-    grid = load(folder)
-    tables = effects.build(grid, folder)
+    paths.check_writable(args.grid)
+    folder = paths.runs_path(args.grid)
+    grid = load_grid(folder)
+    tables = effects.build_tables(grid, folder)
     if args.advise:
       print(advise(grid, tables, args))
     else:
-      print(write(grid, folder, tables))
+      print(write_report(grid, folder, tables))
 
 
-def load(folder: paths.Path) -> GridConfig:
+def load_grid(folder: paths.Path) -> GridConfig:
   """The config that a grid's folder keeps. Raises UserError where it is no grid's."""
   known = read_json(folder / 'grid.json')
   if known is None:
     raise UserError(f'{folder} is no grid: it has no grid.json; python -m kdjax.grid run prints the folder of a grid')
-  runs = str(paths.under(folder, known['resolved']['runs']))
+  runs = str(paths.resolve(folder, known['resolved']['runs']))
   # A grid from before primary contrasts existed declared none, so all of its contrasts are exploratory.
   resolved = {'primary': ()} | known['resolved']
   plans = {
@@ -78,7 +78,7 @@ def load(folder: paths.Path) -> GridConfig:
   return config_lib.resolve_as(GridConfig, grid_config.problems, values)
 
 
-def write(grid: GridConfig, folder: paths.Path, tables: Tables) -> str:
+def write_report(grid: GridConfig, folder: paths.Path, tables: Tables) -> str:
   """Writes the report; returns what the terminal shows."""
   out = folder / 'report'
   out.mkdir(exist_ok=True)
@@ -89,7 +89,7 @@ def write(grid: GridConfig, folder: paths.Path, tables: Tables) -> str:
   write_text(out / 'summary.md', summary.markdown(tables.effects, tables.contrasts, tables.warnings))
   note = '; '.join(tables.warnings)
   figures.write_all(tables.effects, tables.contrasts, out / 'figures', note)
-  page.write(tables.effects, tables.contrasts, note, facts(grid, folder, tables), out / 'report.html')
+  page.write_page(tables.effects, tables.contrasts, note, facts(grid, folder, tables), out / 'report.html')
   return '\n'.join(
     [
       f'{grid.name} (study={grid.study}, scale={grid.scale}): {folder}',
@@ -104,8 +104,8 @@ def write(grid: GridConfig, folder: paths.Path, tables: Tables) -> str:
 
 def facts(grid: GridConfig, folder: paths.Path, tables: Tables) -> dict[str, object]:
   """Collect the page's facts about the grid itself."""
-  known, pilot = read_json(folder / 'grid.json') or {}, pilots.read(folder, grid)
-  jobs = runner.jobs_of(grid, folder)
+  known, pilot = read_json(folder / 'grid.json') or {}, pilots.read_outcome(folder, grid)
+  jobs = runner.list_jobs(grid, folder)
   return {
     'name': grid.name,
     'study': grid.study,
@@ -150,13 +150,13 @@ def advise(grid: GridConfig, tables: Tables, args: argparse.Namespace) -> str:
   losses: dict[tuple[str, int], float] = {}
   if len(teachers):
     losses = teachers.groupby(['teacher', 'tokens'])['bits_per_byte'].mean().to_dict()  # type: ignore[assignment]
-  surface = advisor.fit(tables.effects, set_name=args.set, teacher_losses=losses)
+  surface = advisor.fit_surface(tables.effects, set_name=args.set, teacher_losses=losses)
   student = advice.parse_student(args.student, vocab_size=cells_lib.vocab_size(grid))
   tokens, budget = (
     advice.parse_count(args.tokens, '--tokens'),
     advice.parse_count(args.budget_flops, '--budget-flops'),
   )
-  return advice.format(advisor.advise(surface, student, tokens, budget, grid.base.data.seq_len, args.margin))
+  return advice.format_advice(advisor.advise(surface, student, tokens, budget, grid.base.data.seq_len, args.margin))
 
 
 if __name__ == '__main__':

@@ -39,12 +39,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--workdir', help="the run's folder; default: <runs>/<config>-<hash>")
     distributed.add_arguments(parser)
     config, args = cli.parse(parser, sys.argv[1:] if argv is None else argv, cli.load_config)
-    window = profiling.parse(args.profile) if args.profile else None
+    window = profiling.parse_window(args.profile) if args.profile else None
     if config.deterministic:
       environment.set_deterministic()
-    paths.check(args.workdir or config.runs)
+    paths.check_writable(args.workdir or config.runs)
     distributed.initialize(args, config.heartbeat_timeout)
-    run(config, paths.of_runs(args.workdir) if args.workdir else None, profile=window)
+    run(config, paths.runs_path(args.workdir) if args.workdir else None, profile=window)
 
 
 def run(
@@ -55,25 +55,25 @@ def run(
 ) -> paths.Path:
   """Trains, evaluates and prints; returns the experiment's folder."""
   backend.devices()
-  trackers.check(config.trackers)
-  config = by_name.adopted(config)
-  name = f'{config.name}-{config_lib.fingerprint(experiments.experiment(config))}'
-  folder = paths.of_runs(workdir) if workdir else paths.of_runs(config.runs) / name
+  trackers.check_trackers(config.trackers)
+  config = by_name.adopt_models(config)
+  name = f'{config.name}-{config_lib.fingerprint(experiments.experiment_identity(config))}'
+  folder = paths.runs_path(workdir) if workdir else paths.runs_path(config.runs) / name
   origin = _claim_experiment(folder, config)
   mesh = sharding.make_mesh(config.mesh)
-  with jax.set_mesh(mesh), logs.kept_in(folder):
+  with jax.set_mesh(mesh), logs.log_to(folder):
     corpus = distributed.first_process_first(lambda: prepare(config.data, config.eval, config.runs, progress, origin))
     # Report an unreadable task before training, not after it.
-    choices.read_all(config.eval.tasks, config.eval.max_items, kept=corpus.tasks)
+    choices.read_tasks(config.eval.tasks, config.eval.max_items, kept=corpus.tasks)
     teacher = experiments.teacher_folder(config, corpus)
-    preflight.check(config, corpus, mesh)
+    preflight.check_run(config, corpus, mesh)
     write_experiment(folder, config, teacher, corpus)  # before training, for an eval job with --watch
     experiments.train_teacher(config, corpus, teacher, mesh, progress)
     experiments.train_students(students(config, folder), corpus, teacher, mesh, progress, profile)
-    jobs.evaluate(jobs.find(folder), corpus, mesh, progress=progress)
+    jobs.evaluate(jobs.find_job(folder), corpus, mesh, progress=progress)
   if jax.process_index() == 0:
-    print(table.write(folder))
-    print(f'\nfigure: {figures.write(folder)}')
+    print(table.write_table(folder))
+    print(f'\nfigure: {figures.write_figure(folder)}')
   return folder
 
 
@@ -86,10 +86,10 @@ def write_experiment(folder: paths.Path, config: Config, teacher: RunFolder | No
   if jax.process_index() == 0:
     origin = (read_json(folder / 'experiment.json') or {}).get('origin', {})
     if origin.get('corpus') != corpus.folder.name:  # a restart from another folder may not find the text
-      origin = experiments.origin(corpus, folder)
+      origin = experiments.record_origin(corpus, folder)
     known = {
-      'config': experiments.experiment(config),
-      'resolved': experiments.resolved(config, folder),
+      'config': experiments.experiment_identity(config),
+      'resolved': experiments.record_config(config, folder),
       'teacher': paths.relative(teacher.path, folder) if teacher else None,
       'students': [paths.relative(student.folder.path, folder) for student in students(config, folder)],
       'origin': origin,
@@ -103,7 +103,7 @@ def _claim_experiment(folder: paths.Path, config: Config) -> Origin:
     raise UserError(f'{folder} is the folder of one run, not of an experiment; use another --workdir')
   known = read_json(folder / 'experiment.json')
   if known is not None:
-    RunFolder(folder).compare(known['config'], experiments.experiment(config))
+    RunFolder(folder).compare(known['config'], experiments.experiment_identity(config))
   return Origin(corpus=(known or {}).get('origin', {}).get('corpus', ''))
 
 

@@ -51,7 +51,7 @@ def assert_close(workdir, expected, arms=ARMS, rtol=1e-4, only_scored=False):
     files = [sorted((folder / 'results').glob('*.parquet')) for folder in (one, other)]
     assert [f.name.partition('-step')[0] for f in files[0]] == [f.name.partition('-step')[0] for f in files[1]]
     for file, like in zip(*files, strict=True):
-      table, wanted_table = results.read(file)[0], results.read(like)[0]
+      table, wanted_table = results.read_result(file)[0], results.read_result(like)[0]
       assert list(table['doc']) == list(wanted_table['doc'])
       np.testing.assert_allclose(table['nll'], wanted_table['nll'], rtol=rtol)
 

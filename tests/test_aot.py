@@ -39,7 +39,7 @@ def report(**changes) -> Report:
   """A report by hand: a chip of v6e among 64, whose every figure is round."""
   gather = Collective('all-gather', ('fsdp',), 'bf16[1024,1024]', 1e9, 4, 1, 'jit(run)/jvp(student)/while/dot_general')
   known = {
-    'slice': topology.parse('v6e-64'),
+    'slice': topology.parse_slice('v6e-64'),
     'mesh': {'replica': 1, 'fsdp': 16, 'tensor': 4},
     'settings': {'remat': 'full', 'microbatches': 1, 'batch_size': 256, 'seq_len': 8192},
     'parameters': {'student': 1_670_000_000, 'teacher': 690_000_000},
@@ -69,14 +69,16 @@ def test_the_roofline_is_each_resource_at_its_peak():
 def test_what_crosses_slices_goes_at_the_speed_of_the_network_between_them():
   gather = report().collectives[0]
   between = gather._replace(kind='transfer', axes=(SLICES,))
-  r = report(slice=topology.parse('v6e-64', 2), collectives=[between, gather._replace(axes=('replica', 'fsdp'))])
+  r = report(slice=topology.parse_slice('v6e-64', 2), collectives=[between, gather._replace(axes=('replica', 'fsdp'))])
   assert r.seconds()['network (slices)'] == pytest.approx(4e9 / 12.5e9)
   assert r.seconds()['network (replica x fsdp)'] == pytest.approx(4e9 / 200e9)  # a replica axis within a slice
 
 
 def test_a_network_of_no_documented_speed_is_not_counted_and_says_so():
   gather = report().collectives[0]._replace(axes=(SLICES,))
-  r = report(slice=topology.parse('v4-128', 2), mesh={'replica': 2, 'fsdp': 16, 'tensor': 4}, collectives=[gather])
+  r = report(
+    slice=topology.parse_slice('v4-128', 2), mesh={'replica': 2, 'fsdp': 16, 'tensor': 4}, collectives=[gather]
+  )
   assert set(r.seconds()) == {'compute', 'hbm'}
   assert 'network (slices): no documented speed, not counted' in aot.describe(r)
 
@@ -109,7 +111,7 @@ def test_a_mistake_is_one_line_and_code_2(capsys, arguments, says):
 
 @pytest.fixture(scope='module')
 def compiled():
-  return compiling.compile_step(config(mesh__tensor='2'), topology.parse('v6e:4x4'), VOCAB)
+  return compiling.compile_step(config(mesh__tensor='2'), topology.parse_slice('v6e:4x4'), VOCAB)
 
 
 @needs_compiler
@@ -170,9 +172,9 @@ def on_whole_logits(students, labels, weights, targets, *, loss, vocab_size):
 def test_the_whole_steps_peak_is_at_most_three_quarters_of_that_with_whole_logits(monkeypatch):
   changes = {'student.arms': 'distilled', 'student.batch_size': '64', 'data.seq_len': '2048', 'mesh.tensor': '4'}
   paper = cli.load_config('configs/strong2weak.py:scale=paper', changes)  # 1.7B from 8B
-  fused = compiling.compile_step(paper, topology.parse('v6e:4x4'))
+  fused = compiling.compile_step(paper, topology.parse_slice('v6e:4x4'))
   monkeypatch.setattr(step, 'fused_losses', on_whole_logits)
-  dense = compiling.compile_step(paper, topology.parse('v6e:4x4'))
+  dense = compiling.compile_step(paper, topology.parse_slice('v6e:4x4'))
   print(f'fused {fused.bytes / GIB:.2f} GiB, whole logits {dense.bytes / GIB:.2f} GiB')
   assert fused.bytes <= 0.75 * dense.bytes
 
@@ -180,10 +182,10 @@ def test_the_whole_steps_peak_is_at_most_three_quarters_of_that_with_whole_logit
 @needs_compiler
 @pytest.mark.slow
 def test_more_microbatches_and_remat_take_less_memory():
-  plain = compiling.compile_step(config(), topology.parse('v5e:4x4'), VOCAB)
+  plain = compiling.compile_step(config(), topology.parse_slice('v5e:4x4'), VOCAB)
   saving = compiling.compile_step(
     config(student__batch_size='64', student__microbatches='4', student__model__remat='full'),
-    topology.parse('v5e:4x4'),
+    topology.parse_slice('v5e:4x4'),
     VOCAB,
   )
   assert saving.memory['temporaries'] < plain.memory['temporaries']
@@ -202,11 +204,11 @@ def test_more_microbatches_and_remat_take_less_memory():
 )
 def test_a_mesh_that_does_not_fit_is_told_before_anything_is_compiled(changes, says):
   with pytest.raises(UserError, match=says):
-    compiling.compile_step(config(**changes), topology.parse('v6e:4x4'), VOCAB)
+    compiling.compile_step(config(**changes), topology.parse_slice('v6e:4x4'), VOCAB)
 
 
 @needs_compiler
 @pytest.mark.slow
 def test_a_slice_that_the_compiler_does_not_know_is_told_in_one_line():
   with pytest.raises(UserError, match='the TPU compiler knows no v6e:3x5'):
-    compiling.compile_step(config(), topology.parse('v6e:3x5'), VOCAB)
+    compiling.compile_step(config(), topology.parse_slice('v6e:3x5'), VOCAB)

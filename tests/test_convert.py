@@ -54,7 +54,7 @@ def test_there_and_back_is_the_same_folder(folder, tmp_path, capsys):
   assert capsys.readouterr().out.startswith(f'{folder} (LlamaForCausalLM) -> {tmp_path / "run"}: ')
   run = RunFolder(tmp_path / 'run')
   assert run.is_done() and run.tokenizer().fingerprint == Source(folder).tokenizer.fingerprint
-  model, params, step = frozen.weights(run, one_device())
+  model, params, step = frozen.load_saved(run, one_device())
   assert (model.config, step) == (SMALL, 0)
   jax.tree.map(np.testing.assert_array_equal, params, random_params(SMALL))
   convert.main(['to-hf', str(tmp_path / 'run'), str(tmp_path / 'back')])
@@ -109,7 +109,8 @@ def test_what_an_exported_tokenizer_puts_before_a_text(folder, tmp_path):
   convert.main(['to-hf', str(tmp_path / 'run'), str(tmp_path / 'back')])
   assert len(tokenizers.Tokenizer.from_file(str(tmp_path / 'back/tokenizer.json')).encode('a').ids) == 1
   assert (
-    by_name.opened(str(other), one_device()).imported and by_name.opened(str(tmp_path / 'run'), one_device()).imported
+    by_name.open_model(str(other), one_device()).imported
+    and by_name.open_model(str(tmp_path / 'run'), one_device()).imported
   )
 
 
@@ -122,10 +123,10 @@ def test_an_import_that_was_cut_off_is_no_run_and_is_made_whole(folder, tmp_path
   assert run.identity() is None and not run.is_done()
   (tmp_path / 'run/.0123abcd.status.json').write_text('{')  # as a kill leaves it
   with pytest.raises(UserError, match='is no run folder'):
-    frozen.model_of(run)
+    frozen.build_model(run)
   Source(folder).import_into(run, one_device())
   assert run.is_done()
-  jax.tree.map(np.testing.assert_array_equal, frozen.weights(run, one_device())[1], random_params(SMALL))
+  jax.tree.map(np.testing.assert_array_equal, frozen.load_saved(run, one_device())[1], random_params(SMALL))
 
 
 def test_options_of_the_way_out(folder, tmp_path):
@@ -183,7 +184,7 @@ def test_mistakes_are_one_line_and_leave_nothing(argv, line, folder, tmp_path, c
 @pytest.mark.parametrize('out', ['{t}', 'gs://bucket/out'])
 def test_where_an_export_cannot_go_is_told_before_any_weights_are_read(out, folder, tmp_path, capsys, monkeypatch):
   Source(folder).import_into(RunFolder(tmp_path / 'run'), one_device())
-  monkeypatch.delattr(convert.frozen, 'weights')
+  monkeypatch.delattr(convert.frozen, 'load_saved')
   assert out.format(t=tmp_path) in said(capsys, 'to-hf', tmp_path / 'run', out.format(t=tmp_path))
 
 
@@ -197,7 +198,7 @@ def test_a_hugging_face_folder_teaches(folder, tmp_path, capsys):
   experiment = train.run(config(home, teacher=folder), progress=False)
   (imported,) = (home / 'runs/imported').iterdir()
   assert imported.name.startswith('small-')
-  job = jobs.find(experiment)
+  job = jobs.find_job(experiment)
   assert job.teacher.path.resolve() == imported.resolve()
   assert job.config.teacher.model.d_model == 32  # the folder's, not the config's 8
   assert RunFolder(experiment / 'students/distilled').identity()['config']['target'].endswith('@0')
@@ -216,7 +217,7 @@ def test_a_student_starts_from_a_folders_weights_goes_on_and_is_exported(folder,
   run = RunFolder(experiment / 'students/baseline')
   identity = run.identity()
   imported = RunFolder(next((home / 'runs/imported').iterdir()))
-  assert identity['config']['init'] == by_name.weights_name(imported)
+  assert identity['config']['init'] == by_name.identify_weights(imported)
   assert identity['fingerprints']['init'] == imported.identity()['fingerprints']['init']
   assert identity['config']['model']['d_model'] == 32
   convert.main(['to-hf', str(run.path), str(tmp_path / 'out')])
@@ -239,9 +240,9 @@ def test_a_window_beyond_the_one_that_a_model_is_made_for_is_said(folder, tmp_pa
 
 def test_a_run_can_start_a_student_too(main_job, tmp_path):
   run = next((main_job / 'runs').glob('tiny-*/students/baseline'))
-  adopted = by_name.adopted(config(tmp_path, init=run))
+  adopted = by_name.adopt_models(config(tmp_path, init=run))
   assert adopted.student.model == dataclasses.replace(
-    frozen.model_of(RunFolder(run)).config, **{f: getattr(adopted.student.model, f) for f in frozen.FREE}
+    frozen.build_model(RunFolder(run)).config, **{f: getattr(adopted.student.model, f) for f in frozen.FREE}
   )
 
 

@@ -77,7 +77,7 @@ def test_its_results_are_those_of_trains_own_evaluation(folder, capsys):
   frame, table = pd.read_csv(folder / 'results.csv'), (folder / 'table.txt').read_text()
   before = files(folder)
   assert len(before) == MODELS * (SETS + 1)
-  documents = {name: results.read(folder.parent / name) for name in before}
+  documents = {name: results.read_result(folder.parent / name) for name in before}
   forget(folder)
   capsys.readouterr()
   evaluate.main([f'--workdir={folder}'])
@@ -85,7 +85,7 @@ def test_its_results_are_those_of_trains_own_evaluation(folder, capsys):
   assert files(folder).keys() == before.keys()
   pd.testing.assert_frame_equal(pd.read_csv(folder / 'results.csv'), frame)
   for name, (found, meta) in documents.items():
-    again, again_meta = results.read(folder.parent / name)
+    again, again_meta = results.read_result(folder.parent / name)
     pd.testing.assert_frame_equal(again, found)
     assert again_meta == meta
 
@@ -100,27 +100,27 @@ def test_on_another_mesh_the_numbers_are_the_same(folder, capsys):
 
 
 def test_a_teacher_named_at_a_step_is_scored_with_that_steps_weights(folder, main_job, tmp_path, monkeypatch):
-  trunk = jobs.find(folder).teacher
+  trunk = jobs.find_job(folder).teacher
   first, newest = steps_in(trunk.checkpoints)
   fields = {'teacher.run': str(trunk.path), 'teacher.step': first, 'student.arms': ('distilled',)}
   places = tiny.write_text(main_job) | {'data.cache': str(folder.parent / 'stores')}
   folder = train.run(tiny.config(tmp_path, **fields, **places), progress=False)
   for path in trunk.results.glob('*.parquet'):
     path.unlink()
-  loaded, load = [], frozen.load
+  loaded, load = [], frozen.load_teacher
 
   def record(run, *arguments, **options):
     found = load(run, *arguments, **options)
     loaded.extend([found[1]] * (run.path == trunk.path))
     return found
 
-  monkeypatch.setattr(frozen, 'load', record)
+  monkeypatch.setattr(frozen, 'load_teacher', record)
   evaluate.main([f'--workdir={folder}'])
   for name, file in read_json(folder / 'evaluation.json')['teacher'].items():
-    _, meta = results.read(paths.under(folder, file))
+    _, meta = results.read_result(paths.resolve(folder, file))
     assert meta['step'] == first and meta['set'] == name
   mesh = jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])
-  wanted, other = (frozen.weights(trunk, mesh, step)[1] for step in (first, newest))
+  wanted, other = (frozen.load_saved(trunk, mesh, step)[1] for step in (first, newest))
   same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
   assert loaded and all(same(used, wanted) and not same(used, other) for used in loaded)
 
@@ -175,7 +175,7 @@ def test_one_runs_folder_is_scored_alone(folder, capsys):
 
 
 def test_the_teachers_folder_is_a_run_as_well(folder, capsys):
-  teacher = jobs.find(folder).teacher
+  teacher = jobs.find_job(folder).teacher
   capsys.readouterr()
   evaluate.main([f'--workdir={teacher.path}'])
   assert teacher.name in capsys.readouterr().out
@@ -198,7 +198,7 @@ def test_a_flipped_bit_in_the_weights_is_refused(folder, capsys):
 @abandoned
 def test_a_flipped_bit_in_the_teachers_weights_is_refused(folder, capsys):
   forget(folder)
-  flip_a_bit_of_the_weights(jobs.find(folder).teacher, tiny.STEPS // 2)
+  flip_a_bit_of_the_weights(jobs.find_job(folder).teacher, tiny.STEPS // 2)
   assert 'damaged' in refused([f'--workdir={folder}'], capsys)
 
 
@@ -228,7 +228,7 @@ def test_watching_a_finished_run_scores_every_checkpoint_makes_the_table_and_end
 
 
 def set_status(folder: pathlib.Path, state: str | None, beat: float) -> None:
-  for run in jobs.find(folder).students:
+  for run in jobs.find_job(folder).students:
     if state is None:
       (run.path / 'status.json').unlink()
     else:
@@ -346,7 +346,7 @@ def test_a_run_that_nobody_knows_is_told(folder, capsys):
 
 def test_a_checkpoint_that_is_deleted_while_it_is_read_is_passed_over(folder, monkeypatch, caplog):
   """The folder is still listed when the reader has failed on it."""
-  job, path = jobs.find(folder), folder / 'students' / 'unigram' / 'checkpoints' / '8'
+  job, path = jobs.find_job(folder), folder / 'students' / 'unigram' / 'checkpoints' / '8'
 
   def deleting(*args, **kwargs):
     threading.Timer(0.5, shutil.rmtree, [path]).start()

@@ -171,7 +171,7 @@ def test_a_config_file_that_returns_anything(tree):
 def test_overrides_of_a_grid(spec, overrides):
   with one_line_at_most():
     found = cli.load_as(GridConfig, grid_config.problems, f'{CONFIGS}/{spec}', overrides)
-    cells_lib.check(found)
+    cells_lib.check_grid(found)
 
 
 # Command lines.
@@ -206,7 +206,7 @@ COMMANDS = {
 WORK = (
   (train, 'run'), (train.distributed, 'initialize'), (prepare, 'prepare'), (aot.compiling, 'compile_step'), (aot, '_best'), (grid, 'run'),
   (grid, 'plan_text'), (grid, 'status_text'), (executors, 'submit_to_slurm'), (harness_tasks, 'find_tasks'), (train.environment, 'set_deterministic'),
-  (generate.by_name, 'opened'),
+  (generate.by_name, 'open_model'),
 )  # fmt: skip
 
 
@@ -351,7 +351,7 @@ def test_records_of_json_lines(tmp_path, records, field, depth):
   for name in ('text', field):
     assert_readable(tmp_path, 'x.jsonl', data, name)
   with one_line_at_most():
-    choices.read(str(tmp_path / 'x.jsonl'))
+    choices.read_choices(str(tmp_path / 'x.jsonl'))
 
 
 ITEMS = [
@@ -368,7 +368,7 @@ def test_items_of_a_task(tmp_path, items):
   file = tmp_path / 'x.jsonl'
   file.write_text('\n'.join(json.dumps(item) for item in items))
   with one_line_at_most():
-    choices.read(str(file))
+    choices.read_choices(str(file))
 
 
 def _parquet(table: pa.Table, **options) -> bytes:

@@ -57,7 +57,7 @@ def test_special_tokens_in_a_prompt_are_text_unless_asked_for():
 
 def test_a_prompt_begins_with_the_beginning_token_once(tmp_path):
   folder = shapes.make(tmp_path / 'x', 'Llama 2')
-  opened = by_name.opened(str(folder), sharding.one_device())
+  opened = by_name.open_model(str(folder), sharding.one_device())
   assert generate.prompt_ids(opened, 'ab')[0] == 1 and len(generate.prompt_ids(opened, '<s>')) == 4
   assert generate.prompt_ids(opened, '<s>ab', special=True) == generate.prompt_ids(opened, 'ab', special=True)
   assert generate.prompt_ids(opened, '') == [1]

@@ -35,9 +35,9 @@ LONGEST = 128
 
 
 @pytest.fixture(scope='module')
-def opened() -> by_name.Opened:
+def opened() -> by_name.OpenModel:
   config = dataclasses.replace(MODELS['LlamaForCausalLM'], vocab_size=257, max_seq_len=LONGEST)
-  return by_name.Opened(build(config), random_params(config), Tokenizer(), 'random')
+  return by_name.OpenModel(build(config), random_params(config), Tokenizer(), 'random')
 
 
 def model(opened, devices: int = 1, **options) -> harness.Model:
@@ -197,15 +197,15 @@ def run(tasks, *argv) -> None:
 
 
 def read_task(folder: pathlib.Path, arm: str, name: str, step: int = 0):
-  return results.read(folder / read_json(folder / jobs.file_name(step))[arm][name])
+  return results.read_result(folder / read_json(folder / jobs.file_name(step))[arm][name])
 
 
 def test_the_teacher_is_the_one_that_the_students_learned_from(experiment, tasks, monkeypatch, capsys):
-  teacher = jobs.find(experiment).teacher
+  teacher = jobs.find_job(experiment).teacher
   assert (teacher.path / 'checkpoints' / str(tiny.STEPS)).exists()  # the newest of the trunk
   weights = {}
-  opened = lambda path, *args: weights.setdefault(path, by_name.opened(path, *args))
-  monkeypatch.setattr(harness, 'pretrained', SimpleNamespace(opened=opened))
+  opened = lambda path, *args: weights.setdefault(path, by_name.open_model(path, *args))
+  monkeypatch.setattr(harness, 'by_name', SimpleNamespace(open_model=opened))
   run(tasks, experiment, '--tasks', 'mymc_*', '--limit', '0.5')
   out = capsys.readouterr().out
   _, meta = read_task(experiment, 'teacher', 'lm-eval-mymc_a')
@@ -221,19 +221,19 @@ def test_the_teacher_is_the_one_that_the_students_learned_from(experiment, tasks
 def is_of_step(params, run: RunFolder, step: int) -> bool:
   """Whether weights are those of a checkpoint of a run."""
   mesh = jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])
-  wanted = frozen.weights(run, mesh, step)[1]
+  wanted = frozen.load_saved(run, mesh, step)[1]
   return all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(wanted)))
 
 
 def test_a_teacher_named_at_a_step_is_evaluated_at_that_step(experiment, trunk, tasks, tmp_path, monkeypatch):
   """As with teacher.run=TRUNK and teacher.step=N: the trunk has newer checkpoints."""
-  teacher, step = jobs.find(experiment).teacher, tiny.STEPS // 2
+  teacher, step = jobs.find_job(experiment).teacher, tiny.STEPS // 2
   fields = {'teacher.run': str(teacher.path), 'teacher.step': step, 'student.arms': ('distilled',)}
   places = tiny.write_text(trunk.parents[1]) | {'data.cache': str(trunk.parent / 'stores')}
   folder = pathlib.Path(train.run(tiny.config(tmp_path, **fields, **places), progress=False))
-  used, open_model = {}, by_name.opened
+  used, open_model = {}, by_name.open_model
   opened = lambda path, *args: used.setdefault(path, open_model(path, *args))
-  monkeypatch.setattr(harness, 'pretrained', SimpleNamespace(opened=opened))
+  monkeypatch.setattr(harness, 'by_name', SimpleNamespace(open_model=opened))
   run(tasks, folder, '--tasks', 'mymc_a')
   _, meta = read_task(folder, 'teacher', 'lm-eval-mymc_a')
   assert meta['step'] == used[str(teacher.path)].step == step
@@ -283,13 +283,13 @@ def test_filters_have_columns_of_their_own_and_replace_what_was_averaged(experim
   assert all(name in capsys.readouterr().out or name in (experiment / 'table.txt').read_text() for name in names)
   # As written by earlier versions: each item once for each filter.
   for arm, files in (known := read_json(experiment / 'evaluation.json')).items():
-    tables = [results.read(experiment / files[name]) for name in names]
+    tables = [results.read_result(experiment / files[name]) for name in names]
     meta = tables[0][1] | {'set': 'lm-eval-numbers'}
-    target = results.path(RunFolder(experiment / 'old' / arm).results, meta['step'], 'lm-eval-numbers', 'abc')
-    results.write(target, pd.concat([found for found, _ in tables], ignore_index=True), meta)
+    target = results.result_path(RunFolder(experiment / 'old' / arm).results, meta['step'], 'lm-eval-numbers', 'abc')
+    results.write_result(target, pd.concat([found for found, _ in tables], ignore_index=True), meta)
     files['lm-eval-numbers'] = str(target.relative_to(experiment))
   write_json(experiment / 'evaluation.json', known)
-  text = table.write(experiment)
+  text = table.write_table(experiment)
   (columns,) = (line.split() for line in text.splitlines() if line.startswith('accuracy'))
   assert columns == ['accuracy', *names]
   run(tasks, experiment, '--tasks', 'numbers')
@@ -316,14 +316,14 @@ def test_tables_name_what_each_accuracy_is_normalised_by(experiment, tasks, caps
 
 def test_nothing_is_added_where_one_model_could_not_be_scored(experiment, tasks, monkeypatch):
   before = read_json(experiment / 'evaluation.json')
-  opened = by_name.opened
+  opened = by_name.open_model
 
   def fail(path, *args):
     if path.endswith('distilled'):
       raise UserError('its weights are gone')
     return opened(path, *args)
 
-  monkeypatch.setattr(harness, 'pretrained', SimpleNamespace(opened=fail))
+  monkeypatch.setattr(harness, 'by_name', SimpleNamespace(open_model=fail))
   with pytest.raises(SystemExit):
     run(tasks, experiment, '--tasks', 'mymc_a')
   assert read_json(experiment / 'evaluation.json') == before

@@ -74,14 +74,14 @@ def test_every_room_is_in_the_wheel_and_so_are_the_configs():
 
 def test_a_shipped_config_is_found_by_name_from_any_folder_and_a_path_wins(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  path, arg = config_file.split('weak2strong:scale=paper')
+  path, arg = config_file.split_spec('weak2strong:scale=paper')
   assert (path, arg) == (REPO / 'configs' / 'weak2strong.py', 'scale=paper')
-  assert config_file.read(path, arg).scale == 'paper'
+  assert config_file.read_config(path, arg).scale == 'paper'
   pathlib.Path('weak2strong').write_text('mine')
-  assert config_file.split('weak2strong')[0] == pathlib.Path('weak2strong')
+  assert config_file.split_spec('weak2strong')[0] == pathlib.Path('weak2strong')
 
 
 def test_a_misspelt_name_of_a_shipped_config_gets_the_right_one(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(ConfigError, match=r'config file weak2stong does not exist; did you mean weak2strong\?'):
-    config_file.read(*config_file.split('weak2stong'))
+    config_file.read_config(*config_file.split_spec('weak2stong'))

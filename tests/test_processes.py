@@ -75,7 +75,7 @@ def test_an_evaluation_that_is_told_to_stop_exits_with_work_left(main_job, tmp_p
   (experiment,) = (path.parent for path in (main_job / 'runs').glob('tiny-*/experiment.json'))
   shutil.copytree(main_job, tmp_path / 'home')
   workdir = tmp_path / 'home' / 'runs' / experiment.name
-  for run in jobs.find(workdir).students:  # it looks as if it is still training
+  for run in jobs.find_job(workdir).students:  # it looks as if it is still training
     write_json(run.path / 'status.json', run.status() | {'state': 'running', 'heartbeat': time.time() + 1e6})
   process = commands.start(tmp_path, workdir, '--watch', module='kdjax.evaluate')
   commands.wait_for(lambda: 'scored' in commands.errors(process), process)
@@ -161,9 +161,9 @@ def test_a_grid_that_is_told_to_stop_says_so_and_is_finished_by_the_same_command
   overrides = [f'--config.{name}={value}' for name, value in SHORT_GRID.items()]
   go = lambda: commands.start(config, folder, 'run', *overrides, module='kdjax.grid')
   grid = cli.load_as(GridConfig, grid_config.problems, str(config), SHORT_GRID)
-  all_jobs = runner.jobs_of(grid, folder)
+  all_jobs = runner.list_jobs(grid, folder)
   states = lambda: {
-    name: runner.state(folder, job, 60) for name, job in zip(('teacher', 'lm', 'kd'), all_jobs, strict=True)
+    name: runner.job_state(folder, job, 60) for name, job in zip(('teacher', 'lm', 'kd'), all_jobs, strict=True)
   }
   baseline = RunFolder(folder / 'cells' / all_jobs[1].cells[0].id)
   teacher = RunFolder(folder / 'jobs' / all_jobs[0].id)

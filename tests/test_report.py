@@ -28,12 +28,12 @@ def folder(tiny_grid, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def grid(folder):
-  return report.load(folder)
+  return report.load_grid(folder)
 
 
 @pytest.fixture(scope='module')
 def tables(grid, folder):
-  return effects.build(grid, folder)
+  return effects.build_tables(grid, folder)
 
 
 def groups(grid, folder):
@@ -41,11 +41,11 @@ def groups(grid, folder):
 
 
 def documents(folder, scores, cell, name):
-  return results.read(folder / runner.newest(scores[cell.id])[name])[0]
+  return results.read_result(folder / runner.newest_step(scores[cell.id])[name])[0]
 
 
 def test_the_grid_is_read_back_as_it_was(tiny_grid, grid):
-  assert runner.identity(grid) == runner.identity(tiny_grid[1])
+  assert runner.grid_identity(grid) == runner.grid_identity(tiny_grid[1])
 
 
 def test_effects_are_the_paired_differences_of_the_result_files(grid, folder, tables):
@@ -88,10 +88,10 @@ def test_documents_that_are_training_text_too_are_told(grid, folder, tmp_path):
   shutil.copytree(folder, copy, symlinks=True)
   corpus = json.loads((copy / 'corpus.json').read_text())
   assert set(corpus['counts']) >= {'in-domain', 'far', 'further'}
-  assert not any('training text' in warning for warning in effects.build(grid, copy).warnings)
+  assert not any('training text' in warning for warning in effects.build_tables(grid, copy).warnings)
   corpus['counts']['far'] |= {'in_training_split': 3, 'read': 9}
   (copy / 'corpus.json').write_text(json.dumps(corpus))
-  told = effects.build(grid, copy).warnings
+  told = effects.build_tables(grid, copy).warnings
   assert 'set far: 3 of its 9 documents are training text too; they are not scored' in told
 
 
@@ -152,7 +152,7 @@ def test_arms_that_are_not_paired_are_refused_naming_the_field(grid, folder, tmp
     change(value)
     path.write_text(json.dumps(value))
     with pytest.raises(UserError, match=f'must not be compared: .*{field}'):
-      effects.build(grid, copy)
+      effects.build_tables(grid, copy)
 
 
 def test_mixed_code_versions_are_a_visible_warning(grid, folder, tmp_path):
@@ -160,15 +160,15 @@ def test_mixed_code_versions_are_a_visible_warning(grid, folder, tmp_path):
   shutil.copytree(folder, copy)
   path = next((copy / 'cells').glob('*_lm_s43*')) / 'run.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | {'git': 'another'}))
-  assert any('mixed code versions' in warning for warning in effects.build(grid, copy).warnings)
+  assert any('mixed code versions' in warning for warning in effects.build_tables(grid, copy).warnings)
 
 
 def test_an_unfinished_arm_is_left_out_and_told(grid, folder, tmp_path):
   copy = tmp_path / 'grid'
   shutil.copytree(folder, copy)
-  job = next(j for j in runner.jobs_of(grid, folder) if j.phase == 'validated' and j.teacher)
+  job = next(j for j in runner.list_jobs(grid, folder) if j.phase == 'validated' and j.teacher)
   shutil.rmtree(copy / 'jobs' / job.id)
-  built = effects.build(grid, copy)
+  built = effects.build_tables(grid, copy)
   assert any('are not finished' in warning for warning in built.warnings)
   assert 'not tested' in set(built.contrasts['verdict'])
 
@@ -179,7 +179,7 @@ def test_a_grid_without_a_pilot_says_so(grid):
 
 
 def test_the_report_is_written_whole(grid, folder, tables):
-  text = report.write(grid, folder, tables)
+  text = report.write_report(grid, folder, tables)
   out = folder / 'report'
   for name in ('effects', 'contrasts', 'teachers'):
     saved = pd.read_parquet(out / f'{name}.parquet')
@@ -191,7 +191,7 @@ def test_the_report_is_written_whole(grid, folder, tables):
 
 def test_a_folder_that_is_no_grid_is_refused(tmp_path):
   with pytest.raises(UserError, match='is no grid'):
-    report.load(tmp_path)
+    report.load_grid(tmp_path)
 
 
 def test_advice_says_what_it_lacks(grid, tables, capsys, folder):

@@ -55,7 +55,7 @@ def folder(home) -> pathlib.Path:
 
 @pytest.fixture(scope='module')
 def teacher(folder) -> RunFolder:
-  return jobs.find(folder).teacher
+  return jobs.find_job(folder).teacher
 
 
 def run(config, capsys, workdir=None) -> tuple[pathlib.Path, str]:
@@ -65,7 +65,7 @@ def run(config, capsys, workdir=None) -> tuple[pathlib.Path, str]:
 
 
 def students(folder) -> dict[str, RunFolder]:
-  return {run.name: run for run in jobs.find(folder).students}
+  return {run.name: run for run in jobs.find_job(folder).students}
 
 
 def written(root: pathlib.Path) -> dict[pathlib.Path, int]:
@@ -140,10 +140,10 @@ def test_the_teacher_has_weights_and_data_order_of_its_own(folder, teacher):
 
 def test_no_teacher_weight_is_in_any_students_checkpoint(folder, teacher, config):
   """By name, by shape and by weight: a checkpoint holds the student, its two moments, and a few scalars."""
-  model = jobs.frozen.model_of(teacher)
+  model = jobs.frozen.build_model(teacher)
   theirs = {leaf.shape for leaf in jax.tree.leaves(model.abstract())}
   for each in students(folder).values():
-    own = jobs.frozen.model_of(each)
+    own = jobs.frozen.build_model(each)
     shapes = [leaf.shape for leaf in jax.tree.leaves(own.abstract())]
     assert theirs.isdisjoint({shape for shape in shapes if len(shape) > 1})
     saves = Checkpoints(each.checkpoints, read_only=True)
@@ -210,7 +210,7 @@ def test_a_run_knows_what_it_is(folder):
     assert identity['versions']['jax'] == jax.__version__
     assert identity['commands'] and identity['commands'][0]['argv']
     facts = identity['facts']
-    assert facts['parameters'] == flops.count_params(jobs.frozen.model_of(each).config).total
+    assert facts['parameters'] == flops.count_params(jobs.frozen.build_model(each).config).total
     assert facts['tokens'] == tiny.STEPS * 8 * 16
 
 
@@ -232,7 +232,7 @@ def test_changing_how_it_is_evaluated_scores_again_and_trains_nothing(make, fold
 def test_more_context_does_not_hurt(folder):
   """Both evaluations of the test above are of the same documents and tokens."""
   for each in students(folder).values():
-    tables = [jobs.results.read(path)[0] for path in each.results.glob('far-*.parquet')]
+    tables = [jobs.results.read_result(path)[0] for path in each.results.glob('far-*.parquet')]
     assert len({tuple(t['doc']) for t in tables}) == 1
     assert len({tuple(t['tokens']) for t in tables}) == 1
 
@@ -241,7 +241,7 @@ def test_another_alpha_shares_the_teacher(make, folder, home, teacher, capsys):
   before = written(teacher.path)
   other, out = run(make(**{'student.alpha': 0.9, 'student.arms': ('distilled',)}), capsys)
   assert other != folder
-  assert jobs.find(other).teacher.path == teacher.path
+  assert jobs.find_job(other).teacher.path == teacher.path
   assert written(teacher.path) == before
   assert len(list((home / 'runs' / 'teachers').iterdir())) == 1
   assert 'less the baseline' not in out and 'PGR' not in out and 'distilled' in out
@@ -257,7 +257,7 @@ def test_a_baseline_alone_needs_no_teacher(tmp_path, home, capsys):
   folder, out = run(config, capsys)
   assert not (tmp_path / 'teachers').exists()
   assert 'less the baseline' not in out and 'baseline' in out
-  assert jobs.find(folder).teacher is None
+  assert jobs.find_job(folder).teacher is None
 
 
 def test_a_teacher_named_by_its_folder(make, folder, teacher, tmp_path, capsys):
@@ -265,7 +265,7 @@ def test_a_teacher_named_by_its_folder(make, folder, teacher, tmp_path, capsys):
   config = make(**{'teacher.run': str(teacher.path), 'student.arms': ('baseline', 'distilled')})
   workdir = tmp_path / 'mine'
   _, out = run(config, capsys, workdir)
-  assert jobs.find(workdir).teacher.path == teacher.path
+  assert jobs.find_job(workdir).teacher.path == teacher.path
   assert [line.split()[0] for line in out[out.index('bits/byte') :].split('\n\n')[0].splitlines()[2:]] == [
     'teacher',
     'baseline',
@@ -355,7 +355,7 @@ def test_arms_of_another_data_order_are_refused_by_the_table(folder, home, tmp_p
   identity['fingerprints']['data'] = 'another'
   path.write_text(json.dumps(identity))
   with pytest.raises(UserError, match='their data fingerprints differ'):
-    table.write(copied)
+    table.write_table(copied)
 
 
 def test_a_run_folder_can_be_moved(folder, home, tmp_path):
@@ -363,8 +363,8 @@ def test_a_run_folder_can_be_moved(folder, home, tmp_path):
   copied = tmp_path / 'elsewhere' / folder.name
   shutil.copytree(folder, copied)
   shutil.copytree(home / 'runs' / 'teachers', tmp_path / 'elsewhere' / 'teachers')
-  text = table.write(copied)
-  assert text.splitlines()[1:] == table.write(folder).splitlines()[1:]
+  text = table.write_table(copied)
+  assert text.splitlines()[1:] == table.write_table(folder).splitlines()[1:]
 
 
 def test_a_run_folder_is_no_place_for_an_experiment(make, folder):
@@ -415,7 +415,7 @@ def test_files_that_say_so_already_are_left_alone(tmp_path):
 def test_what_an_experiment_was_called_before_later_fields_came_it_is_called_still(name, known):
   """By kdjax before the fields of training.LATER: else nobody would find the runs that are done."""
   config = cli.load_config(f'{pathlib.Path(__file__).parents[1]}/configs/{name}.py')
-  assert config_lib.fingerprint(experiments.experiment(config)) == known
+  assert config_lib.fingerprint(experiments.experiment_identity(config)) == known
 
 
 @pytest.mark.parametrize(
@@ -434,8 +434,8 @@ def test_a_run_whose_nucleus_was_cut_at_temperature_1_is_another_run(fields, dif
   """Only runs whose results have changed get a new identity."""
   config = cli.load_config(f'{pathlib.Path(__file__).parents[1]}/configs/weak2strong.py', fields)
   older = dataclasses.asdict(config.loss)
-  kept = experiments.experiment(config)['loss']
+  kept = experiments.experiment_identity(config)['loss']
   assert (kept != {name: older[name] for name in kept if name in older}) == differs
   for arm in config.student.arms:
-    run = experiments.run_config(config, config.student, config.student.model, arm, 'teacher')
+    run = experiments.run_identity(config, config.student, config.student.model, arm, 'teacher')
     assert ('nucleus' in run['loss']) == (differs and arm != 'baseline')

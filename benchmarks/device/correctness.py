@@ -19,7 +19,7 @@ from kdjax.models.attention import attention
 from kdjax.models.quantized import quantize
 from kdjax.runtime import backend
 from kdjax.runtime.sharding import make_mesh
-from kdjax.teachers.frozen import in_dtype
+from kdjax.teachers.frozen import to_dtype
 
 ALPHA = 0.4
 BODIES = {'cpu': ('xla',), 'gpu': ('xla', 'cudnn'), 'tpu': ('xla', 'splash')}
@@ -157,7 +157,7 @@ def decoder_error(size: Size) -> dict:
   host = lambda tree: jax.tree.map(np.asarray, tree)
   narrow = build(config)
   hidden = jax.jit(lambda p: narrow.hidden(p, ids, None))
-  got, got_small = hidden(in_dtype(host(params), 'auto')), hidden(quantize(host(params), 'bfloat16'))
+  got, got_small = hidden(to_dtype(host(params), 'auto')), hidden(quantize(host(params), 'bfloat16'))
   exact = {name: np.asarray(x, np.float64) for name, x in exact.items()}
   return {
     'as they are': relative_error(got, exact['float32']),

@@ -12,10 +12,10 @@ COLOURS = {'baseline': '#4c4c4c', 'distilled': '#0072b2', 'unigram': '#d55e00', 
 SMOOTHING = 40  # points of a loss curve after averaging
 
 
-def write(folder: paths.Path) -> paths.Path:
+def write_figure(folder: paths.Path) -> paths.Path:
   """run.png in the experiment's folder, from its metrics and results alone; one that is newer than they are is left alone."""
-  folder = paths.of_runs(folder)
-  job, path = jobs.find(folder), folder / 'run.png'
+  folder = paths.runs_path(folder)
+  job, path = jobs.find_job(folder), folder / 'run.png'
   shown = [folder / 'evaluation.json', *(run.metrics for run in job.students)]
   if path.exists() and all(path.stat().mtime >= f.stat().mtime for f in shown if f.exists()):
     return path
@@ -24,7 +24,7 @@ def write(folder: paths.Path) -> paths.Path:
   training, validation, forest = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
   _training(training, curves)
   _validation(validation, curves)
-  _forest(forest, table.load(job))
+  _forest(forest, table.load_cells(job))
   figure.suptitle(f'{job.config.name}, scale={job.config.scale}: students on the same batches, one seed', fontsize=11)
   with paths.replacing(path) as temporary:
     figure.savefig(temporary, dpi=130)

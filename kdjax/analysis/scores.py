@@ -75,7 +75,7 @@ class Scores:
   @functools.cached_property
   def pilot(self) -> dict[str, Any] | None:
     """The pilot's choices and curves; None before it has finished."""
-    return pilots.read(self.folder, self.grid)
+    return pilots.read_outcome(self.folder, self.grid)
 
   def has(self, groups: Iterable[Group]) -> bool:
     """Whether every cell of the groups, and of their baselines, has been scored."""
@@ -83,7 +83,7 @@ class Scores:
 
   def sets(self, cell: Cell) -> dict[str, str]:
     """set -> its group: in-domain, OOD or downstream."""
-    names = runner.newest(self._files[cell.id])
+    names = runner.newest_step(self._files[cell.id])
     return {name: self._kind(name) for name in names if name != jobs.VALIDATION}
 
   def documents(self, run: str, name: str, back: int = 0) -> pd.DataFrame:
@@ -99,7 +99,7 @@ class Scores:
   def steps(self, run: str) -> dict[int, dict[str, pd.DataFrame]]:
     """step -> set -> per-document sums of a run, teachers' jobs included; {} where it has not been scored."""
     return {
-      int(step): {name: results.read(paths.under(self.folder, file))[0] for name, file in sets.items()}
+      int(step): {name: results.read_result(paths.resolve(self.folder, file))[0] for name, file in sets.items()}
       for step, sets in self._files.get(run, {}).items()
     }
 
@@ -190,7 +190,7 @@ class Scores:
   @functools.cache  # noqa: B019 - a report makes one of these
   def _read(self, run: str, name: str, back: int) -> tuple[pd.DataFrame, dict[str, Any]]:
     steps = sorted(self._files[run], key=int)
-    return results.read(paths.under(self.folder, self._files[run][steps[-1 - back]][name]))
+    return results.read_result(paths.resolve(self.folder, self._files[run][steps[-1 - back]][name]))
 
   @functools.cache  # noqa: B019
   def _identity(self, run: str) -> dict[str, Any]:

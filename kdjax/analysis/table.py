@@ -55,17 +55,17 @@ class Cell:
 Cells = dict[str, dict[str, Cell]]  # arm -> set -> cell
 
 
-def write(folder: paths.Path, step: int = 0) -> str:
+def write_table(folder: paths.Path, step: int = 0) -> str:
   """The table as text; also kept as table.txt and, for machines, results.csv in the folder; a named step's beside them."""
-  job = jobs.find(folder)
+  job = jobs.find_job(folder)
   cells = _load(job, step)
   text, name = format_all(folder, job, cells, step), f'-step{step}' if step else ''
   write_text(folder / f'table{name}.txt', text + '\n')
-  write_text(folder / f'results{name}.csv', as_frame(cells).to_csv(index=False))
+  write_text(folder / f'results{name}.csv', to_frame(cells).to_csv(index=False))
   return text
 
 
-def load(job: jobs.Job) -> Cells:
+def load_cells(job: jobs.Job) -> Cells:
   """The text sets' cells of the folder's newest evaluation. Raises UserError where there is none, or runs must not be compared."""
   return _apart(_load(job))[0]
 
@@ -75,9 +75,9 @@ def _load(job: jobs.Job, step: int = 0) -> Cells:
   if files is None:
     raise UserError(f'{job.folder} has no results yet; run python -m kdjax.evaluate --workdir={job.folder}')
   check_comparable(job.students)
-  per = 'tokens' if text_lost(job) else 'bytes'
+  per = 'tokens' if read_text_losses(job) else 'bytes'
   cells = {
-    arm: {name: Cell(*results.read(paths.under(job.folder, file)), per) for name, file in sets.items()}
+    arm: {name: Cell(*results.read_result(paths.resolve(job.folder, file)), per) for name, file in sets.items()}
     for arm, sets in files.items()
   }
   return _drop_averages(cells)
@@ -96,7 +96,7 @@ def _drop_averages(cells: Cells) -> Cells:
   return {arm: {name: cell for name, cell in sets.items() if name not in mixed} for arm, sets in cells.items()}
 
 
-def text_lost(job: jobs.Job) -> dict[str, float]:
+def read_text_losses(job: jobs.Job) -> dict[str, float]:
   """Return the losses of the tokenizer's round trip, as the runs recorded them; {} if there are none."""
   return next((found for run in job.runs if (found := (run.identity() or {}).get('facts', {}).get('text_lost'))), {})
 
@@ -172,7 +172,7 @@ def differences(cells: Cells, column: str = 'nll') -> dict[str, dict[str, Effect
   return out
 
 
-def as_frame(cells: Cells) -> pd.DataFrame:
+def to_frame(cells: Cells) -> pd.DataFrame:
   """One row an arm and set or task: text has the likelihoods, a task the accuracies."""
   return pd.DataFrame(
     {'arm': arm, 'set': name, 'step': cell.meta['step'], 'documents': len(cell.documents)}
@@ -356,7 +356,7 @@ def _facts(job: jobs.Job, cells: Cells) -> str:
         f'{done * facts["epochs"]:.2f} epochs of {facts["distinct_tokens"]:,} distinct tokens'
       )
   every = [(run.identity() or {}).get('facts', {}) for run in job.runs]
-  if lost := text_lost(job):
+  if lost := read_text_losses(job):
     return '\n'.join([*lines, f'warning: {fidelity.describe(lost)}'])
   corpus = next((facts for facts in every if 'xz9_bits_per_byte' in facts), None)
   if corpus and all(jobs.IN_DOMAIN in sets for sets in cells.values()):

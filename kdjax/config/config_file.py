@@ -20,7 +20,7 @@ SHIPPED = (PACKAGE / 'configs', PACKAGE.parent / 'configs')  # in a wheel; in a 
 EXAMPLE = 'write def get_config(arg=None), as configs/weak2strong.py does'
 
 
-def split(spec: str) -> tuple[pathlib.Path, str]:
+def split_spec(spec: str) -> tuple[pathlib.Path, str]:
   """Split `configs/weak2strong.py:scale=paper` or `weak2strong:scale=paper` into (file, argument).
 
   The whole text is the file if such a file exists, even with colons. A path that exists wins over the name of a config that kdjax ships.
@@ -38,13 +38,13 @@ def shipped() -> dict[str, pathlib.Path]:
   return {path.stem: path for path in sorted(folder.glob(f'*{SUFFIX}'))} if folder else {}
 
 
-def read(path: pathlib.Path, arg: str) -> ml_collections.ConfigDict:
+def read_config(path: pathlib.Path, arg: str) -> ml_collections.ConfigDict:
   """Run a config file and return the result of its get_config(arg). Raises a one-line ConfigError if that fails."""
   _check_name(path)
   module = types.ModuleType(f'kdjax_config_{path.stem}')
   module.__file__ = str(path)
   sys.modules[module.__name__] = module  # dataclasses look up their module there
-  with errors_of(path):
+  with convert_errors(path):
     # Not with importlib: its cache confuses a file with its previous version of the same size and second.
     exec(compile(path.read_bytes(), str(path), 'exec'), module.__dict__)
     config = _function(module, path)(arg or None)
@@ -56,7 +56,7 @@ def read(path: pathlib.Path, arg: str) -> ml_collections.ConfigDict:
 
 
 @contextlib.contextmanager
-def errors_of(path: pathlib.Path) -> Iterator[None]:
+def convert_errors(path: pathlib.Path) -> Iterator[None]:
   """Convert any exception of a config file, which is the user's code, into a ConfigError that names its line."""
   try:
     yield

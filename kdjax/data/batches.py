@@ -16,7 +16,7 @@ import numpy as np
 
 from kdjax.data.store import TokenStore
 from kdjax.errors import UserError
-from kdjax.storage.files import canonical, digest
+from kdjax.storage.files import canonical_json, digest
 
 # Of the order that the fingerprint hashes: Grain's shuffle takes 20 ms / n for each index of a range of n.
 _FINGERPRINT_SAMPLES, _FINGERPRINT_EPOCHS = 10_000, 4
@@ -132,7 +132,7 @@ class BatchStream:
       windows.mask_documents,
       self.batch_size,
     ]
-    return digest(canonical(settings) + order.astype('<i8').tobytes())
+    return digest(canonical_json(settings) + order.astype('<i8').tobytes())
 
   def iterate(
     self, calls: Sequence[tuple[int, int]], size: int, rows: Sequence[int] | np.ndarray, threads: int, prefetch: int

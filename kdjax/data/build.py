@@ -65,13 +65,13 @@ class Builder:
     self._meta |= {
       'version': VERSION,
       'stores': stores,
-      'fingerprint': files.digest(files.canonical([tokenizer.fingerprint, stores])),
+      'fingerprint': files.digest(files.canonical_json([tokenizer.fingerprint, stores])),
       'tokenizer': wanted.marks[TOKENIZER],
       'data': wanted.data_fields,
       'eval': wanted.eval_fields,
       **({} if tokenizer.keeps_text else {'fidelity': self._fidelity}),
     }
-    files.write_json(self._folder / META, json.loads(json.dumps(self._meta)))
+    files.write_sealed(self._folder / META, json.loads(json.dumps(self._meta)))
 
   def _build_splits(self) -> None:
     wanted = self._wanted

@@ -93,7 +93,7 @@ def prepare(data: DataConfig, evals: EvalConfig, runs: str, progress: bool = Tru
     UserError: a source cannot be read, a split or set is empty, or the disk is full.
   """
   local = '~/.cache/kdjax' if paths.is_remote(runs) else runs
-  cache = paths.seen_from(origin.folder, data.cache) if data.cache else ''
+  cache = paths.resolve_from(origin.folder, data.cache) if data.cache else ''
   home = pathlib.Path(cache or paths.expand(os.path.join(local, 'stores')))
   wanted = inspect_sources(data, evals, home, origin)
   folder = home / wanted.key
@@ -129,7 +129,7 @@ def _build(folder: pathlib.Path, wanted: Wanted, progress: bool) -> None:
 
 
 def _open(folder: pathlib.Path) -> Corpus:
-  meta = files.read_json(folder / META)
+  meta = files.read_sealed(folder / META)
   if meta.get('version') != VERSION:
     raise StoreDamaged(folder, f'has format version {meta.get("version")}, this is version {VERSION}')
   tokenizer = Tokenizer.load(folder / 'tokenizer')

@@ -10,7 +10,7 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterator
 
-from kdjax.data.text import decoded
+from kdjax.data.text import decode_text
 from kdjax.errors import SourceGone, UserError
 
 PREFIX = 'embedded:'
@@ -65,7 +65,7 @@ def _walk_code(root: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _read_utf8(path: pathlib.Path) -> Iterator[str]:
-  yield decoded(path.read_bytes(), path)
+  yield decode_text(path.read_bytes(), path)
 
 
 def _read_code(path: pathlib.Path) -> Iterator[str]:
@@ -76,7 +76,7 @@ def _read_code(path: pathlib.Path) -> Iterator[str]:
 
 
 def _read_dialogues(path: pathlib.Path) -> Iterator[str]:
-  for dialogue in json.loads(decoded(path.read_bytes(), path)).values():
+  for dialogue in json.loads(decode_text(path.read_bytes(), path)).values():
     turns = [message for turn in dialogue['messages'] for message in turn if message['text'].strip()]
     speakers = list(dict.fromkeys(turn['sender'] for turn in turns))
     if len(speakers) > 1:  # many were opened and never answered
@@ -85,7 +85,7 @@ def _read_dialogues(path: pathlib.Path) -> Iterator[str]:
 
 
 def _read_article(path: pathlib.Path) -> Iterator[str]:
-  sections = json.loads(decoded(path.read_bytes(), path))
+  sections = json.loads(decode_text(path.read_bytes(), path))
   yield '\n\n'.join(f'{name}\n' + '\n'.join(_lines(fields)) for name, fields in sections.items())
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from kdjax.data import compressed
 from kdjax.data.compressed import File, Lines
-from kdjax.data.text import decoded
+from kdjax.data.text import decode_text
 from kdjax.errors import UserError
 
 Record = tuple[str, dict[str, Any]]  # (path:line, for messages; the object)
@@ -26,7 +26,7 @@ def read(lines: Lines, path: File) -> Iterator[Record]:
   position, number = 0, 0
   while line := compressed.read_line(lines, f'{path}:{number + 1}'):
     size = len(line)
-    found, ends = _records(decoded(line, path, position), path, number)
+    found, ends = _records(decode_text(line, path, position), path, number)
     del line  # a document may fill much of the memory: keep one copy
     position, number = position + size, number + ends
     yield from found

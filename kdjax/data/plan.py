@@ -52,7 +52,7 @@ class Plan:
   def digest(self, tokenizer: list) -> str:
     """Hash what is stored: the documents' content and order, and the tokenizer's key."""
     splits = {split: list(docs) for split, docs in self.splits.items()}
-    return files.digest(files.canonical([splits, self.max_document_bytes, tokenizer]))
+    return files.digest(files.canonical_json([splits, self.max_document_bytes, tokenizer]))
 
 
 def plan_splits(data: DataConfig, evals: EvalConfig, reading: Reading, progress: bool) -> Plan:
@@ -105,8 +105,8 @@ def _split(
 ) -> dict[str, dict[str, int]]:
   """Split each part of a source, and mix the parts' splits by their weights."""
   names, weights = zip(*mixture(source), strict=True)
-  by_part = [splits_lib.split(part, shares, rest, seed) for part in parts]
-  splits = {split: splits_lib.mixed([part[split] for part in by_part], list(weights)) for split in by_part[0]}
+  by_part = [splits_lib.split_documents(part, shares, rest, seed) for part in parts]
+  splits = {split: splits_lib.mix([part[split] for part in by_part], list(weights)) for split in by_part[0]}
   if len(parts) > 1:
     _report_mixture(names, [part[rest] for part in by_part], splits[rest])
   return splits

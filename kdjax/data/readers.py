@@ -13,7 +13,7 @@ from kdjax.data import compressed, jsonl, parquet
 from kdjax.data.compressed import OPENERS, File
 from kdjax.data.records import NullText, field_of
 from kdjax.data.store import token_dtype
-from kdjax.data.text import decoded
+from kdjax.data.text import decode_text
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
 
@@ -53,7 +53,7 @@ def texts(path: File, text_field: str) -> Iterator[str | NullText]:
       yield text
   else:
     with compressed.open_text(path, kind(path)[1]) as file:
-      yield decoded(compressed.read_all(file, str(path)), path)
+      yield decode_text(compressed.read_all(file, str(path)), path)
 
 
 def token_texts(path: File, tokenizer: Tokenizer, cut: collections.Counter | None = None) -> Iterator[str]:
@@ -105,12 +105,12 @@ def _array_record_texts(path: File, text_field: str) -> Iterator[str | NullText]
   for number, record in enumerate(_array_records(path)):
     where = f'{path}, record {number}'
     if as_text is None:
-      as_text = functools.partial(_json_text, text_field) if jsonl.is_object(record) else decoded
+      as_text = functools.partial(_json_text, text_field) if jsonl.is_object(record) else decode_text
     yield as_text(record, where)
 
 
 def _json_text(text_field: str, record: bytes, where: str) -> str | NullText:
-  return field_of(jsonl.parse_object(decoded(record, where), where), text_field, where)
+  return field_of(jsonl.parse_object(decode_text(record, where), where), text_field, where)
 
 
 def _array_records(path: File) -> Iterator[bytes]:

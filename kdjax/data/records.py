@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kdjax.data.text import decoded, without_surrogates
+from kdjax.data.text import decode_text, without_surrogates
 from kdjax.errors import UserError
 
 FIELDS = 'data.text_field (or eval.ood_text_field)'
@@ -32,7 +32,7 @@ def text_of(value: Any, field: str, where: str) -> str | NullText:
   if value is None:
     return NullText(f'{where}: {field} is null')
   if isinstance(value, bytes):
-    return decoded(value, where)
+    return decode_text(value, where)
   if not isinstance(value, str):
     raise UserError(f'{where}: {field} holds a {type(value).__name__}, not a string; set {FIELDS} to another field')
   return without_surrogates(value, where)

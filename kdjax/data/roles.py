@@ -112,7 +112,7 @@ def share_token(token: str, found: Roles | None = None, unmarked: Sequence[str] 
   return Roles(token, token, token, padding, tuple(stop for stop in found.stops if stop not in unmarked))
 
 
-def read(model: tokenizers.Tokenizer, files: Mapping[str, Mapping[str, Any]], name: str) -> Roles | None:
+def read_roles(model: tokenizers.Tokenizer, files: Mapping[str, Mapping[str, Any]], name: str) -> Roles | None:
   """Read the roles of a tokenizer; None if no source names a token that begins or ends a text.
 
   Args:

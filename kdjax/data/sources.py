@@ -146,7 +146,7 @@ def _moved(part: str, folder: str) -> str:
   is_name = prefix in (hubs.HF, hubs.TFDS) and not _exists(part, folder)
   if part.startswith(embedded.PREFIX) or is_name or paths.is_remote(path):
     return part
-  return prefix + paths.seen_from(folder, path)
+  return prefix + paths.resolve_from(folder, path)
 
 
 def _parsed(source: str) -> tuple[list[str], list[float]]:
@@ -166,7 +166,7 @@ def _parsed(source: str) -> tuple[list[str], list[float]]:
 def _split(source: str, folder: str = '') -> list[str]:
   """Split a source at its commas, except commas in the name of an existing file or folder."""
   exists = lambda name: _exists(name, folder) or _exists(_bare(name), folder)
-  return paths.split(source, exists, lambda name: _matches(_bare(name), folder))
+  return paths.split_list(source, exists, lambda name: _matches(_bare(name), folder))
 
 
 def _bare(part: str) -> str:
@@ -188,7 +188,7 @@ def _exists(name: str, folder: str = '') -> bool:
     return False
   # A config, version and split may follow a dataset's folder.
   names = [path] if prefix not in (hubs.HF, hubs.TFDS) else [path.rsplit(':', n)[0] for n in range(3)]
-  return any(os.path.exists(paths.seen_from(folder, one)) for one in names)
+  return any(os.path.exists(paths.resolve_from(folder, one)) for one in names)
 
 
 def _matches(name: str, folder: str) -> bool:
@@ -196,7 +196,7 @@ def _matches(name: str, folder: str) -> bool:
   prefix, path = _prefixed(name)
   if name.startswith(embedded.PREFIX) or prefix in (hubs.HF, hubs.TFDS) or paths.is_remote(path):
     return True
-  return glob.has_magic(path) and bool(paths.match(paths.seen_from(folder, path)))
+  return glob.has_magic(path) and bool(paths.match(paths.resolve_from(folder, path)))
 
 
 def _resolve(source: str) -> list[_Part]:
@@ -288,7 +288,7 @@ def _in_store(pattern: str) -> list[File]:
     ]
     is_folder = not files and store.isdir(name)
   except Exception as error:  # whatever the store's client raises
-    raise SourceGone(f'data source {pattern!r} cannot be read ({paths.said(error)})') from None
+    raise SourceGone(f'data source {pattern!r} cannot be read ({paths.describe_error(error)})') from None
   if is_folder:
     raise UserError(f'data source {pattern} is a folder; give a glob such as {pattern.rstrip("/")}/**/*.jsonl')
   if not files:

@@ -43,7 +43,7 @@ class Spill:
     """Takes up the group of these documents, if it is there and whole."""
     name = self._name(docs)
     try:
-      about = files.read_json(self._folder / f'{name}.json')
+      about = files.read_sealed(self._folder / f'{name}.json')
       # An empty array cannot be memory-mapped: the documents of a group may have no tokens.
       tokens = np.load(self._folder / f'{name}.npy', mmap_mode='r' if any(about['lengths']) else None)
     except (StoreDamaged, OSError, ValueError):
@@ -70,7 +70,7 @@ class Spill:
     }
     for suffix, write in (
       ('npy', lambda path: files.save_array(path, joined)),
-      ('json', lambda path: files.write_json(path, about)),
+      ('json', lambda path: files.write_sealed(path, about)),
     ):
       temporary = self._folder / f'.{secrets.token_hex(4)}.{suffix}'
       try:

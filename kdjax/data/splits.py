@@ -6,7 +6,7 @@ from kdjax.config import EvalConfig
 from kdjax.storage import files
 
 
-def split(found: dict[str, int], shares: dict[str, float], rest: str, seed: int) -> dict[str, dict[str, int]]:
+def split_documents(found: dict[str, int], shares: dict[str, float], rest: str, seed: int) -> dict[str, dict[str, int]]:
   """Splits documents by a hash: each named share of them, and the rest; each split in the order of a second hash."""
   splits: dict[str, dict[str, int]] = {name: {} for name in (*shares, rest)}
   for doc in sorted(found, key=lambda doc: (_uniform(doc, seed, 'order'), doc)):
@@ -19,7 +19,7 @@ def split(found: dict[str, int], shares: dict[str, float], rest: str, seed: int)
   return splits
 
 
-def mixed(parts: list[dict[str, int]], weights: list[float]) -> dict[str, int]:
+def mix(parts: list[dict[str, int]], weights: list[float]) -> dict[str, int]:
   """The parts' documents in one order, such that any stretch of it has the weights' shares of bytes; it ends with the first part that runs out.
 
   So nothing is seen twice, a slice of the mixture is such a mixture, and a run that reads it resumes like any other.

@@ -86,7 +86,7 @@ class TokenStore:
       StoreDamaged: a file is missing, truncated or changed.
     """
     folder = pathlib.Path(folder)
-    meta = files.read_json(folder / _META)
+    meta = files.read_sealed(folder / _META)
     if meta.get('version') != VERSION:
       raise StoreDamaged(folder, f'has format version {meta.get("version")}, this is version {VERSION}')
     if meta['dtype'] not in _DTYPES:
@@ -227,8 +227,8 @@ def write_store(
   with files.building(folder) as temporary:
     meta = _write_tokens(temporary, docs, tokenizer, frozenset((extra_meta or {}).get('cut', ())))
     names = [*_shard_names(-(-meta['n_tokens'] // BLOCK), SHARD_BLOCKS), _BLOCKS, _DOCUMENTS]
-    meta |= {'version': VERSION, 'shard_blocks': SHARD_BLOCKS, 'files': files.describe(temporary, names)}
-    files.write_json(temporary / _META, {**(extra_meta or {}), **meta})
+    meta |= {'version': VERSION, 'shard_blocks': SHARD_BLOCKS, 'files': files.describe_files(temporary, names)}
+    files.write_sealed(temporary / _META, {**(extra_meta or {}), **meta})
     # A writer that failed in silence must not leave a store behind.
     TokenStore.open(temporary).verify()
 
@@ -247,8 +247,8 @@ def link_store(source: str | os.PathLike, folder: str | os.PathLike, extra_meta:
   with files.building(folder) as temporary:
     meta = TokenStore.open(source).meta
     for name in meta['files']:
-      files.link(pathlib.Path(source) / name, temporary / name)
-    files.write_json(temporary / _META, {**meta, **extra_meta})
+      files.link_or_copy(pathlib.Path(source) / name, temporary / name)
+    files.write_sealed(temporary / _META, {**meta, **extra_meta})
     TokenStore.open(temporary).verify()
 
 

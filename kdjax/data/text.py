@@ -7,7 +7,7 @@ from kdjax.errors import UserError
 _MARKS = (b'\xff\xfe', b'\xfe\xff', b'\x00\x00\xfe\xff')  # of UTF-16 and UTF-32
 
 
-def decoded(data: bytes, path: str | os.PathLike, position: int = 0) -> str:
+def decode_text(data: bytes, path: str | os.PathLike, position: int = 0) -> str:
   """Decode UTF-8.
 
   Args:

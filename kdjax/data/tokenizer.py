@@ -21,7 +21,15 @@ from kdjax.data.roles import Roles
 from kdjax.data.tokenizer_json import SEPARATOR
 from kdjax.errors import UserError
 from kdjax.storage import paths
-from kdjax.storage.files import StoreDamaged, canonical, check_files, describe, digest, read_json, write_json
+from kdjax.storage.files import (
+  StoreDamaged,
+  canonical_json,
+  check_files,
+  describe_files,
+  digest,
+  read_sealed,
+  write_sealed,
+)
 
 _FILE, _META = 'tokenizer.json', 'tokenizer_meta.json'
 _WITH_FILES = (_FILE, 'tokenizer.model')  # their folder may have files that name roles
@@ -56,7 +64,7 @@ class Tokenizer:
     roles: Roles | None = None,
   ):
     self._name = name
-    parsed = None if model_json is None else tokenizer_json.parse(model_json, name)
+    parsed = None if model_json is None else tokenizer_json.parse_tokenizer(model_json, name)
     if parsed is not None and separator in ('', SEPARATOR) and tokenizer_json.is_bytes(parsed):
       parsed = model_json = None  # bytes, as `to_json` wrote them
     self._model_json = model_json
@@ -147,9 +155,9 @@ class Tokenizer:
       folder = file if file.is_dir() else file.parent if file.name in _WITH_FILES else None
       kept = _saved_roles(folder) if folder and not separator else {}
       files = {} if kept else roles_lib.read_files(folder)
-    except paths.errors(file) as error:
+    except paths.read_errors(file) as error:
       raise UserError(
-        f'tokenizer {path} cannot be read ({paths.said(error)}); give bpe, bytes, a tokenizer.json, .model or .tiktoken file, or a folder'
+        f'tokenizer {path} cannot be read ({paths.describe_error(error)}); give bpe, bytes, a tokenizer.json, .model or .tiktoken file, or a folder'
       ) from error
     return cls(text, name=str(path), **(kept or {'separator': separator, 'files': files}))
 
@@ -157,7 +165,7 @@ class Tokenizer:
   def load(cls, folder: str | os.PathLike) -> 'Tokenizer':
     """Reads what `save` wrote; `StoreDamaged` if it has changed since."""
     folder = pathlib.Path(folder)
-    meta = read_json(folder / _META)
+    meta = read_sealed(folder / _META)
     if meta['kind'] == 'bytes':
       return cls()
     check_files(folder, meta['files'])
@@ -172,11 +180,11 @@ class Tokenizer:
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if self._model_json is None:
-      write_json(folder / _META, {'kind': 'bytes'})
+      write_sealed(folder / _META, {'kind': 'bytes'})
       return
     (folder / _FILE).write_text(self._model_json, encoding='utf-8')
-    meta = {**self.note(), 'fingerprint': self.fingerprint, 'files': describe(folder, [_FILE])}
-    write_json(folder / _META, meta)
+    meta = {**self.note(), 'fingerprint': self.fingerprint, 'files': describe_files(folder, [_FILE])}
+    write_sealed(folder / _META, meta)
 
   def note(self) -> dict[str, Any]:
     """Return the metadata saved with the file, which `read_note` reads: kind and roles."""
@@ -233,7 +241,7 @@ class Tokenizer:
 
   def as_others_read_it(self) -> tokenizers.Tokenizer:
     """Build a separate `tokenizers` model that recognises special tokens in a text, as other libraries do."""
-    return tokenizer_json.build(json.loads(self.to_json()), (), self._name)
+    return tokenizer_json.build_tokenizer(json.loads(self.to_json()), (), self._name)
 
   def to_json(self) -> str:
     """The text of a `tokenizers` file that gives the same ids. Bytes too have one."""
@@ -271,7 +279,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def _read_roles(
   parsed: dict, model: tokenizers.Tokenizer, separator: str, files: Mapping[str, Any], name: str
 ) -> Roles:
-  found = roles_lib.read(model, files, name)
+  found = roles_lib.read_roles(model, files, name)
   if separator:
     if model.token_to_id(separator) is None:
       raise UserError(f'{name}: has no token {separator!r}; {_name_one(parsed)}')
@@ -303,7 +311,7 @@ def _saved_roles(folder: paths.Path) -> dict[str, Any]:
 
 def _model(parsed: dict, unmarked: Sequence[str], name: str) -> tokenizers.Tokenizer:
   """Build the model with the `unmarked` tokens made special: only special tokens are kept out of text."""
-  model = tokenizer_json.build(parsed, unmarked, name)
+  model = tokenizer_json.build_tokenizer(parsed, unmarked, name)
   model.no_truncation()
   model.no_padding()
   model.encode_special_tokens = True
@@ -321,7 +329,7 @@ def _fingerprint(parsed: dict, roles: Roles, unmarked: Sequence[str]) -> str:
   said = [tokenizer_json.content(parsed), roles.separator]
   said += [roles.end] if roles.closes else []
   others = sorted(set(unmarked) - {roles.separator, roles.end})
-  return digest(canonical([*said, {'kept out of text': others}] if others else said))
+  return digest(canonical_json([*said, {'kept out of text': others}] if others else said))
 
 
 def _name_one(parsed: dict) -> str:

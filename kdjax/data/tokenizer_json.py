@@ -26,7 +26,7 @@ _BPE_DEFAULTS = {
 _KEEPING = ('ByteLevel', 'Digits', 'Split', 'Punctuation')
 
 
-def parse(model_json: str, name: str) -> dict:
+def parse_tokenizer(model_json: str, name: str) -> dict:
   """Parse a file's text. Raises UserError if it is not JSON with a vocabulary."""
   try:
     parsed = paths.parse_json(model_json)
@@ -37,7 +37,7 @@ def parse(model_json: str, name: str) -> dict:
   return parsed
 
 
-def build(parsed: dict, unmarked: Sequence[str], name: str) -> tokenizers.Tokenizer:
+def build_tokenizer(parsed: dict, unmarked: Sequence[str], name: str) -> tokenizers.Tokenizer:
   """Build the model of a file's JSON, with the `unmarked` tokens made special. Raises UserError if `tokenizers` cannot use it."""
   added = [
     {**t, 'special': bool(t.get('special')) or t.get('content') in unmarked} if isinstance(t, dict) else t

@@ -88,19 +88,19 @@ class Wanted:
       fields['weighted'] = weighted  # earlier versions of kdjax ignored these weights
     if any(map(sources.holds_tokens, (self.data.source, *self.evals.ood.values()))):
       fields['records'] = 'split'  # earlier versions read each record as one document
-    return files.digest(files.canonical(fields))
+    return files.digest(files.canonical_json(fields))
 
   @property
   def main_key(self) -> str:
     """Hash everything that the splits of data.source depend on."""
     fields = _fields(self.data, DATA_FIELDS) | _fields(self.evals, CAPS) | self._nulls
-    return files.digest(files.canonical([fields, self.marks[TOKENIZER], self.marks[MAIN], VERSION, STORE_VERSION]))
+    return files.digest(files.canonical_json([fields, self.marks[TOKENIZER], self.marks[MAIN], VERSION, STORE_VERSION]))
 
   def set_key(self, name: str, splits: list[str]) -> str:
     """Hash everything that an out-of-domain set depends on. `splits`: fingerprints of the tokenizer and of the excluded training split."""
     fields = _fields(self.evals, ('ood_text_field', 'ood_validation_fraction', *CAPS)) | self._nulls
     fields |= {'source': self.evals.ood[name], 'seed': self.data.split_seed}
-    return files.digest(files.canonical([fields, splits, self.marks[name], VERSION, STORE_VERSION]))
+    return files.digest(files.canonical_json([fields, splits, self.marks[name], VERSION, STORE_VERSION]))
 
   def reading(self, part: str, tokenizer: Tokenizer | None) -> Reading:
     field = self.data.text_field if part == MAIN else self.evals.ood_text_field
@@ -122,7 +122,7 @@ def inspect_sources(data: DataConfig, evals: EvalConfig, home: pathlib.Path, ori
   """
   named = {MAIN: data.source, **evals.ood}
   placed = {part: sources.seen_from(origin.folder, source) for part, source in named.items()}
-  file = data.tokenizer if data.tokenizer in OWN else paths.seen_from(origin.folder, data.tokenizer)
+  file = data.tokenizer if data.tokenizer in OWN else paths.resolve_from(origin.folder, data.tokenizer)
   looks: dict[str, Callable[[], Any]] = {
     part: functools.partial(_signature, part, source) for part, source in placed.items()
   }
@@ -189,7 +189,7 @@ def known_corpora(home: pathlib.Path) -> list[tuple[pathlib.Path, dict]]:
   found = []
   for folder in home.glob('[!.]*'):
     with contextlib.suppress(StoreDamaged, OSError, KeyError):
-      meta = files.read_json(folder / META)
+      meta = files.read_sealed(folder / META)
       if meta['version'] == VERSION:
         found.append(((folder / META).stat().st_mtime, folder, {'parts': {}} | meta))
   return [(folder, meta) for _, folder, meta in sorted(found, key=lambda one: (-one[0], one[1]))]

@@ -213,7 +213,7 @@ class Model:
   config: ModelConfig
 
   def __post_init__(self):
-    check(self.config)
+    check_model(self.config)
 
   def init(self, key):
     """Fresh parameters: a nested dict of arrays in `config.param_dtype`. A key gives the same weights on any mesh."""
@@ -266,7 +266,7 @@ def build(config: ModelConfig) -> Model:
   return Model(config)
 
 
-def check(config: ModelConfig) -> None:
+def check_model(config: ModelConfig) -> None:
   c = config
   for name in SIZES:
     if getattr(c, name) < 1:

@@ -11,7 +11,7 @@ import re
 import jax
 import jax.numpy as jnp
 
-from kdjax.runtime.sharding import gathered, path_name
+from kdjax.runtime.sharding import gather, path_name
 
 MATRICES = r'blocks/.*/kernel'
 
@@ -47,9 +47,7 @@ def widened(layer, dtype):
   def one(path, leaf):
     if not isinstance(leaf, Int8):
       return leaf
-    values = gathered(
-      leaf.values, f'blocks/{path_name(path)}'
-    )  # before they are widened: a quarter or half of the bytes
+    values = gather(leaf.values, f'blocks/{path_name(path)}')  # before they are widened: a quarter or half of the bytes
     return (values.astype(jnp.float32) * leaf.scale).astype(dtype)
 
   return jax.tree_util.tree_map_with_path(one, layer, is_leaf=lambda leaf: isinstance(leaf, Int8))

@@ -184,12 +184,12 @@ def _next(model: Model, sampling: Sampling, params, hidden_BxD, key_B, n):
   if sampling.temperature == 0:
     return logits_BxV.argmax(axis=-1).astype(jnp.int32)
   keys_B = jax.vmap(lambda key: jax.random.fold_in(key, n))(key_B)
-  return jax.vmap(jax.random.categorical)(keys_B, filtered(logits_BxV / sampling.temperature, sampling)).astype(
+  return jax.vmap(jax.random.categorical)(keys_B, filter_logits(logits_BxV / sampling.temperature, sampling)).astype(
     jnp.int32
   )
 
 
-def filtered(logits_BxV, sampling: Sampling):
+def filter_logits(logits_BxV, sampling: Sampling):
   """The logits with those of the tokens that top-k and top-p leave out at -inf. Ties with the last token that stays, stay."""
   if not sampling.top_k and sampling.top_p == 1:
     return logits_BxV

@@ -24,7 +24,7 @@ from kdjax.losses.fused import HEAD
 from kdjax.models import Model, build, flops
 from kdjax.models.decoder import compute_dtype
 from kdjax.programs.hlo import SLICES, Collective, Program
-from kdjax.programs.topology import Slice, devices
+from kdjax.programs.topology import Slice, slice_devices
 from kdjax.runtime import backend, sharding
 from kdjax.teachers import frozen
 from kdjax.trainer import experiments, preflight
@@ -108,7 +108,7 @@ def compile_step(config: Config, slice_: Slice, vocab_size: int = 0) -> Report:
   Raises:
     UserError: a mesh, batch or model that does not fit the slice, no TPU compiler, a program that the compiler finds too large.
   """
-  there = devices(slice_)
+  there = slice_devices(slice_)
   with backend.compiling_for('tpu'):
     mesh = sharding.make_mesh(config.mesh, there)
     student = build(_with_vocabulary(config.student.model, vocab_size))
@@ -116,10 +116,10 @@ def compile_step(config: Config, slice_: Slice, vocab_size: int = 0) -> Report:
     teacher = build(_with_vocabulary(config.teacher.model, vocab_size)) if 'teacher' in targets else None
     if teacher and (config.teacher.run or config.student.init):  # `train` cuts their tables to the shared tokenizer
       shared = min(student.config.vocab_size, teacher.config.vocab_size)
-      student = build(frozen.over(student.config, shared))
+      student = build(frozen.restrict_tokens(student.config, shared))
       teacher = build(frozen.match_student(teacher.config, student.config))
     preflight.check_models(config, mesh, student, teacher, teacher_learns=False)
-    recipe = experiments.recipe_of(config, config.student, student, targets, teacher)
+    recipe = experiments.make_recipe(config, config.student, student, targets, teacher)
     states, placed = _states(config, recipe, mesh)
     teacher_side = _teacher(config, recipe, mesh)
     batches = _batches(config, recipe, mesh)
@@ -185,7 +185,7 @@ def _states(config: Config, recipe: Recipe, mesh: Mesh):
 def _teacher(config: Config, recipe: Recipe, mesh: Mesh) -> Teacher:
   found = Teacher()
   if recipe.teacher is not None:
-    shapes = jax.eval_shape(lambda p: frozen.in_dtype(p, config.teacher.dtype), recipe.teacher.abstract())
+    shapes = jax.eval_shape(lambda p: frozen.to_dtype(p, config.teacher.dtype), recipe.teacher.abstract())
     found = found._replace(
       params=jax.tree.map(_abstract, shapes, sharding.param_shardings(shapes, mesh, recipe.teacher_layout))
     )

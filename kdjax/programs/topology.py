@@ -79,7 +79,7 @@ class Slice:
     return f'{self.chip.name}-{math.prod(self.shape) * self.chip.cores}'
 
 
-def parse(text: str, slices: int = 1) -> Slice:
+def parse_slice(text: str, slices: int = 1) -> Slice:
   """`v6e-64`, `v5p-64`, `v5litepod-256` or `v6e:8x8`. Raises UserError for what is no slice."""
   match = re.fullmatch(r'([a-z0-9]+?)(?:-(\d+)|:(\d+(?:x\d+)*))', text.lower())
   kind = ALIASES.get(match[1], match[1]) if match else ''
@@ -100,7 +100,7 @@ def parse(text: str, slices: int = 1) -> Slice:
   return Slice(chip, shape, slices)
 
 
-def devices(slice_: Slice) -> list[jax.Device]:
+def slice_devices(slice_: Slice) -> list[jax.Device]:
   """The slice's devices, for the compiler alone: none of them is here. Raises UserError where there is no compiler for it."""
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)

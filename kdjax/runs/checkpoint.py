@@ -386,25 +386,25 @@ def _read(folder: epath.Path, work: Callable[[], Any], what: str) -> Any:
   except Exception as e:
     if paths.is_outage(folder, e):  # what cannot be read now may be sound
       raise StoreUnavailable(
-        f'{folder}: a checkpoint cannot be read, as the store does not answer ({paths.said(e)})'
+        f'{folder}: a checkpoint cannot be read, as the store does not answer ({paths.describe_error(e)})'
       ) from None
     if type(e) is not Exception and not isinstance(e, DAMAGE):
       raise
     error = e
   if distributed.on_any_process(error is not None):
-    raise CheckpointDamaged(f'{what} ({paths.said(error) if error else "on another process"})') from None
+    raise CheckpointDamaged(f'{what} ({paths.describe_error(error) if error else "on another process"})') from None
   return result
 
 
 def _not_written(folder: epath.Path, error: Exception) -> Exception:
   if distributed.is_lost(error):
-    return ProcessLost(paths.said(error))
+    return ProcessLost(paths.describe_error(error))
   if paths.is_outage(folder, error):
     return StoreUnavailable(
-      f'{folder}: a checkpoint could not be saved, as the store does not answer ({paths.said(error)})'
+      f'{folder}: a checkpoint could not be saved, as the store does not answer ({paths.describe_error(error)})'
     )
   fix = "correct this machine's permissions on the bucket" if paths.is_remote(folder) else 'free some disk space'
   return TrainingError(
-    f'{folder}: a checkpoint could not be written ({paths.said(error)}); {fix} and run the same command again: '
+    f'{folder}: a checkpoint could not be written ({paths.describe_error(error)}); {fix} and run the same command again: '
     'it resumes from the last good checkpoint'
   )

@@ -42,7 +42,7 @@ class RunFolder:
   """One run's folder. Only process 0 of a multi-process job writes to it."""
 
   def __init__(self, path: str | os.PathLike):
-    self.path = paths.of_runs(path)
+    self.path = paths.runs_path(path)
     self.checkpoints = self.path / 'checkpoints'
     self.metrics = self.path / 'metrics.jsonl'
     self.results = self.path / 'results'

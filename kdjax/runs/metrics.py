@@ -77,7 +77,7 @@ class MetricWriter:
     for tracker in self._trackers:
       tracker.close()
     # What a tracker wrote last of all. A store's error must not hide the one that ended the run.
-    with contextlib.suppress(*paths.errors(self.path)):
+    with contextlib.suppress(*paths.read_errors(self.path)):
       self._mirror.push()
 
   @contextlib.contextmanager

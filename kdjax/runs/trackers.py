@@ -133,7 +133,7 @@ KEY = 'run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline, which ke
 KINDS: dict[str, type] = {'tensorboard': TensorBoard, 'csv': Csv, 'wandb': Wandb}
 
 
-def check(names: Sequence[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
   """Raise UserError if a tracker cannot work, before anything is built or trained. Only process 0 has trackers and needs a key."""
   if 'wandb' in names:
     try:

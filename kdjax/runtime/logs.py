@@ -46,7 +46,7 @@ class _Handler(logging.Handler):
 
 
 @contextlib.contextmanager
-def kept_in(folder: paths.Path) -> Iterator[None]:
+def log_to(folder: paths.Path) -> Iterator[None]:
   """While the block runs, what `kdjax` logs goes there too, and what ends it."""
   handler = _Handler(folder, jax.process_index())
   terminal = {other: other.level for other in logging.getLogger().handlers}

@@ -16,7 +16,7 @@ log = logging.getLogger('kdjax')
 Window = tuple[int, int]  # the first and the last step, from 1; (0, n): n steps, once those that compile are over
 
 
-def parse(text: str) -> Window:
+def parse_window(text: str) -> Window:
   """`20-29`, or `10` for ten steps as soon as possible. Raises UserError for anything else."""
   found = re.fullmatch(r'(?:(\d+)-)?(\d+)', text)
   first, last = (int(found[1] or 0), int(found[2])) if found else (0, 0)

@@ -143,7 +143,7 @@ def rows_over(axes: tuple[str, ...]) -> Iterator[None]:
     _ROWS.reset(token)
 
 
-def gathered(matrix, name: str):
+def gather(matrix, name: str):
   """A block's matrix (one layer's) gathered over `fsdp` here, and not wherever the compiler would."""
   if mesh_in_use() is None:
     return matrix

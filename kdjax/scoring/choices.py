@@ -34,7 +34,7 @@ from kdjax.runs.metrics import Progress
 from kdjax.scoring import likelihood
 from kdjax.scoring.text import Scored
 from kdjax.storage import paths
-from kdjax.storage.files import canonical, digest
+from kdjax.storage.files import canonical_json, digest
 
 log = logging.getLogger('kdjax')
 
@@ -66,7 +66,7 @@ class ChoiceSet:
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    return digest(canonical([[item.id, item.group] for item in self.items]))
+    return digest(canonical_json([[item.id, item.group] for item in self.items]))
 
   @functools.cached_property
   def n_tokens(self) -> int:
@@ -74,7 +74,7 @@ class ChoiceSet:
     return sum(len(tokens) - 1 - first for tokens, first in _encode(self.items, self.tokenizer))
 
 
-def read(source: str) -> list[Item]:
+def read_choices(source: str) -> list[Item]:
   """Read the items of JSON lines (a path, a glob or several; also .gz, .xz, .zst), each distinct one once, in order.
 
   Raises UserError, with file and line, for a record of none of the four kinds, and for weights, because a task uses all of its items.
@@ -95,7 +95,7 @@ def _read(source: str, signature: str) -> tuple[Item, ...]:
   return tuple(items.values())
 
 
-def read_all(
+def read_tasks(
   tasks: Mapping[str, str], max_items: int = 0, folder: str = '', kept: pathlib.Path | None = None
 ) -> dict[str, list[Item]]:
   """Read the items of eval.tasks, by name.
@@ -117,7 +117,7 @@ def read_all(
 
 def _read_or_recall(source: str, folder: str, copy: pathlib.Path | None) -> list[Item]:
   try:
-    items = read(seen_from(folder, source))
+    items = read_choices(seen_from(folder, source))
   except SourceGone:
     known = paths.read_json(copy) if copy else None
     if known is None:
@@ -129,7 +129,7 @@ def _read_or_recall(source: str, folder: str, copy: pathlib.Path | None) -> list
   return items
 
 
-def score(
+def score_choices(
   model: Scored,
   items: Sequence[Item],
   tokenizer: Tokenizer,
@@ -155,10 +155,10 @@ def score(
     UserError: a continuation has no tokens of its own.
   """
   requests = list(_encode(items, tokenizer))
-  return _table(items, *likelihood.score(model, requests, window, batch_size, mesh, progress))
+  return _table(items, *likelihood.score_requests(model, requests, window, batch_size, mesh, progress))
 
 
-def summary(table: pd.DataFrame) -> dict[str, float]:
+def summarize(table: pd.DataFrame) -> dict[str, float]:
   """Return means over a task's items; `accuracy_norm` divides log-likelihoods by bytes."""
   return {
     'accuracy': float(table['correct'].mean()),
@@ -197,7 +197,7 @@ def _item(record: dict[str, Any], where: str) -> Item:
     raise UserError(
       f"{where}: field 'answer' must be the index of a choice, 0 to {len(continuations) - 1}, got {answer!r}"
     )
-  id_ = digest(canonical([kind, contexts, continuations, answer]))
+  id_ = digest(canonical_json([kind, contexts, continuations, answer]))
   return Item(id_, group, contexts, continuations, answer, kind)
 
 

@@ -14,7 +14,7 @@ from kdjax.runs.folder import RunFolder
 from kdjax.scoring import job as jobs
 from kdjax.scoring import results
 from kdjax.storage import paths
-from kdjax.storage.files import canonical, digest
+from kdjax.storage.files import canonical_json, digest
 
 log = logging.getLogger('kdjax')
 
@@ -53,9 +53,11 @@ def read_items(answer: Mapping[str, Any]) -> Iterator[Items]:
 def write_items(run: RunFolder, step: int, items: Items, facts: dict[str, Any]) -> paths.Path:
   """Write a result file into a run's folder. `facts` are what else the result depends on; the file's metadata keep them."""
   key = items.facts | facts | {'version': VERSION}
-  target = results.path(run.results, step, re.sub(r'[^\w.@-]+', '_', items.name), config_lib.fingerprint(key))
+  target = results.result_path(run.results, step, re.sub(r'[^\w.@-]+', '_', items.name), config_lib.fingerprint(key))
   means = {name: float(items.table[column].mean()) for name, column in MEANS.items()}
-  results.write(target, items.table, key | means | {'kind': 'task', 'run': run.name, 'step': step, 'set': items.name})
+  results.write_result(
+    target, items.table, key | means | {'kind': 'task', 'run': run.name, 'step': step, 'set': items.name}
+  )
   return target
 
 
@@ -92,7 +94,7 @@ def _items(answer: Mapping[str, Any], task: str, filter_name: str, samples: Sequ
   own = answer['configs'][task].get('process_results') is not None  # the task's own code does the scoring
   norm = next((name for name in NORMALISED if metric == 'acc' and _all_numbers(samples, name)), '')
   table = pd.DataFrame({
-    'doc': [digest(canonical([sample['doc_id'], str(sample['doc'])])).encode() for sample in samples],
+    'doc': [digest(canonical_json([sample['doc_id'], str(sample['doc'])])).encode() for sample in samples],
     'group': '',
     'correct': [float(sample[metric]) for sample in samples],
     'correct_norm': [float(sample[norm]) if norm else math.nan for sample in samples],

@@ -28,7 +28,7 @@ def parse_names(texts: Iterable[str]) -> list[str]:
   """Split names at commas, except commas within the name of a file or folder, and drop repeats."""
   exists = lambda name: bool(name) and os.path.exists(paths.expand(name))
   matches = lambda name: name.endswith('.yaml') and bool(paths.match(paths.expand(name)))
-  return list(dict.fromkeys(name for text in texts for name in paths.split(text, exists, matches)))
+  return list(dict.fromkeys(name for text in texts for name in paths.split_list(text, exists, matches)))
 
 
 def parse_limit(text: str) -> float:

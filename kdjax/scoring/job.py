@@ -27,7 +27,14 @@ from kdjax.runs.metrics import Progress
 from kdjax.runtime import distributed, preemption
 from kdjax.scoring import choices, results
 from kdjax.scoring.choices import ChoiceSet
-from kdjax.scoring.text import TEMPERATURES, Scored, difficulties, expected_calibration_error, fit_temperature, score
+from kdjax.scoring.text import (
+  TEMPERATURES,
+  Scored,
+  difficulties,
+  expected_calibration_error,
+  fit_temperature,
+  score_documents,
+)
 from kdjax.storage import paths
 from kdjax.storage.paths import read_json, write_json
 from kdjax.teachers import frozen
@@ -68,10 +75,10 @@ class Job:
   @property
   def teacher_step(self) -> int:
     """Which of its checkpoints it is; 0: its newest."""
-    return frozen.step_of(self.config)
+    return frozen.teacher_step(self.config)
 
 
-def find(workdir: paths.Path) -> Job:
+def find_job(workdir: paths.Path) -> Job:
   """What a folder holds: an experiment, or one run. Raises UserError where it is neither."""
   experiment = read_json(workdir / 'experiment.json')
   if experiment is not None:
@@ -82,19 +89,19 @@ def find(workdir: paths.Path) -> Job:
     config = _config(experiment['resolved'], workdir)
     teacher = _relative(workdir, experiment['teacher']) if experiment['teacher'] else None
     students = [_relative(workdir, name) for name in experiment['students']]
-    return Job(workdir, config, ([teacher] if teacher else []) + students, teacher, origin_of(workdir, experiment))
+    return Job(workdir, config, ([teacher] if teacher else []) + students, teacher, read_origin(workdir, experiment))
   run = read_json(workdir / 'run.json')
   if run is None:
     raise UserError(f'{workdir} is neither an experiment nor a run: it has no experiment.json and no run.json')
   if 'resolved' not in run:
     raise UserError(f'{workdir / "run.json"} is damaged: it holds no config; restore it')
-  return Job(workdir, _config(run['resolved'], workdir), [RunFolder(workdir)], None, origin_of(workdir, run))
+  return Job(workdir, _config(run['resolved'], workdir), [RunFolder(workdir)], None, read_origin(workdir, run))
 
 
-def origin_of(folder: paths.Path, known: dict[str, Any]) -> Origin:
+def read_origin(folder: paths.Path, known: dict[str, Any]) -> Origin:
   """Return where a run or an experiment found its text, according to its folder's JSON file; earlier versions did not record it."""
   origin = known.get('origin', {})
-  seen_from = os.path.abspath(paths.under(folder, origin['folder'])) if origin else os.getcwd()
+  seen_from = os.path.abspath(paths.resolve(folder, origin['folder'])) if origin else os.getcwd()
   return Origin('' if seen_from == os.getcwd() else seen_from, origin.get('corpus', ''))
 
 
@@ -106,7 +113,7 @@ def evaluate(job: Job, corpus: Corpus, mesh: Mesh, step: int = 0, progress: bool
   """
   while True:
     chosen = step or _common_step(job)
-    at = checkpoints(job, chosen)
+    at = list_checkpoints(job, chosen)
     try:
       tasks = score_missing(job, at, corpus, mesh, progress)
       break
@@ -123,7 +130,7 @@ def evaluate(job: Job, corpus: Corpus, mesh: Mesh, step: int = 0, progress: bool
     write_json(job.folder / file_name(step), files)
 
 
-def checkpoints(job: Job, step: int = 0) -> list[tuple[RunFolder, int]]:
+def list_checkpoints(job: Job, step: int = 0) -> list[tuple[RunFolder, int]]:
   """Return (run, step) of each model: the teacher at the step that the students learn from, the students at `step` or their newest common step.
 
   Raises UserError if a model has no such checkpoint.
@@ -208,7 +215,7 @@ def score_missing(
         else:
           table, meta = _score(task, models, job, mesh, bar, difficulty_V)
         if task.run.writes:
-          results.write(task.file, table, meta)
+          results.write_result(task.file, table, meta)
   return tasks
 
 
@@ -229,7 +236,7 @@ class Task:
 
   @property
   def file(self) -> paths.Path:
-    return results.path(self.run.results, self.step, self.name, config_lib.fingerprint(self.key))
+    return results.result_path(self.run.results, self.step, self.name, config_lib.fingerprint(self.key))
 
 
 def _sets(job: Job, corpus: Corpus, names: Collection[str] | None) -> dict[str, EvalSet | ChoiceSet]:
@@ -244,7 +251,7 @@ def _sets(job: Job, corpus: Corpus, names: Collection[str] | None) -> dict[str, 
   if unknown := sorted(set(names) - set(known)):
     raise UserError(f'no set is named {", ".join(unknown)}; there are {", ".join(known)}')
   asked = {name: source for name, source in evals.tasks.items() if name in names}
-  items = choices.read_all(asked, evals.max_items, job.origin.folder, corpus.tasks)
+  items = choices.read_tasks(asked, evals.max_items, job.origin.folder, corpus.tasks)
   tasks = {name: ChoiceSet(found, corpus.tokenizer) for name, found in items.items()}
   return {name: eval_set for name, eval_set in (text | tasks).items() if name in names}
 
@@ -260,7 +267,7 @@ def _task(
   training_text: str,
 ) -> Task:
   window = job.config.eval.window or job.config.data.seq_len
-  model = frozen.model_of(run).config
+  model = frozen.build_model(run).config
   key: dict[str, Any] = {'version': VERSION, 'window': window, 'weights': weights, 'dtype': str(compute_dtype(model))}
   if model.vocab_size > _vocab_size(eval_set):
     key['vocabulary'] = _vocab_size(eval_set)
@@ -288,7 +295,7 @@ def _score(
   assert isinstance(task.eval_set, EvalSet)
   window, stride = task.key['window'], task.key['stride']
   on = functools.partial(
-    score, window=window, stride=stride, batch_size=job.config.eval.batch_size, mesh=mesh, progress=bar
+    score_documents, window=window, stride=stride, batch_size=job.config.eval.batch_size, mesh=mesh, progress=bar
   )
   student = models.load(task.run, task.step, 'float32', task.vocab_size)
   teacher = (
@@ -322,11 +329,11 @@ def _score_choices(
   """(per-item table, metadata) of a downstream task."""
   assert isinstance(task.eval_set, ChoiceSet)
   model, window = models.load(task.run, task.step, 'float32', task.vocab_size), task.key['window']
-  table = choices.score(
+  table = choices.score_choices(
     model, task.eval_set.items, task.eval_set.tokenizer, window, job.config.eval.batch_size, mesh, bar
   )
   meta = {**task.key, 'run': task.run.name, 'step': task.step, 'set': task.name, 'normalised': 'per byte'}
-  return table, meta | choices.summary(table)
+  return table, meta | choices.summarize(table)
 
 
 class _Models:
@@ -348,15 +355,15 @@ class _Models:
       self._loaded = kept
       arm = (run.identity() or {}).get('config', {}).get('arm')
       like = self._job.config.teacher.model if arm == 'teacher' else self._job.config.student.model
-      model, params, *_ = frozen.load(run, dtype, self._mesh, step, like)
-      self._loaded[name] = Scored(build(frozen.over(model.config, vocab_size)), params)
+      model, params, *_ = frozen.load_teacher(run, dtype, self._mesh, step, like)
+      self._loaded[name] = Scored(build(frozen.restrict_tokens(model.config, vocab_size)), params)
     return self._loaded[name]
 
 
 def _step(run: RunFolder, step: int) -> int:
   saves = Checkpoints(run.checkpoints, read_only=True)
   try:
-    return frozen.final_step(run, saves, step)
+    return frozen.choose_step(run, saves, step)
   finally:
     saves.close()
 
@@ -377,8 +384,8 @@ def _n_tokens(eval_set: EvalSet | ChoiceSet) -> int:
 
 def _config(values: dict[str, Any], folder: paths.Path) -> Config:
   """The config that a folder keeps; its `runs` is relative to the folder."""
-  return config_lib.resolve(ml_collections.ConfigDict(values | {'runs': str(paths.under(folder, values['runs']))}))
+  return config_lib.resolve(ml_collections.ConfigDict(values | {'runs': str(paths.resolve(folder, values['runs']))}))
 
 
 def _relative(folder: paths.Path, name: str) -> RunFolder:
-  return RunFolder(paths.under(folder, name))
+  return RunFolder(paths.resolve(folder, name))

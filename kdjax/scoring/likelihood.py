@@ -22,7 +22,7 @@ from kdjax.scoring.text import Scored, place
 SHORTEST = 16  # tokens of the shortest row that is compiled
 
 
-def score(
+def score_requests(
   model: Scored,
   requests: Sequence[tuple[np.ndarray, int]],
   window: int,

@@ -15,11 +15,11 @@ from kdjax.errors import UserError
 from kdjax.storage import paths
 
 
-def path(folder: paths.Path, step: int, set_name: str, evaluation: str) -> paths.Path:
+def result_path(folder: paths.Path, step: int, set_name: str, evaluation: str) -> paths.Path:
   return folder / f'{set_name}-step{step}-{evaluation}.parquet'
 
 
-def write(file: paths.Path, table: pd.DataFrame, meta: dict[str, Any]) -> None:
+def write_result(file: paths.Path, table: pd.DataFrame, meta: dict[str, Any]) -> None:
   """A reader sees all of it or nothing. With a digest of what it says."""
   arrow = pa.Table.from_pandas(table, preserve_index=False)
   arrow = arrow.replace_schema_metadata({'kdjax': json.dumps({'meta': meta, 'digest': _digest(table, meta)})})
@@ -37,7 +37,7 @@ def bits_per_byte(table: pd.DataFrame, column: str = 'nll') -> float:
   return float(table[column].sum() / table['bytes'].sum() / math.log(2))
 
 
-def read(file: paths.Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+def read_result(file: paths.Path) -> tuple[pd.DataFrame, dict[str, Any]]:
   """(per-document table, metadata). Raises UserError where the file is damaged."""
   try:
     arrow = pq.read_table(io.BytesIO(paths.read_bytes(file)))

@@ -37,7 +37,7 @@ class Scored(NamedTuple):
   params: Any
 
 
-def score(
+def score_documents(
   student: Scored,
   teacher: Scored | None,
   store: TokenStore,

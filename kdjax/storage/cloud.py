@@ -47,13 +47,16 @@ class CloudStorage(gcsfs.GCSFileSystem):
         found = await gcsfs.core.GCSFileSystem._request.__wrapped__(self, method, path, *args, **kwargs)
       except CLIENT_ERRORS as e:
         if not _may_pass(e):
-          raise OSError(paths.said(e)) from e
+          raise OSError(paths.describe_error(e)) from e
         if self._unavailable or time.monotonic() - since + pause > PATIENCE:
           CloudStorage._unavailable = True
-          raise StoreUnavailable(f'the store does not answer ({paths.said(e)})') from e
+          raise StoreUnavailable(f'the store does not answer ({paths.describe_error(e)})') from e
         if not reported:
           _report(
-            logging.WARNING, 'the store does not answer (%s); trying again for up to %.0f s', paths.said(e), PATIENCE
+            logging.WARNING,
+            'the store does not answer (%s); trying again for up to %.0f s',
+            paths.describe_error(e),
+            PATIENCE,
           )
         reported = True
         await asyncio.sleep(pause * random.uniform(0.8, 1.2))

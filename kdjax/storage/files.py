@@ -53,17 +53,17 @@ def file_digest(path: str | os.PathLike) -> str:
   return hasher.hexdigest()
 
 
-def canonical(value: Any) -> bytes:
+def canonical_json(value: Any) -> bytes:
   """The one JSON text of a value: the same value always gives the same bytes."""
   return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True).encode()
 
 
-def write_json(path: pathlib.Path, value: dict) -> None:
+def write_sealed(path: pathlib.Path, value: dict) -> None:
   """Writes `value` with its own checksum, so that `read_json` sees any changed bit."""
-  path.write_bytes(canonical({**value, 'checksum': digest(canonical(value), 16)}))
+  path.write_bytes(canonical_json({**value, 'checksum': digest(canonical_json(value), 16)}))
 
 
-def read_json(path: pathlib.Path) -> dict:
+def read_sealed(path: pathlib.Path) -> dict:
   """Reads what `write_json` wrote.
 
   Raises:
@@ -78,7 +78,7 @@ def read_json(path: pathlib.Path) -> dict:
     raise StoreDamaged(path, 'is not the JSON that was written')
   checksum = value.pop('checksum', None)
   # The bytes are compared too: a flipped bit in white space or in an escape leaves the parsed value as it is.
-  if checksum != digest(canonical(value), 16) or data != canonical({**value, 'checksum': checksum}):
+  if checksum != digest(canonical_json(value), 16) or data != canonical_json({**value, 'checksum': checksum}):
     raise StoreDamaged(path, 'does not match its checksum')
   return value
 
@@ -99,7 +99,7 @@ def save_array(path: pathlib.Path, array: np.ndarray) -> None:
     file.write(array.reshape(-1).view(np.uint8).data)
 
 
-def describe(folder: pathlib.Path, names: list[str]) -> dict[str, dict]:
+def describe_files(folder: pathlib.Path, names: list[str]) -> dict[str, dict]:
   """Size and digest of each file, for `check_files`."""
   return {n: {'size': os.path.getsize(folder / n), 'digest': file_digest(folder / n)} for n in names}
 
@@ -124,7 +124,7 @@ def check_files(folder: pathlib.Path, files: dict[str, dict], hash_up_to: int | 
       raise StoreDamaged(path, 'does not match its checksum')
 
 
-def link(source: pathlib.Path, target: pathlib.Path) -> None:
+def link_or_copy(source: pathlib.Path, target: pathlib.Path) -> None:
   """Put a file under a second name; a copy of it where the disk knows no hard links."""
   try:
     os.link(source, target)

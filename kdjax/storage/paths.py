@@ -75,7 +75,7 @@ def match(pattern: str) -> list[str]:
   return []
 
 
-def split(text: str, exists: Callable[[str], bool], matches: Callable[[str], bool]) -> list[str]:
+def split_list(text: str, exists: Callable[[str], bool], matches: Callable[[str], bool]) -> list[str]:
   """Split a list of names at its commas, except commas within an existing name, and strip blanks.
 
   Args:
@@ -93,12 +93,12 @@ def split(text: str, exists: Callable[[str], bool], matches: Callable[[str], boo
   return [part for part in parts if part]
 
 
-def seen_from(folder: str, path: str | os.PathLike) -> str:
+def resolve_from(folder: str, path: str | os.PathLike) -> str:
   """Resolve a relative path against `folder`; '' is the current folder."""
   return expand(path) if is_remote(path) else os.path.join(folder, expand(path))
 
 
-def of_runs(path: str | os.PathLike) -> Path:
+def runs_path(path: str | os.PathLike) -> Path:
   """A folder of runs, or of one. Raises UserError where it is in a store that can hold none."""
   scheme, separator, _ = os.fspath(path).partition('://')
   if separator and scheme not in RUNS:
@@ -123,7 +123,7 @@ def relative(path: str | os.PathLike, folder: str | os.PathLike) -> str:
   return os.path.relpath(one, other)
 
 
-def under(folder: str | os.PathLike, name: str) -> Path:
+def resolve(folder: str | os.PathLike, name: str) -> Path:
   """The inverse of `relative`. An object store knows no '..': it is resolved here."""
   if is_remote(name):
     return Path(name)
@@ -224,14 +224,14 @@ def create(path: str | os.PathLike, text: str) -> None:
     flush(pathlib.Path(path).parent)
 
 
-def check(folder: str | os.PathLike) -> None:
+def check_writable(folder: str | os.PathLike) -> None:
   """Write to an object store, before any device is asked for; local disks raise on their own.
 
   Raises:
     UserError: the store refuses.
     StoreUnavailable: it does not answer.
   """
-  path = of_runs(folder)
+  path = runs_path(folder)
   if not is_remote(path):
     return
   found: list[Exception | None] = [StoreUnavailable('no answer')]
@@ -242,9 +242,9 @@ def check(folder: str | os.PathLike) -> None:
   if (error := found[0]) is None:
     return
   if is_outage(path, error):
-    raise StoreUnavailable(f'{folder}: the store does not answer ({said(error)})') from error
+    raise StoreUnavailable(f'{folder}: the store does not answer ({describe_error(error)})') from error
   raise UserError(
-    f"{folder} cannot be written ({said(error)}); correct the name of the bucket, or this machine's permissions"
+    f"{folder} cannot be written ({describe_error(error)}); correct the name of the bucket, or this machine's permissions"
   )
 
 
@@ -305,12 +305,12 @@ def missing_extra(error: BaseException) -> str | None:
   return EXTRAS.get(client or '')
 
 
-def errors(path: str | os.PathLike) -> tuple[type[Exception], ...]:
+def read_errors(path: str | os.PathLike) -> tuple[type[Exception], ...]:
   """What reading a file of text may raise: in a store whatever its client does."""
   return (Exception,) if is_remote(path) else (OSError, UnicodeDecodeError)
 
 
-def said(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
   """An error of a store's client in one line."""
   if extra := missing_extra(error):
     return f"its client is not installed: pip install 'kdjax[{extra}]'"

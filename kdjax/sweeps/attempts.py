@@ -16,7 +16,7 @@ MOST = 3
 
 
 @contextlib.contextmanager
-def counted(here: RunFolder, progress: Callable[[], int]) -> Iterator[None]:
+def count_attempt(here: RunFolder, progress: Callable[[], int]) -> Iterator[None]:
   """Count the block as an attempt that is unfinished until the block ends, in whatever way.
 
   Args:

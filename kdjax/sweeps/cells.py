@@ -20,7 +20,7 @@ from kdjax.data import corpus
 from kdjax.errors import UserError
 from kdjax.models import flops
 from kdjax.sweeps.config import AXES, GridConfig, matches
-from kdjax.sweeps.names import Setting, Source, count, exact_number, pilot_key
+from kdjax.sweeps.names import Setting, Source, format_count, format_exact, pilot_key
 from kdjax.trainer import experiments
 
 
@@ -152,7 +152,7 @@ def cells_of(groups: Iterable[Group]) -> list[Cell]:
   return list({cell.id: cell for group in groups for cell in (*group.baseline, *group.cells)}.values())
 
 
-def check(grid: GridConfig) -> None:
+def check_grid(grid: GridConfig) -> None:
   """Check that a grid has distilled cells and that every cell's config can run. Raises UserError."""
   groups = main_groups(grid)
   if not any(group.kind == 'distilled' for group in groups):
@@ -251,7 +251,7 @@ def _distilled(grid: GridConfig, setting: Setting, source: Source, alpha: float,
     config.loss, temperature=source.temperature, teacher_top_k=source.top_k, mixing=source.mixing
   )
   config = dataclasses.replace(config, teacher=teacher, loss=loss)
-  longer = f'-on-{count(tokens)}' if tokens else ''
+  longer = f'-on-{format_count(tokens)}' if tokens else ''
   name = f'{setting.name}{longer}_{source.name}_a{alpha:g}_s{seed}'
   return Cell(config, 'distilled', name, setting.student, source)
 
@@ -290,7 +290,7 @@ def _flop_matched(
     Cell(
       _config(grid, setting, 'baseline', 0.0, base.seed, round(tokens)),
       'baseline',
-      f'{setting.name}_lm-{count(tokens)}_s{base.seed}',
+      f'{setting.name}_lm-{format_count(tokens)}_s{base.seed}',
       setting.student,
     )
     for base in baselines
@@ -347,7 +347,7 @@ def _draws(grid: GridConfig) -> list[tuple[float, float, float]]:
 
 
 def _draw_name(draw: tuple[float, float, float]) -> str:
-  return 'stop{}-lr{}-wd{}'.format(*map(exact_number, draw))
+  return 'stop{}-lr{}-wd{}'.format(*map(format_exact, draw))
 
 
 def _find_draw(grid: GridConfig, name: str | None) -> tuple[float, float, float] | None:

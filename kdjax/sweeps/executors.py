@@ -45,7 +45,7 @@ class Work:
     return [sys.executable, '-m', 'kdjax.grid', 'run', *self.arguments]
 
 
-def resources(text: str) -> dict[str, float]:
+def parse_resources(text: str) -> dict[str, float]:
   """'CPU=2,GPU=1,TPU=4' -> what a runner takes of a Ray node. Raises UserError for anything else."""
   found: dict[str, float] = {}
   for part in filter(None, text.split(',')):
@@ -58,7 +58,7 @@ def resources(text: str) -> dict[str, float]:
   return found
 
 
-def printed(work: Work, runners: int) -> str:
+def format_commands(work: Work, runners: int) -> str:
   """The command of a runner, once for each."""
   line = f'cd {shlex.quote(os.getcwd())} && {shlex.join(work.words)}'
   return '\n'.join([line] * max(1, runners))
@@ -95,7 +95,7 @@ def slurm_script(work: Work) -> str:
   )
 
 
-def check(executor: str, folder: paths.Path) -> None:
+def check_executor(executor: str, folder: paths.Path) -> None:
   """Raises UserError where it cannot be used here; to be asked before anything is written."""
   if executor == 'ray' and importlib.util.find_spec('ray') is None:
     raise UserError("--executor=ray: Ray is not installed; pip install 'kdjax[ray]'")

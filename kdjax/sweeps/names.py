@@ -7,7 +7,7 @@ from collections.abc import Callable
 UNITS = (('T', 10**12), ('B', 10**9), ('M', 10**6), ('k', 10**3))
 
 
-def count(n: float) -> str:
+def format_count(n: float) -> str:
   """Format a count with four digits: 50_000_000_000 -> '50B', 1_543_420 -> '1.543M'."""
   for unit, size in UNITS:
     if n >= size:
@@ -15,16 +15,16 @@ def count(n: float) -> str:
   return f'{n:g}'
 
 
-def exact_count(n: float) -> str:
+def format_exact_count(n: float) -> str:
   """Format a whole count exactly: like `count` if that is exact, else with more digits: 1_543_420 -> '1.54342M'."""
   for unit, size in UNITS:
     if n >= size and n == int(n):
       digits = (decimal.Decimal(int(n)) / size).normalize()
       return f'{digits:f}{unit}'
-  return exact_number(n)
+  return format_exact(n)
 
 
-def exact_number(x: float) -> str:
+def format_exact(x: float) -> str:
   """Format a number so that it reads back as the same one: like '%g' if six digits are enough."""
   short = f'{x:g}'
   return short if float(short) == x else repr(float(x))
@@ -42,12 +42,12 @@ class Setting:
   @property
   def name(self) -> str:
     """For people; two settings can share it."""
-    return self._join(count)
+    return self._join(format_count)
 
   @property
   def key(self) -> str:
     """For tables; no two settings share it."""
-    return self._join(exact_count)
+    return self._join(format_exact_count)
 
   def _join(self, count: Callable[[float], str]) -> str:
     parts = [f'{self.student}-{count(self.student_tokens)}']
@@ -70,12 +70,12 @@ class Source:
   @property
   def name(self) -> str:
     """For people; two sources can share it."""
-    return self._join(count, lambda x: f'{x:g}')
+    return self._join(format_count, lambda x: f'{x:g}')
 
   @property
   def key(self) -> str:
     """For tables; no two sources share it."""
-    return self._join(exact_count, exact_number)
+    return self._join(format_exact_count, format_exact)
 
   def _join(self, count: Callable[[float], str], number: Callable[[float], str]) -> str:
     parts = [f'{self.teacher}-{count(self.teacher_tokens)}'] if self.teacher else ['unigram']

@@ -20,7 +20,7 @@ FILE = 'pilot.json'
 CONTROLS = ('unigram', 'tuned')  # the controls that the pilot chooses something for
 
 
-def choose(curves: dict[str, dict[str, float]]) -> dict[str, Any]:
+def choose_values(curves: dict[str, dict[str, float]]) -> dict[str, Any]:
   """Choose from each curve the value with the fewest bits per byte on the validation split.
 
   For a teacher only alphas above 0 count: the fresh seeds decide whether it beats the baseline. The value of a diverged run is not finite
@@ -51,7 +51,7 @@ def choose(curves: dict[str, dict[str, float]]) -> dict[str, Any]:
   return content | {'time': time.time(), 'hash': _digest(content)}
 
 
-def read(folder: paths.Path, grid: GridConfig) -> dict[str, Any] | None:
+def read_outcome(folder: paths.Path, grid: GridConfig) -> dict[str, Any] | None:
   """Read the pilot's outcome. Raises UserError if it differs from what was recorded before the main cells started."""
   pilot = read_json(folder / FILE)
   if pilot is None:

@@ -10,6 +10,7 @@ from kdjax.models import flops
 from kdjax.sweeps import cells as cells_lib
 from kdjax.sweeps.cells import Cell, Group
 from kdjax.sweeps.config import GridConfig, HardwareConfig
+from kdjax.sweeps.names import format_count
 from kdjax.trainer import experiments
 
 STATE_BYTES = 16  # a parameter's weight, gradient and two moments in float32
@@ -29,7 +30,7 @@ class Job:
   model: str = ''  # a teacher's name
 
 
-def jobs(grid: GridConfig, phase: str, groups: Iterable[Group], known: Sequence[Job] = ()) -> list[Job]:
+def plan_jobs(grid: GridConfig, phase: str, groups: Iterable[Group], known: Sequence[Job] = ()) -> list[Job]:
   """The jobs of a phase, in the order of their needs; cells and teachers of `known` jobs are not done again."""
   done = {cell.id for job in known for cell in job.cells}
   cells = [cell for cell in cells_lib.cells_of(groups) if cell.id not in done]
@@ -92,7 +93,7 @@ class Cost:
 NOTHING = Cost(0.0, 0.0, 0.0, 0, 0.0)
 
 
-def cost(grid: GridConfig, job: Job) -> Cost:
+def estimate_cost(grid: GridConfig, job: Job) -> Cost:
   """A job's model FLOPs (kdjax/models/flops.py; evaluation not counted), tokens and bytes."""
   data = job.config.data
   spent = lambda section: config_lib.n_steps(section, data) * section.batch_size * data.seq_len
@@ -124,7 +125,7 @@ def _n_checkpoints(config: Config, section: TeacherConfig | StudentConfig) -> in
   return config.checkpoint.keep + (config_lib.n_steps(section, config.data) // period if period else 0)
 
 
-def seconds(hardware: HardwareConfig, flop: float) -> float:
+def estimate_seconds(hardware: HardwareConfig, flop: float) -> float:
   """Convert model FLOPs to wall seconds on the plan's hardware."""
   peak = 1e9 * hardware.cpu_gflops if hardware.device.lower() == 'cpu' else flops.peak_flops(hardware.device)
   if peak is None:
@@ -134,7 +135,7 @@ def seconds(hardware: HardwareConfig, flop: float) -> float:
 
 def _teacher_job(cell: Cell) -> Job:
   section = experiments.trained_section(cell.config.teacher)
-  name = f'teacher_{cell.source.teacher}-{cells_lib.count(section.tokens)}{"-trunk" * bool(section.trunk)}'
+  name = f'teacher_{cell.source.teacher}-{format_count(section.tokens)}{"-trunk" * bool(section.trunk)}'
   return Job(f'{name}-{experiments.teacher_key(cell.config)}', 'teachers', cell.config, model=cell.source.teacher)
 
 

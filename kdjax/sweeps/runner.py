@@ -41,7 +41,7 @@ from kdjax.sweeps import attempts, comparisons, pilots, plan
 from kdjax.sweeps import cells as cells_lib
 from kdjax.sweeps.cells import Cell, Group
 from kdjax.sweeps.config import GridConfig
-from kdjax.sweeps.names import exact_number, pilot_key
+from kdjax.sweeps.names import format_exact, pilot_key
 from kdjax.sweeps.plan import Job
 from kdjax.trainer import experiments, preflight
 
@@ -53,24 +53,24 @@ CORPUS = 'corpus.json'
 NOT_IDENTITY = ('runs', 'hardware', 'cohort', 'last', 'vocab_size')  # fields that change no result
 
 
-def folder_of(grid: GridConfig, workdir: paths.Path | None = None) -> paths.Path:
-  return workdir or paths.of_runs(grid.runs) / f'{grid.name}-{config_lib.fingerprint(identity(grid))}'
+def grid_folder(grid: GridConfig, workdir: paths.Path | None = None) -> paths.Path:
+  return workdir or paths.runs_path(grid.runs) / f'{grid.name}-{config_lib.fingerprint(grid_identity(grid))}'
 
 
-def identity(grid: GridConfig) -> dict[str, Any]:
+def grid_identity(grid: GridConfig) -> dict[str, Any]:
   """Return what a grid's results depend on. The contrasts are part of it, because they are declared before the runs."""
   values = {name: value for name, value in config_lib.as_dict(grid).items() if name not in NOT_IDENTITY}
-  base = experiments.experiment(grid.base) | {'eval': values['base']['eval']}
+  base = experiments.experiment_identity(grid.base) | {'eval': values['base']['eval']}
   for temperature in grid.temperature:  # each cell's temperature replaces the base's
     base['loss'] |= experiments.nucleus_identity(dataclasses.replace(grid.base.loss, temperature=temperature))
   return json.loads(json.dumps(values | {'base': base}))
 
 
-def claim(folder: paths.Path, grid: GridConfig) -> None:
+def claim_grid(folder: paths.Path, grid: GridConfig) -> None:
   """Writes grid.json, or refuses a folder that holds another grid."""
   known = read_json(folder / 'grid.json')
   if known is not None:
-    RunFolder(folder).compare(known['identity'], identity(grid))
+    RunFolder(folder).compare(known['identity'], grid_identity(grid))
   elif jax.process_index() == 0:
     # The vocabulary's size is recorded so that a report needs no tokenizer file.
     noted = {'runs': paths.relative(grid.runs, folder), 'vocab_size': cells_lib.vocab_size(grid)}
@@ -78,7 +78,7 @@ def claim(folder: paths.Path, grid: GridConfig) -> None:
     write_json(
       folder / 'grid.json',
       {
-        'identity': identity(grid),
+        'identity': grid_identity(grid),
         'resolved': resolved,
         'versions': machine.versions(),
         'git': machine.git_commit(),
@@ -94,7 +94,7 @@ def record_corpus(folder: paths.Path, corpus: Corpus) -> None:
     write_json(folder / CORPUS, known)
 
 
-def origin_of(folder: paths.Path) -> Origin:
+def read_origin(folder: paths.Path) -> Origin:
   """Return where an earlier start of the grid found its text."""
   return Origin(corpus=(read_json(folder / CORPUS) or {}).get('name', ''))
 
@@ -105,7 +105,7 @@ def cell_folder(folder: paths.Path, cell: Cell) -> RunFolder:
 
 def phases(grid: GridConfig, folder: paths.Path) -> list[tuple[str, list[Group]]]:
   """Return (phase, its groups) of each known phase. The validated cells are known once the pilot has finished."""
-  pilot = pilots.read(folder, grid)
+  pilot = pilots.read_outcome(folder, grid)
   known = [('pilot', cells_lib.pilot_groups(grid)), ('main', cells_lib.main_groups(grid))]
   if pilot is None:
     return known
@@ -113,15 +113,15 @@ def phases(grid: GridConfig, folder: paths.Path) -> list[tuple[str, list[Group]]
   return [*known, ('validated', cells_lib.validated_groups(grid, pilot['chosen'], pairs))]
 
 
-def jobs_of(grid: GridConfig, folder: paths.Path) -> list[Job]:
+def list_jobs(grid: GridConfig, folder: paths.Path) -> list[Job]:
   """Every job that is known by now, in the order in which they are done."""
   found: list[Job] = []
   for phase, groups in phases(grid, folder):
-    found += plan.jobs(grid, phase, groups, found)
+    found += plan.plan_jobs(grid, phase, groups, found)
   return found
 
 
-def state(folder: paths.Path, job: Job, timeout: float) -> str:
+def job_state(folder: paths.Path, job: Job, timeout: float) -> str:
   """One of STATES."""
   status = RunFolder(folder / 'jobs' / job.id).status()
   if status is None:
@@ -131,16 +131,16 @@ def state(folder: paths.Path, job: Job, timeout: float) -> str:
   return {'preempted': 'stopped'}.get(status['state'], status['state'])
 
 
-def states(folder: paths.Path, jobs: Sequence[Job], timeout: float) -> list[str]:
+def job_states(folder: paths.Path, jobs: Sequence[Job], timeout: float) -> list[str]:
   """Return the state of each job. A clock may be off: a heartbeat that looks old is looked at again a little later."""
-  found = [state(folder, job, timeout) for job in jobs]
+  found = [job_state(folder, job, timeout) for job in jobs]
   late = [k for k, job in enumerate(jobs) if found[k] == 'stopped' and _heartbeat(folder, job)]
   before = [_heartbeat(folder, jobs[k]) for k in late]
   if late:
     time.sleep(3 * run.BEAT)
   for k, heartbeat in zip(late, before, strict=True):
     if _heartbeat(folder, jobs[k]) != heartbeat:
-      found[k] = state(folder, jobs[k], math.inf)
+      found[k] = job_state(folder, jobs[k], math.inf)
   return found
 
 
@@ -176,7 +176,7 @@ class Runner:
     failed: dict[str, Job] = {}
     self._phase(_of_pilot, wanted, failed)
     if cells_lib.pilot_groups(self.grid) and not self._agreed((self.folder / pilots.FILE).exists()):
-      pilot = [job.id for job in jobs_of(self.grid, self.folder) if job.phase == 'pilot']
+      pilot = [job.id for job in list_jobs(self.grid, self.folder) if job.phase == 'pilot']
       missing = [name for name, done in zip(pilot, self._done(pilot), strict=True) if not done]
       if missing:
         log.warning('the pilot is not finished (%d jobs are missing): main cells wait for it', len(missing))
@@ -187,7 +187,7 @@ class Runner:
 
   def _phase(self, select: Callable[[list[Job]], list[Job]], wanted: Wanted, failed: dict[str, Job]) -> None:
     while True:
-      known = jobs_of(self.grid, self.folder)
+      known = list_jobs(self.grid, self.folder)
       jobs, mine = select(known), wanted(known)
       mine = mine | {job.teacher for job in jobs if job.cells and job.id in mine}
       mine_jobs = [job for job in jobs if job.id in mine and job.id not in failed]
@@ -220,12 +220,12 @@ class Runner:
       heart = Heartbeat([here], len(job.cells))
       with heart.beating():
         try:
-          with attempts.counted(here, functools.partial(self._saved_steps, job)):
+          with attempts.count_attempt(here, functools.partial(self._saved_steps, job)):
             scores = self._do(job)
         except OwnedError:
           heart.finish('preempted')
           raise
-        flop = plan.cost(self.grid, job).flops
+        flop = plan.estimate_cost(self.grid, job).flops
         record = {'cells': [cell.id for cell in job.cells], 'seconds': time.time() - started, 'flops': flop}
         if here.writes:
           write_json(here.path / 'job.json', record | {'scores': scores})
@@ -261,10 +261,10 @@ class Runner:
         steps = experiments.trunk_steps(job.config) or steps_in(teacher.checkpoints)[-1:]
         return {job.id: self._score(teacher, job.config, teacher, steps, None)}
       arms = [
-        experiments.Arm(c.config, c.arm, cell_folder(self.folder, c), f'{c.arm} {exact_number(c.alpha)}')
+        experiments.Arm(c.config, c.arm, cell_folder(self.folder, c), f'{c.arm} {format_exact(c.alpha)}')
         for c in job.cells
       ]
-      preflight.check(job.config, self.corpus, self.mesh)
+      preflight.check_run(job.config, self.corpus, self.mesh)
       experiments.train_students(arms, self.corpus, teacher, self.mesh, self.progress)
       sets = {evaluation.VALIDATION} if job.phase == 'pilot' else None
       kept = self.grid.last if self._noise_is_asked(job) else 1
@@ -302,14 +302,14 @@ class Runner:
     curves: dict[str, dict[str, float]] = {}
     for group in cells_lib.pilot_groups(self.grid):
       (cell,) = group.cells
-      table, _ = results.read(paths.under(self.folder, newest(scores[cell.id])[evaluation.VALIDATION]))
+      table, _ = results.read_result(paths.resolve(self.folder, newest_step(scores[cell.id])[evaluation.VALIDATION]))
       value = results.bits_per_byte(table)
       if group.kind == 'baseline':
         for learner in pilots.learners(self.grid, group.setting, 'unigram'):
           curves.setdefault(pilot_key(group.setting, learner), {})['0'] = value
       else:
-        curves.setdefault(group.pilot_key, {})[group.draw or exact_number(group.alpha)] = value
-    outcome = pilots.choose(curves)
+        curves.setdefault(group.pilot_key, {})[group.draw or format_exact(group.alpha)] = value
+    outcome = pilots.choose_values(curves)
     if jax.process_index() == 0 and not (self.folder / pilots.FILE).exists():
       write_json(self.folder / pilots.FILE, outcome)
     for key, values in outcome.get('not_finite', {}).items():
@@ -343,14 +343,14 @@ def _of_pilot(jobs: list[Job]) -> list[Job]:
 def read_scores(grid: GridConfig, folder: paths.Path) -> dict[str, dict[str, dict[str, str]]]:
   """Run (a cell's or a teacher job's id) -> step -> set -> result file, of all jobs that are done."""
   found: dict[str, dict[str, dict[str, str]]] = {}
-  for job in jobs_of(grid, folder):
+  for job in list_jobs(grid, folder):
     here = RunFolder(folder / 'jobs' / job.id)
     if here.is_done():
       found |= (read_json(here.path / 'job.json') or {'scores': {}})['scores']
   return found
 
 
-def newest(steps: dict[str, dict[str, str]]) -> dict[str, str]:
+def newest_step(steps: dict[str, dict[str, str]]) -> dict[str, str]:
   """The sets of the newest step."""
   return steps[max(steps, key=int)]
 

@@ -7,7 +7,7 @@ import ml_collections
 from kdjax import config as config_lib
 from kdjax.config import scales
 from kdjax.sweeps.config import SCENARIOS, GridConfig, HardwareConfig
-from kdjax.sweeps.names import exact_number
+from kdjax.sweeps.names import format_exact
 
 STUDIES = (
   'main',
@@ -89,7 +89,7 @@ def _seed_filters(config: ml_collections.ConfigDict, scan: tuple[int, ...]) -> t
   declared = zip(config.teacher, config.declared_alpha, strict=True)
   return (
     f'seed={"|".join(map(str, scan))}',
-    *(f'teacher={name}&alpha={exact_number(alpha)}{plain}' for name, alpha in declared),
+    *(f'teacher={name}&alpha={format_exact(alpha)}{plain}' for name, alpha in declared),
   )
 
 

@@ -25,7 +25,7 @@ log = logging.getLogger('kdjax')
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class OpenModel:
   """A model that is ready to run: its weights in the dtype in which the device computes."""
 
   model: Model
@@ -52,7 +52,7 @@ class Opened:
       raise UserError(f'the text holds the special token {name!r}, for which {self.name} has no weights; leave it out')
 
 
-def opened(path: str, mesh: Mesh, step: int = 0, separator: str = '') -> Opened:
+def open_model(path: str, mesh: Mesh, step: int = 0, separator: str = '') -> OpenModel:
   """The model of a run's folder, or of Hugging Face's, which is read where it is. Raises UserError where it is neither."""
   folder = RunFolder(path)
   if folder.identity() is None and not paths.is_remote(path):
@@ -60,14 +60,14 @@ def opened(path: str, mesh: Mesh, step: int = 0, separator: str = '') -> Opened:
     if step:
       raise UserError(f'{path} is a Hugging Face folder: it has no steps; leave --step out')
     params = frozen.cast(source.load(mesh), 'auto', mesh, 'student')
-    return Opened(source.model, params, source.tokenizer, source.path.name, imported=True)
-  model, params, step, _ = frozen.load(folder, 'auto', mesh, step)
+    return OpenModel(source.model, params, source.tokenizer, source.path.name, imported=True)
+  model, params, step, _ = frozen.load_teacher(folder, 'auto', mesh, step)
   known = (folder.identity() or {})['config']
   window = known.get('data', {}).get('seq_len', 0)
-  return Opened(model, params, folder.tokenizer(), folder.name, step, window, 'imported' in known)
+  return OpenModel(model, params, folder.tokenizer(), folder.name, step, window, 'imported' in known)
 
 
-def adopted(config: Config) -> Config:
+def adopt_models(config: Config) -> Config:
   """The config with the models of the folders that it names: what they are is not for the config to say, only how they are run."""
   for name, path in (('teacher', config.teacher.run), ('student', config.student.init)):
     if path:
@@ -77,7 +77,7 @@ def adopted(config: Config) -> Config:
   return config
 
 
-def n_tokens(config: Config, tokenizer: Tokenizer) -> int:
+def student_vocab_size(config: Config, tokenizer: Tokenizer) -> int:
   """Return the vocabulary size of an adopted config's students: the tokenizer's, or less if an imported model's table has fewer rows.
 
   The tokens without a row are special tokens that no text contains (`Tokenizer.tokens_beyond`).
@@ -90,11 +90,11 @@ def n_tokens(config: Config, tokenizer: Tokenizer) -> int:
   return min([tokenizer.vocab_size, *tables])
 
 
-def check(path: str, field: str, config: Config, tokenizer: Tokenizer, step: int = 0) -> RunFolder:
+def check_named_run(path: str, field: str, config: Config, tokenizer: Tokenizer, step: int = 0) -> RunFolder:
   """The folder of the run that a path names, or that it will be imported into. Raises UserError where it does not go with the corpus."""
   if not huggingface.is_folder(path):
     folder = RunFolder(path)
-    frozen.check(folder, field, tokenizer, step)
+    frozen.check_teacher_run(folder, field, tokenizer, step)
   elif step:
     raise UserError(f'{field} = {path} is a Hugging Face folder: it has no steps; leave teacher.step at 0')
   else:
@@ -109,7 +109,7 @@ def check(path: str, field: str, config: Config, tokenizer: Tokenizer, step: int
   return folder
 
 
-def ready(path: str, config: Config, mesh: Mesh) -> RunFolder:
+def import_run(path: str, config: Config, mesh: Mesh) -> RunFolder:
   """The folder of the run that a path names, imported first if need be."""
   if not huggingface.is_folder(path):
     return RunFolder(path)
@@ -119,31 +119,31 @@ def ready(path: str, config: Config, mesh: Mesh) -> RunFolder:
   return folder
 
 
-def weights(folder: RunFolder, model: Model, mesh: Mesh) -> Any:
+def load_weights(folder: RunFolder, model: Model, mesh: Mesh) -> Any:
   """A run's newest weights as those of `model`: on the mesh, in its param_dtype."""
-  params = frozen.weights(folder, mesh, like=model.config)[1]
+  params = frozen.load_saved(folder, mesh, like=model.config)[1]
   dtype = jnp.dtype(model.config.param_dtype)
   return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def weights_name(folder: RunFolder) -> str:
+def identify_weights(folder: RunFolder) -> str:
   """Tells a run's newest weights from all others."""
   saves = Checkpoints(folder.checkpoints, read_only=True)
   try:
-    step = frozen.final_step(folder, saves)
+    step = frozen.choose_step(folder, saves)
     return f'{saves.fingerprint(step)}@{step}'
   finally:
     saves.close()
 
 
 def _imported(source: huggingface.Source, config: Config) -> RunFolder:
-  return RunFolder(paths.of_runs(config.runs) / 'imported' / source.folder_name)
+  return RunFolder(paths.runs_path(config.runs) / 'imported' / source.folder_name)
 
 
 def _model(path: str, config: Config) -> ModelConfig:
   if huggingface.is_folder(path):
     return huggingface.Source(path, config.data.separator).model.config
-  return frozen.model_of(RunFolder(path)).config
+  return frozen.build_model(RunFolder(path)).config
 
 
 def _as_run(model: ModelConfig, like: ModelConfig) -> ModelConfig:

@@ -26,7 +26,7 @@ RUN_AS = ('attention', 'remat', 'scan_unroll', 'max_seq_len')
 FREE = ('dtype', 'param_dtype', *RUN_AS)
 
 
-def with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, name: str, n_tokens: int = 0) -> ModelConfig:
+def set_vocabulary(model: ModelConfig, tokenizer: Tokenizer, name: str, n_tokens: int = 0) -> ModelConfig:
   """Give a model the tokenizer's vocabulary. Further rows of its table are kept and masked like padding.
 
   Args:
@@ -41,27 +41,27 @@ def with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, name: str, n_token
     raise UserError(
       f"{name}.model.vocab_size = {model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} tokens; set it to 0"
     )
-  return over(model, n_tokens)
+  return restrict_tokens(model, n_tokens)
 
 
-def over(model: ModelConfig, n_tokens: int) -> ModelConfig:
+def restrict_tokens(model: ModelConfig, n_tokens: int) -> ModelConfig:
   """Restrict a model to its first `n_tokens` tokens; its table keeps its size."""
   if model.vocab_size <= n_tokens:
     return model
-  return with_rows(dataclasses.replace(model, vocab_size=n_tokens), model.padded_vocab_size)
+  return resize_table(dataclasses.replace(model, vocab_size=n_tokens), model.padded_vocab_size)
 
 
-def with_rows(model: ModelConfig, n_rows: int) -> ModelConfig:
+def resize_table(model: ModelConfig, n_rows: int) -> ModelConfig:
   """Give a model's table `n_rows` rows."""
   return model if model.padded_vocab_size == n_rows else dataclasses.replace(model, pad_vocab_to=n_rows)
 
 
 def match_student(teacher: ModelConfig, student: ModelConfig) -> ModelConfig:
   """Give a teacher the student's vocabulary and number of table rows."""
-  return with_rows(dataclasses.replace(teacher, vocab_size=student.vocab_size), student.padded_vocab_size)
+  return resize_table(dataclasses.replace(teacher, vocab_size=student.vocab_size), student.padded_vocab_size)
 
 
-def model_of(folder: RunFolder, like: ModelConfig | None = None) -> Model:
+def build_model(folder: RunFolder, like: ModelConfig | None = None) -> Model:
   """The model that a run's folder holds, run as `like` says (attention, remat, ...). Raises UserError where it is no run's folder."""
   identity = folder.identity()
   if identity is None:
@@ -80,7 +80,7 @@ def model_of(folder: RunFolder, like: ModelConfig | None = None) -> Model:
   return build(config)
 
 
-def final_step(folder: RunFolder, saves: Checkpoints, step: int = 0) -> int:
+def choose_step(folder: RunFolder, saves: Checkpoints, step: int = 0) -> int:
   """The step asked for, else the newest. Raises UserError where it is not there."""
   steps = saves.steps()
   if not steps:
@@ -90,7 +90,7 @@ def final_step(folder: RunFolder, saves: Checkpoints, step: int = 0) -> int:
   return step or steps[-1]
 
 
-def step_of(config: Config) -> int:
+def teacher_step(config: Config) -> int:
   """Which checkpoint of its run a config's teacher is; 0: the newest."""
   section = config.teacher
   if section.run:
@@ -98,9 +98,9 @@ def step_of(config: Config) -> int:
   return n_steps(section, config.data) if section.trunk else 0
 
 
-def check(folder: RunFolder, field: str, tokenizer: Tokenizer, step: int = 0) -> None:
+def check_teacher_run(folder: RunFolder, field: str, tokenizer: Tokenizer, step: int = 0) -> None:
   """Raises UserError where the run that a config's `field` names learned from another tokenizer, or is not finished."""
-  model_of(folder)
+  build_model(folder)
   check_tokenizer(f'{field} = {folder.path}', folder.fingerprint('tokenizer') or None, tokenizer)
   if not step and not folder.is_done():
     raise UserError(
@@ -117,14 +117,14 @@ def check_tokenizer(what: str, known: str | None, tokenizer: Tokenizer) -> None:
     )
 
 
-def load(
+def load_teacher(
   folder: RunFolder, dtype: str, mesh: Mesh, step: int = 0, like: ModelConfig | None = None, layout: str = 'student'
 ) -> tuple[Model, Any, int, str]:
   """(model run as `like` says, weights on the mesh by `layout`, step, fingerprint of the weights as they were saved).
 
   Raises UserError where there is no such checkpoint or it does not verify.
   """
-  model, params, step = weights(folder, mesh, step, like, layout)
+  model, params, step = load_saved(folder, mesh, step, like, layout)
   return model, cast(params, dtype, mesh, layout), step, saved_fingerprint(folder, step)
 
 
@@ -137,14 +137,14 @@ def saved_fingerprint(folder: RunFolder, step: int) -> str:
     saves.close()
 
 
-def weights(
+def load_saved(
   folder: RunFolder, mesh: Mesh, step: int = 0, like: ModelConfig | None = None, layout: str = 'student'
 ) -> tuple[Model, Any, int]:
   """(model, weights as they were saved, step)."""
-  model = model_of(folder, like)
+  model = build_model(folder, like)
   saves = Checkpoints(folder.checkpoints, read_only=True)
   try:
-    step = final_step(folder, saves, step)
+    step = choose_step(folder, saves, step)
     abstract = model.abstract()
     shardings = sharding.param_shardings(abstract, mesh, layout)
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
@@ -153,7 +153,7 @@ def weights(
     saves.close()
 
 
-def in_dtype(params, dtype: str):
+def to_dtype(params, dtype: str):
   """Weights as the teacher's `dtype` says: 'auto' is bfloat16 on accelerators and float32 on CPU; 'int8' that, with the matrices rounded."""
   wide = 'float32' if backend.name() == 'cpu' else 'bfloat16'
   if dtype == 'int8':
@@ -163,7 +163,7 @@ def in_dtype(params, dtype: str):
 
 def cast(params, dtype: str, mesh: Mesh, layout: str):
   """The same, on the mesh by `layout`."""
-  convert = functools.partial(in_dtype, dtype=dtype)
+  convert = functools.partial(to_dtype, dtype=dtype)
   wanted = jax.eval_shape(convert, params)
   if dtype != 'int8' and all(jax.tree.leaves(jax.tree.map(lambda x, w: x.dtype == w.dtype, params, wanted))):
     return params  # it lies there already
@@ -203,7 +203,7 @@ def unigram_log_probs(windows: Windows, padded_vocab_size: int, max_tokens: int 
   return np.log(counts / counts.sum()).astype(np.float32)
 
 
-def folder_of(runs: str, model: Model, identity: str) -> RunFolder:
+def locate_teacher(runs: str, model: Model, identity: str) -> RunFolder:
   """Where a teacher trained by its config lives: shared by all configs that ask for the same one. Named by non-embedding parameters."""
   millions = flops.count_params(model.config).non_embedding / 1e6
-  return RunFolder(paths.of_runs(runs) / 'teachers' / f'{millions:.3g}M-{identity}')
+  return RunFolder(paths.runs_path(runs) / 'teachers' / f'{millions:.3g}M-{identity}')

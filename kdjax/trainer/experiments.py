@@ -75,7 +75,7 @@ class Arm:
   label: str
 
 
-def experiment(config: Config) -> dict[str, Any]:
+def experiment_identity(config: Config) -> dict[str, Any]:
   """What an experiment's results depend on: the config less its name, places, speeds and schedules of saving."""
   values = config_lib.as_dict(config)
   kept = {key: values[key] for key in ('teacher', 'student', 'loss')} | {'data': _data_identity(config)}
@@ -89,7 +89,7 @@ def experiment(config: Config) -> dict[str, Any]:
   return _essence(kept)
 
 
-def run_config(
+def run_identity(
   config: Config, section: TeacherConfig | StudentConfig, model: ModelConfig, arm: str, teacher: str, init: str = ''
 ) -> dict[str, Any]:
   """What defines one model's training run: the value that run.json keeps and compares. `init`: the weights that it begins with, if not fresh.
@@ -128,14 +128,14 @@ def schedule_identity(section: TeacherConfig | StudentConfig, data: DataConfig) 
 def teacher_key(config: Config) -> str:
   """Tells teachers' training runs apart before a tokenizer is known; checkpoints of one trunk are of one run."""
   section = trained_section(config.teacher)
-  return config_lib.fingerprint(run_config(config, section, section.model, 'teacher', ''), 8)
+  return config_lib.fingerprint(run_identity(config, section, section.model, 'teacher', ''), 8)
 
 
 def student_key(config: Config, arm: str) -> str:
   """The same for students."""
-  teacher = f'{teacher_key(config)}@{frozen.step_of(config)}' if TARGETS[arm] == 'teacher' else ''
+  teacher = f'{teacher_key(config)}@{frozen.teacher_step(config)}' if TARGETS[arm] == 'teacher' else ''
   section = config.student
-  return config_lib.fingerprint(run_config(config, section, section.model, arm, teacher, section.init), 8)
+  return config_lib.fingerprint(run_identity(config, section, section.model, arm, teacher, section.init), 8)
 
 
 def teacher_folder(config: Config, corpus: Corpus) -> RunFolder | None:
@@ -144,11 +144,11 @@ def teacher_folder(config: Config, corpus: Corpus) -> RunFolder | None:
   if 'distilled' not in config.student.arms:
     return None
   if section.run:
-    return by_name.check(section.run, 'teacher.run', config, corpus.tokenizer, section.step)
+    return by_name.check_named_run(section.run, 'teacher.run', config, corpus.tokenizer, section.step)
   model, identity = _teacher(config, corpus)
   # By content too: where the text behind a path has changed, so has the teacher.
   content = [corpus.tokenizer.fingerprint, corpus.train.fingerprint]
-  return frozen.folder_of(config.runs, model, config_lib.fingerprint([identity, content]))
+  return frozen.locate_teacher(config.runs, model, config_lib.fingerprint([identity, content]))
 
 
 def train_teacher(config: Config, corpus: Corpus, folder: RunFolder | None, mesh: Mesh, progress: bool = True) -> None:
@@ -156,12 +156,12 @@ def train_teacher(config: Config, corpus: Corpus, folder: RunFolder | None, mesh
   if folder is None:
     return
   if config.teacher.run:
-    by_name.ready(config.teacher.run, config, mesh)
+    by_name.import_run(config.teacher.run, config, mesh)
     return
   model, identity = _teacher(config, corpus)
   section = trained_section(config.teacher)
   members = [_member(config, corpus, section, folder, identity, 'teacher')]
-  loop.fit(_cohort(config, section, 'teacher', corpus, model, members, progress=progress), mesh)
+  loop.train_cohort(_cohort(config, section, 'teacher', corpus, model, members, progress=progress), mesh)
 
 
 def train_students(
@@ -176,13 +176,18 @@ def train_students(
   config = arms[0].config
   assert all(cohort_key(arm.config) == cohort_key(config) for arm in arms), 'these students are no cohort'
   section = config.student
-  n_tokens = by_name.n_tokens(config, corpus.tokenizer)
-  model = build(frozen.with_vocabulary(section.model, corpus.tokenizer, 'student', n_tokens))
+  n_tokens = by_name.student_vocab_size(config, corpus.tokenizer)
+  model = build(frozen.set_vocabulary(section.model, corpus.tokenizer, 'student', n_tokens))
   targets = {TARGETS[arm.name] for arm in arms}
   teacher_model, teacher, fingerprints, name = None, Teacher(), {}, ''
   if teacher_folder and 'teacher' in targets:
-    teacher_model, params, step, weights = frozen.load(
-      teacher_folder, config.teacher.dtype, mesh, frozen.step_of(config), config.teacher.model, config.teacher.layout
+    teacher_model, params, step, weights = frozen.load_teacher(
+      teacher_folder,
+      config.teacher.dtype,
+      mesh,
+      frozen.teacher_step(config),
+      config.teacher.model,
+      config.teacher.layout,
     )
     name = f'{weights}@{step}'
     if teacher_model.config.vocab_size > model.config.vocab_size:  # part of its distribution is cut off
@@ -195,30 +200,30 @@ def train_students(
     teacher = teacher._replace(unigram_V=jax.device_put(log_probs, NamedSharding(mesh, P('tensor'))))
   initial, init = None, ''
   if section.init:
-    begun_with = by_name.ready(section.init, config, mesh)
-    init = by_name.weights_name(begun_with)
-    initial = functools.partial(by_name.weights, begun_with, model, mesh)
+    begun_with = by_name.import_run(section.init, config, mesh)
+    init = by_name.identify_weights(begun_with)
+    initial = functools.partial(by_name.load_weights, begun_with, model, mesh)
   members = [
     _member(
       arm.config,
       corpus,
       arm.config.student,
       arm.folder,
-      run_config(arm.config, arm.config.student, model.config, arm.name, name, init),
+      run_identity(arm.config, arm.config.student, model.config, arm.name, name, init),
       arm.label,
     )
     for arm in arms
   ]
   cohort = _cohort(config, section, 'student', corpus, model, members, teacher_model, teacher, fingerprints, progress)
-  loop.fit(dataclasses.replace(cohort, profile=profile, initial=initial), mesh)
+  loop.train_cohort(dataclasses.replace(cohort, profile=profile, initial=initial), mesh)
 
 
-def resolved(config: Config, folder: paths.Path) -> dict[str, Any]:
+def record_config(config: Config, folder: paths.Path) -> dict[str, Any]:
   """The config as a folder keeps it: its paths are relative to the folder."""
   return config_lib.as_dict(config) | {'runs': paths.relative(config.runs, folder)}
 
 
-def origin(corpus: Corpus, folder: paths.Path) -> dict[str, str]:
+def record_origin(corpus: Corpus, folder: paths.Path) -> dict[str, str]:
   """Return where a run found its text: the current folder (relative to `folder`), to which the config's paths refer, and the corpus's name."""
   return {'folder': paths.relative(os.getcwd(), folder), 'corpus': corpus.folder.name}
 
@@ -234,8 +239,8 @@ def _member(
   schedule = AlphaSchedule(**identity['alpha_schedule'])
   alpha = alpha_state(identity['alpha'], schedule, config_lib.n_steps(section, config.data))
   notes = {
-    'resolved': resolved(config, folder.path),
-    'origin': origin(corpus, folder.path),
+    'resolved': record_config(config, folder.path),
+    'origin': record_origin(corpus, folder.path),
     'versions': machine.versions(),
     'git': machine.git_commit(),
   }
@@ -244,8 +249,8 @@ def _member(
 
 def _teacher(config: Config, corpus: Corpus) -> tuple[Model, dict[str, Any]]:
   """(model, what defines its run) of the teacher that the config describes."""
-  model = build(frozen.with_vocabulary(config.teacher.model, corpus.tokenizer, 'teacher'))
-  return model, run_config(config, trained_section(config.teacher), model.config, 'teacher', '')
+  model = build(frozen.set_vocabulary(config.teacher.model, corpus.tokenizer, 'teacher'))
+  return model, run_identity(config, trained_section(config.teacher), model.config, 'teacher', '')
 
 
 def trained_section(section: TeacherConfig) -> TeacherConfig:
@@ -280,7 +285,7 @@ def _cohort(
   return Cohort(
     title=name if len(members) == 1 else f'{len(members)} {name}s',
     members=tuple(members),
-    recipe=recipe_of(config, section, model, targets, teacher_model),
+    recipe=make_recipe(config, section, model, targets, teacher_model),
     teacher=teacher,
     seed=section.seed,
     stream=stream,
@@ -316,7 +321,7 @@ def _cohort(
   )
 
 
-def recipe_of(
+def make_recipe(
   config: Config,
   section: TeacherConfig | StudentConfig,
   model: Model,

@@ -40,7 +40,7 @@ from kdjax.trainer.step import init_state, make_step, state_shardings
 log = logging.getLogger('kdjax')
 
 
-def fit(cohort: Cohort, mesh: Mesh) -> None:
+def train_cohort(cohort: Cohort, mesh: Mesh) -> None:
   """Trains the cohort to its last step, from wherever it stands. Returns at once where it is done.
 
   Raises:

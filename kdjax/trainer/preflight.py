@@ -17,15 +17,15 @@ from kdjax.teachers import by_name, frozen
 log = logging.getLogger('kdjax')
 
 
-def check(config: Config, corpus: Corpus, mesh: Mesh) -> None:
+def check_run(config: Config, corpus: Corpus, mesh: Mesh) -> None:
   """Raises UserError for a model that cannot be made, or does not fit the mesh: before the first one is trained, not after."""
   if config.student.init:  # before its vocabulary is looked at: that another tokenizer is meant is what is to be told
-    by_name.check(config.student.init, 'student.init', config, corpus.tokenizer)
-  n_tokens = by_name.n_tokens(config, corpus.tokenizer)
-  student = build(frozen.with_vocabulary(config.student.model, corpus.tokenizer, 'student', n_tokens))
+    by_name.check_named_run(config.student.init, 'student.init', config, corpus.tokenizer)
+  n_tokens = by_name.student_vocab_size(config, corpus.tokenizer)
+  student = build(frozen.set_vocabulary(config.student.model, corpus.tokenizer, 'student', n_tokens))
   teacher = None
   if 'distilled' in config.student.arms:
-    known = frozen.with_vocabulary(config.teacher.model, corpus.tokenizer, 'teacher')
+    known = frozen.set_vocabulary(config.teacher.model, corpus.tokenizer, 'teacher')
     teacher = build(frozen.match_student(known, student.config))
   check_models(config, mesh, student, teacher)
   check_memory(config, mesh, student, teacher)
@@ -90,7 +90,7 @@ def check_memory(config: Config, mesh: Mesh, student: Model, teacher: Model | No
   together = {f'{count} students and their optimizers': count * learns(student)}
   situations = [together]
   if teacher is not None:
-    shapes = jax.eval_shape(lambda p: frozen.in_dtype(p, config.teacher.dtype), teacher.abstract())
+    shapes = jax.eval_shape(lambda p: frozen.to_dtype(p, config.teacher.dtype), teacher.abstract())
     together[f'the teacher in {config.teacher.dtype}'] = held(shapes, config.teacher.layout)
     if not config.teacher.run:
       situations.append({'the teacher and its optimizer': learns(teacher)})

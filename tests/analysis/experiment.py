@@ -69,8 +69,8 @@ def write(folder: pathlib.Path, arms=tuple(ARMS), change=None) -> pathlib.Path:
         'ece': 0.125,
         'windows': 'windows of 16 tokens',
       }
-      path = results.path(run.results, 12, name, 'abc')
-      results.write(path, documents(arm, name), meta)
+      path = results.result_path(run.results, 12, name, 'abc')
+      results.write_result(path, documents(arm, name), meta)
       files.setdefault(arm, {})[name] = str(path.relative_to(folder))
   write_json(folder / 'evaluation.json', files)
   known = {

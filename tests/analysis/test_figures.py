@@ -23,7 +23,7 @@ def axes():
 
 
 def test_the_figure_is_a_png_in_the_runs_folder(folder):
-  path = figures.write(folder)
+  path = figures.write_figure(folder)
   assert path == folder / 'run.png'
   assert path.read_bytes().startswith(PNG)
   image = matplotlib.image.imread(path)
@@ -33,7 +33,7 @@ def test_the_figure_is_a_png_in_the_runs_folder(folder):
 
 
 def test_the_plotted_differences_are_the_tables(folder):
-  cells = table.load(jobs.find(folder))
+  cells = table.load_cells(jobs.find_job(folder))
   on = axes()
   figures._forest(on, cells)
   plotted = []
@@ -53,7 +53,7 @@ def test_the_plotted_differences_are_the_tables(folder):
 
 
 def test_each_difference_stands_at_its_sets_row(folder):
-  cells = table.load(jobs.find(folder))
+  cells = table.load_cells(jobs.find_job(folder))
   on = axes()
   figures._forest(on, cells)
   names = [label.get_text() for label in on.get_yticklabels()]
@@ -104,4 +104,4 @@ def test_the_training_curve_is_an_average_of_neighbours(folder):
 
 @pytest.mark.parametrize('arms', [('baseline',), ('teacher', 'distilled')])
 def test_a_figure_without_differences(tmp_path, arms):
-  assert figures.write(experiment.write(tmp_path, arms)).read_bytes().startswith(PNG)
+  assert figures.write_figure(experiment.write(tmp_path, arms)).read_bytes().startswith(PNG)

@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def text(folder):
-  return table.write(folder)
+  return table.write_table(folder)
 
 
 def row(text: str, start: str, header: str) -> list[str]:
@@ -68,7 +68,7 @@ def test_where_the_tokenizer_loses_text_there_are_no_bits_per_byte(tmp_path):
   lost = {'unknown': 0.0, 'lost': 0.002, 'changed': 0.041}
   change = lambda arm, identity: identity.update(facts=identity['facts'] | {'text_lost': lost})
   folder = experiment.write(tmp_path, change=change)
-  text = table.write(folder)
+  text = table.write_table(folder)
   assert 'bits/byte' not in text and 'xz' not in text
   assert (
     '(0.00% of the tokens unknown, 0.20% of the characters lost, 4.10% lost or rewritten): bits per byte would be'
@@ -94,7 +94,7 @@ def test_perplexity_changes_are_percentages(text):
 
 
 def test_pairing_makes_the_interval_narrow(folder):
-  cells = table.load(jobs.find(folder))
+  cells = table.load_cells(jobs.find_job(folder))
   paired = table.difference(cells['distilled']['far'], cells['baseline']['far'])
   far = documents('distilled', 'far')
   alone = crossed_effect([Paired(far['nll'].to_numpy()[None] / math.log(2), far['bytes'].to_numpy())])
@@ -102,14 +102,14 @@ def test_pairing_makes_the_interval_narrow(folder):
 
 
 def test_the_order_of_documents_does_not_matter(folder):
-  cells = table.load(jobs.find(folder))
+  cells = table.load_cells(jobs.find_job(folder))
   ours, base = cells['distilled']['far'], cells['baseline']['far']
   shuffled = table.Cell(ours.documents.sample(frac=1, random_state=0), ours.meta)
   np.testing.assert_allclose(table.difference(shuffled, base)[:6], table.difference(ours, base)[:6])
 
 
 def test_models_scored_on_other_documents_are_refused(folder):
-  cells = table.load(jobs.find(folder))
+  cells = table.load_cells(jobs.find_job(folder))
   ours, base = cells['distilled']['far'], cells['baseline']['far']
   with pytest.raises(UserError, match='set far: distilled and baseline were scored on other documents'):
     table.difference(table.Cell(ours.documents[1:], ours.meta), base)
@@ -138,7 +138,7 @@ def test_the_gap_recovered_stands_beside_the_differences(text):
 
 def test_the_gap_is_undefined_beside_a_stronger_teacher(tmp_path, monkeypatch):
   monkeypatch.setitem(ARMS, 'teacher', -0.5)
-  assert 'in-domain undefined, far undefined, further undefined' in table.write(experiment.write(tmp_path))
+  assert 'in-domain undefined, far undefined, further undefined' in table.write_table(experiment.write(tmp_path))
 
 
 def test_the_table_is_kept_as_text_and_as_csv(folder, text):
@@ -162,7 +162,7 @@ def test_arms_that_differ_in_a_controlled_fingerprint_are_refused_naming_it(tmp_
   with pytest.raises(
     UserError, match=f'distilled and .*baseline must not be compared: their {field} fingerprints differ'
   ):
-    table.write(experiment.write(tmp_path, change=change))
+    table.write_table(experiment.write(tmp_path, change=change))
 
 
 def test_an_arm_without_fingerprints_is_refused(tmp_path):
@@ -171,7 +171,7 @@ def test_an_arm_without_fingerprints_is_refused(tmp_path):
       del identity['fingerprints']
 
   with pytest.raises(UserError, match='must not be compared: their data fingerprints differ'):
-    table.write(experiment.write(tmp_path, change=change))
+    table.write_table(experiment.write(tmp_path, change=change))
 
 
 def test_the_teacher_may_have_seen_other_data(tmp_path):
@@ -179,16 +179,16 @@ def test_the_teacher_may_have_seen_other_data(tmp_path):
     if arm == 'teacher':
       identity['fingerprints'] = {'data': 'other', 'tokenizer': 't', 'init': 'other'}
 
-  assert 'teacher' in table.write(experiment.write(tmp_path, change=change))
+  assert 'teacher' in table.write_table(experiment.write(tmp_path, change=change))
 
 
 def test_without_a_baseline_there_are_no_differences(tmp_path):
-  text = table.write(experiment.write(tmp_path, arms=('teacher', 'distilled')))
+  text = table.write_table(experiment.write(tmp_path, arms=('teacher', 'distilled')))
   assert 'distilled' in text and 'less the baseline' not in text and 'PGR' not in text
 
 
 def test_a_baseline_alone_is_a_table(tmp_path):
-  text = table.write(experiment.write(tmp_path, arms=('baseline',)))
+  text = table.write_table(experiment.write(tmp_path, arms=('baseline',)))
   assert row(text, 'baseline', 'bits/byte (perplexity)')[0] == 'baseline'
   assert 'less the baseline' not in text
 
@@ -197,18 +197,18 @@ def test_a_folder_without_results_says_what_to_run(tmp_path):
   folder = experiment.write(tmp_path)
   (folder / 'evaluation.json').unlink()
   with pytest.raises(UserError, match='has no results yet; run python -m kdjax'):
-    table.write(folder)
+    table.write_table(folder)
 
 
 def test_a_missing_or_damaged_result_file_is_one_line(tmp_path):
   folder = experiment.write(tmp_path)
-  file = results.path(folder / 'students' / 'distilled' / 'results', 12, 'far', 'abc')
+  file = results.result_path(folder / 'students' / 'distilled' / 'results', 12, 'far', 'abc')
   file.write_bytes(b'x')
   with pytest.raises(UserError, match='is damaged'):
-    table.write(folder)
+    table.write_table(folder)
   file.unlink()
   with pytest.raises(UserError, match=r'far-step12-abc\.parquet'):
-    table.write(folder)
+    table.write_table(folder)
 
 
 @pytest.mark.parametrize(

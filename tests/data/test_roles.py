@@ -125,7 +125,7 @@ def test_null_in_the_tokenizers_own_file_is_no_beginning_token(tmp_path):
   assert (stale.begin, stale.separator) == ('', '</s>')  # 70 is a letter
   found = roles(tmp_path, tokenizer_config={'bos_token': None, 'eos_token': '</s>'}, config={'bos_token_id': 1})
   assert (found.begin, found.end) == ('', '</s>')
-  assert roles_lib.read(shapes.tokenizer(LLAMA), {'tokenizer_config.json': {}}, 'x').begin == '<s>'
+  assert roles_lib.read_roles(shapes.tokenizer(LLAMA), {'tokenizer_config.json': {}}, 'x').begin == '<s>'
 
 
 def test_special_names_come_before_ordinary_ones_and_partners_before_strangers(tmp_path):

@@ -204,7 +204,7 @@ def test_a_folder_that_is_not_there_is_damage(tmp_path):
 
 def rewrite_meta(folder, **changes):
   """Changes what the meta says, with a checksum that fits."""
-  files.write_json(folder / 'meta.json', {**files.read_json(folder / 'meta.json'), **changes})
+  files.write_sealed(folder / 'meta.json', {**files.read_sealed(folder / 'meta.json'), **changes})
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_token_file_of_another_dtype_order_or_store_is_damage(tmp_path):
     with pytest.raises(StoreDamaged):
       TokenStore.open(tmp_path / 'mixed')
     # As if someone had "mended" the meta: the blocks' own checksums still tell.
-    described = files.describe(tmp_path / 'mixed', FILES[:3])
+    described = files.describe_files(tmp_path / 'mixed', FILES[:3])
     rewrite_meta(tmp_path / 'mixed', files=described)
     with pytest.raises(StoreDamaged, match='block 0 is not what was written'):
       use(tmp_path / 'mixed')

@@ -182,8 +182,8 @@ def test_relative_paths_are_seen_from_the_folder_of_the_first_start(home, tmp_pa
 
 def test_a_corpus_of_an_earlier_version_is_opened_without_its_text(home):
   first = made()
-  meta = files.read_json(first.folder / 'corpus.json')
-  files.write_json(first.folder / 'corpus.json', {k: v for k, v in meta.items() if k not in ('parts', 'tokenizer')})
+  meta = files.read_sealed(first.folder / 'corpus.json')
+  files.write_sealed(first.folder / 'corpus.json', {k: v for k, v in meta.items() if k not in ('parts', 'tokenizer')})
   assert made().folder == first.folder
   shutil.rmtree('texts')
   assert made().folder == first.folder

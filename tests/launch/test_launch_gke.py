@@ -118,7 +118,7 @@ ACCELERATORS = [
 @pytest.mark.parametrize('accelerator', ACCELERATORS)
 def test_a_slice_is_the_one_that_kdjax_topology_knows(accelerator):
   done = launch('gke.sh', 'print', *PODS, f'--accelerator={accelerator}', *KEPT)
-  jobset, known = yaml.safe_load(done.stdout), topology.parse(accelerator)
+  jobset, known = yaml.safe_load(done.stdout), topology.parse_slice(accelerator)
   selector, (container,) = pod(jobset)['nodeSelector'], pod(jobset)['containers']
   assert selector['cloud.google.com/gke-tpu-topology'] == 'x'.join(map(str, known.shape))
   assert {'v5e': 'v5-lite'}.get(known.chip.name, known.chip.name) in selector['cloud.google.com/gke-tpu-accelerator']

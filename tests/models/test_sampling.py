@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kdjax.errors import UserError
 from kdjax.models import build
-from kdjax.models.sampling import CHUNK, GREEDY, Sampling, _draw, _read, filtered, generate, stream
+from kdjax.models.sampling import CHUNK, GREEDY, Sampling, _draw, _read, filter_logits, generate, stream
 from tests.teachers.huggingface.folders import MODELS, random_params
 
 NEVER = 259  # a token that stops
@@ -87,7 +87,7 @@ def test_tokens_come_as_often_as_their_probability_says(sampling, llama):
   n = 4000
   got = np.array(generate(model, params, [[256, 7]] * n, 1, sampling, stop_id=-1)).ravel()
   logits = (model.hidden(params, np.array([[256, 7]]))[0, -1] @ model.head(params))[: model.config.vocab_size]
-  expected = np.asarray(jax.nn.softmax(filtered(logits[None] / sampling.temperature, sampling))[0], np.float64)
+  expected = np.asarray(jax.nn.softmax(filter_logits(logits[None] / sampling.temperature, sampling))[0], np.float64)
   found = np.bincount(got, minlength=len(expected)) / n
   assert not found[expected == 0].any()
   assert np.abs(found - expected).max() < 4 * np.sqrt(expected.max() / n)
@@ -100,7 +100,7 @@ def test_tokens_come_as_often_as_their_probability_says(sampling, llama):
   st.floats(0.05, 1.0),
 )
 def test_top_k_and_then_top_p_by_the_letter(logits, top_k, top_p):
-  kept = np.isfinite(np.asarray(filtered(jnp.asarray([logits]), Sampling(1.0, top_k, top_p))[0]))
+  kept = np.isfinite(np.asarray(filter_logits(jnp.asarray([logits]), Sampling(1.0, top_k, top_p))[0]))
   order = sorted(range(8), key=lambda i: -logits[i])[: top_k or 8]
   shares = np.exp(np.array([logits[i] for i in order], np.float64))
   shares /= shares.sum()

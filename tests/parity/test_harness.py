@@ -139,8 +139,8 @@ def evaluated(model, tasks, names):
   return lm_eval.simple_evaluate(model, tasks=names, task_manager=manager, bootstrap_iters=0, log_samples=True)
 
 
-def opened(folder, mesh) -> by_name.Opened:
-  return by_name.opened(str(folder), mesh)
+def opened(folder, mesh) -> by_name.OpenModel:
+  return by_name.open_model(str(folder), mesh)
 
 
 @pytest.fixture(scope='module')

@@ -178,7 +178,7 @@ def test_a_real_model_goes_there_is_trained_and_goes_back(tmp_path, capsys):
   assert 'there was a little girl named Lily. She loved to play outside in the park.' in tokenizer.decode(story[0])
 
   convert.main(['from-hf', str(original), str(tmp_path / 'run')])
-  model, params, _ = frozen.weights(RunFolder(tmp_path / 'run'), one_device())
+  model, params, _ = frozen.load_saved(RunFolder(tmp_path / 'run'), one_device())
   tokens = random_tokens(512)
   assert np.abs(our_logits(model, params, tokens) - their_logits(reference, tokens)).max() < 1e-4
 
@@ -195,7 +195,7 @@ def test_a_real_model_goes_there_is_trained_and_goes_back(tmp_path, capsys):
   experiment = train.run(config, progress=False)
   run = RunFolder(experiment / 'students/distilled')
   convert.main(['to-hf', str(run.path), str(tmp_path / 'back')])
-  model, params, _ = frozen.weights(run, one_device())
+  model, params, _ = frozen.load_saved(run, one_device())
   back, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'back', output_loading_info=True)
   assert not any(told.values())
   found = their_logits(back.eval(), tokens[:, :16])

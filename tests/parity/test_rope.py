@@ -96,7 +96,7 @@ REFUSED = {
 
 
 def ours(values) -> dict[str, np.ndarray]:
-  config = families.read(values)[1]
+  config = families.read_config(values)[1]
   found = {'full_attention': rope_frequencies(config)}
   return found | ({'sliding_attention': rope_frequencies(config, local=True)} if config.local_window else {})
 
@@ -106,7 +106,7 @@ def test_gemma_3(name):
   values = {**GEMMA, **(COMMON | LOCAL)[name]}
   if name in REFUSED['gemma']:
     with pytest.raises(UserError, match=r'rope|rotary'):
-      families.read(values)
+      families.read_config(values)
     return
   theirs = Gemma3RotaryEmbedding(transformers.Gemma3TextConfig(**copy.deepcopy(values)))
   found = ours(values)
@@ -119,7 +119,7 @@ def test_one_rope_for_all_layers(name):
   values = {**LLAMA, **COMMON[name]}
   if name in REFUSED['llama']:
     with pytest.raises(UserError, match='rope'):
-      families.read(values)
+      families.read_config(values)
     return
   theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**copy.deepcopy(values)))
   np.testing.assert_allclose(ours(values)['full_attention'], theirs.inv_freq.numpy(), rtol=1e-5)

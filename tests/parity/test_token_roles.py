@@ -47,7 +47,7 @@ def continued(folder, n: int = 40, **options) -> list[int]:
   """Generate greedily with transformers. Returns the ids after the prompt, including an end token."""
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   ids = tokenizer(PROMPT, return_tensors='pt').input_ids
-  first = by_name.opened(str(folder), one_device()).tokenizer.separator_id
+  first = by_name.open_model(str(folder), one_device()).tokenizer.separator_id
   if ids[0, 0] != first:  # kdjax starts every document with it
     ids = torch.cat([torch.tensor([[first]]), ids], dim=1)
   seen = torch.ones_like(ids)  # otherwise transformers masks a first token that equals its padding token
@@ -84,7 +84,7 @@ def models(folder):
   """Return the harness's models (ours, theirs)."""
   mesh = one_device()
   with jax.set_mesh(mesh):
-    return harness.Model(by_name.opened(str(folder), mesh), mesh, max_length=64), HFLM(
+    return harness.Model(by_name.open_model(str(folder), mesh), mesh, max_length=64), HFLM(
       pretrained=str(folder), device='cpu', dtype='float32', batch_size=1, max_length=64
     )
 
@@ -107,7 +107,7 @@ def test_the_roles_are_theirs(folder, models):
 
 def test_generation_stops_at_the_end_token(folder):
   ids = continued(folder)
-  opened = by_name.opened(str(folder), one_device())
+  opened = by_name.open_model(str(folder), one_device())
   assert ids[-1] in opened.tokenizer.stop_ids and 4 < len(ids) < 40
   text = ''.join(generate.texts(opened, PROMPT, 40, GREEDY, 0))
   assert text == PROMPT + opened.tokenizer.decode(ids[:-1])
@@ -118,7 +118,7 @@ def test_each_of_several_end_tokens_stops(tmp_path):
     made = make_end_likely(shapes.make(tmp_path / f'{k}', 'Llama 3'), end)
     ids = continued(made)
     assert ids[-1] == end and len(ids) < 40
-    opened = by_name.opened(str(made), one_device())
+    opened = by_name.open_model(str(made), one_device())
     text = ''.join(generate.texts(opened, PROMPT, 40, GREEDY, 0))
     assert text == PROMPT + opened.tokenizer.decode(ids[:-1])
 
@@ -175,7 +175,7 @@ def test_an_exported_student_is_scored_as_the_student(name, tmp_path):
   source, mesh = Source(shapes.make(tmp_path / 'x', name)), one_device()
   params = source.load(mesh)
   huggingface.export(source.model, params, source.tokenizer, tmp_path / 'out', max_positions=64, trained_here=True)
-  opened = by_name.Opened(source.model, params, source.tokenizer, 'student', trained_window=64)
+  opened = by_name.OpenModel(source.model, params, source.tokenizer, 'student', trained_window=64)
   with jax.set_mesh(mesh):
     ours = harness.Model(opened, mesh)
     hf = HFLM(pretrained=str(tmp_path / 'out'), device='cpu', dtype='float32', batch_size=1)

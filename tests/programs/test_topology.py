@@ -26,13 +26,13 @@ from kdjax.programs import topology
   ],
 )
 def test_a_name_is_a_shape_of_chips(name, shape, chips):
-  found = topology.parse(name)
+  found = topology.parse_slice(name)
   assert found.shape == shape and found.n_chips == chips
-  assert topology.parse(found.accelerator).n_chips == chips if chips & (chips - 1) == 0 else True
+  assert topology.parse_slice(found.accelerator).n_chips == chips if chips & (chips - 1) == 0 else True
 
 
 def test_several_slices_are_counted_together():
-  found = topology.parse('v5litepod-256', 8)
+  found = topology.parse_slice('v5litepod-256', 8)
   assert found.n_chips == 2048 and found.name == 'v5e:16x16 x 8'
 
 
@@ -55,5 +55,5 @@ def test_several_slices_are_counted_together():
 )
 def test_what_is_no_slice_is_told_in_one_line(name, slices, says):
   with pytest.raises(UserError, match=says) as error:
-    topology.parse(name, slices)
+    topology.parse_slice(name, slices)
   assert '\n' not in str(error.value)

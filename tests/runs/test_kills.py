@@ -59,7 +59,7 @@ def assert_same(experiment: Experiment, printed: str, undisturbed) -> None:
     assert files[0]
     for file, like in zip(*files, strict=True):
       assert file.name == like.name
-      pd.testing.assert_frame_equal(results.read(file)[0], results.read(like)[0], check_exact=True)
+      pd.testing.assert_frame_equal(results.read_result(file)[0], results.read_result(like)[0], check_exact=True)
 
 
 # When to kill: each is seen in the files; what makes it so, with the time of its last change.

@@ -66,7 +66,7 @@ def test_a_run_has_the_trackers_of_its_config(tmp_path):
 
 def test_trackers_do_not_define_a_run():
   config = Config()
-  assert 'trackers' not in str(train.experiments.experiment(dataclasses.replace(config, trackers=('csv',))))
+  assert 'trackers' not in str(train.experiments.experiment_identity(dataclasses.replace(config, trackers=('csv',))))
 
 
 def test_mistakes_are_said_before_the_training(monkeypatch, tmp_path):
@@ -78,7 +78,7 @@ def test_mistakes_are_said_before_the_training(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, 'wandb', None)
   with pytest.raises(UserError, match=r"wandb is not installed; run: pip install 'kdjax\[wandb\]'"):
     train.run(tiny.config(tmp_path, trackers=('wandb',)), progress=False)
-  trackers.check(('csv', 'tensorboard'))
+  trackers.check_trackers(('csv', 'tensorboard'))
 
 
 class FakeWandb:
@@ -135,21 +135,21 @@ def test_wandb_without_a_good_key_is_one_line_before_anything_is_built(wandb, sa
 def test_a_mode_of_wandb_that_needs_no_key_is_not_asked_for_one(mode, monkeypatch):
   wandb = FakeWandb(mode, answer=False)
   monkeypatch.setitem(sys.modules, 'wandb', wandb)
-  trackers.check(('wandb',))
+  trackers.check_trackers(('wandb',))
   assert wandb.asked == []
 
 
 def test_wandb_is_asked_without_a_prompt_and_on_the_process_that_tracks_alone(monkeypatch):
   wandb = FakeWandb()
   monkeypatch.setitem(sys.modules, 'wandb', wandb)
-  trackers.check(('wandb',))
+  trackers.check_trackers(('wandb',))
   assert wandb.asked == [(True, False)]
   monkeypatch.setattr(trackers.jax, 'process_index', lambda: 1)
-  trackers.check(('wandb',))
+  trackers.check_trackers(('wandb',))
   assert len(wandb.asked) == 1
   wandb.login = lambda key=None, verify=False: True  # older versions have no prompt=
   monkeypatch.setattr(trackers.jax, 'process_index', lambda: 0)
-  trackers.check(('wandb',))
+  trackers.check_trackers(('wandb',))
 
 
 def test_a_run_that_wandb_does_not_begin_is_one_line(monkeypatch, tmp_path):

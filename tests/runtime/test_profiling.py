@@ -13,13 +13,13 @@ from tests import tiny
 
 @pytest.mark.parametrize(('text', 'window'), [('20-29', (20, 29)), ('3-3', (3, 3)), ('10', (0, 10))])
 def test_a_window_is_two_steps_or_a_number(text, window):
-  assert profiling.parse(text) == window
+  assert profiling.parse_window(text) == window
 
 
 @pytest.mark.parametrize('text', ['', '0', '5-4', '0-4', 'a', '1-', '-3', '1-2-3'])
 def test_anything_else_is_refused(text):
   with pytest.raises(UserError, match='write the steps as FIRST-LAST'):
-    profiling.parse(text)
+    profiling.parse_window(text)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_window_that_is_not_reached_is_told(tmp_path, caplog):
 
 
 def test_what_ends_a_process_is_in_its_log_and_the_terminals_handlers_see_no_more_than_before(tmp_path, capsys):
-  with pytest.raises(UserError), logs.kept_in(paths.Path(tmp_path)):
+  with pytest.raises(UserError), logs.log_to(paths.Path(tmp_path)):
     raise UserError('the disk is gone')
   assert 'ended by UserError: the disk is gone' in (tmp_path / 'logs' / 'process-0.log').read_text()
   assert logging.getLogger('kdjax').handlers == []

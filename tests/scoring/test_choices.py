@@ -49,7 +49,7 @@ def write(path: pathlib.Path, records) -> str:
 
 
 def items_of(tmp_path: pathlib.Path, *records) -> list[choices.Item]:
-  return choices.read(write(tmp_path / 'items.jsonl', records))
+  return choices.read_choices(write(tmp_path / 'items.jsonl', records))
 
 
 def many(n: int, seed: int = 0) -> list[dict]:
@@ -88,7 +88,7 @@ def model() -> Scored:
 def scored(model, items, tokenizer=None, window=WINDOW, batch_size=8, on=None) -> pd.DataFrame:
   on = on or mesh()
   with jax.set_mesh(on):
-    return choices.score(model, items, tokenizer or Tokenizer(), window, batch_size, on)
+    return choices.score_choices(model, items, tokenizer or Tokenizer(), window, batch_size, on)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -146,7 +146,7 @@ def test_files_may_be_compressed_and_several(tmp_path, suffix, compress):
   for name, records in (('a', RECORDS[:2]), ('b', RECORDS[2:])):
     data = ''.join(json.dumps(record) + '\n' for record in records).encode()
     (tmp_path / f'{name}.jsonl{suffix}').write_bytes(compress(data))
-  assert choices.read(str(tmp_path / f'*.jsonl{suffix}')) == items_of(tmp_path / '..', *RECORDS)
+  assert choices.read_choices(str(tmp_path / f'*.jsonl{suffix}')) == items_of(tmp_path / '..', *RECORDS)
 
 
 def without(record: dict, field: str) -> dict:
@@ -198,22 +198,22 @@ def test_what_is_no_file_of_items_is_refused(tmp_path):
     'none.jsonl': 'matches no file',
   }.items():
     with pytest.raises(UserError, match=words):
-      choices.read(str(tmp_path / source))
+      choices.read_choices(str(tmp_path / source))
   with pytest.raises(UserError, match='not JSON lines'):
-    choices.read('embedded:code')
+    choices.read_choices('embedded:code')
   with pytest.raises(UserError, match=r'^eval\.tasks\.mine: .*no item'):
-    choices.read_all({'mine': str(tmp_path / 'empty.jsonl')})
+    choices.read_tasks({'mine': str(tmp_path / 'empty.jsonl')})
 
 
 def test_the_first_items_are_the_same_in_any_order_of_lines(tmp_path):
   records = many(40)
   forth, back = (
-    choices.read_all({'x': write(tmp_path / f'{i}.jsonl', r)}, 9)['x'] for i, r in enumerate((records, records[::-1]))
+    choices.read_tasks({'x': write(tmp_path / f'{i}.jsonl', r)}, 9)['x'] for i, r in enumerate((records, records[::-1]))
   )
   assert forth == back and len(forth) == 9
-  more = choices.read_all({'x': str(tmp_path / '0.jsonl')}, 20)['x']
+  more = choices.read_tasks({'x': str(tmp_path / '0.jsonl')}, 20)['x']
   assert more[:9] == forth
-  assert choices.read_all({'x': str(tmp_path / '0.jsonl')})['x'] == choices.read(str(tmp_path / '0.jsonl'))
+  assert choices.read_tasks({'x': str(tmp_path / '0.jsonl')})['x'] == choices.read_choices(str(tmp_path / '0.jsonl'))
 
 
 # Scores.
@@ -257,7 +257,7 @@ def test_what_is_derived_follows_from_the_likelihoods(items, table):
       assert row['correct'] == (row['margin'] > 0) and row['chance'] == 1 / n
   kinds = table[[item.kind != 'last_word' for item in items]]
   assert (kinds['predicted'] != kinds['predicted_norm']).any()
-  assert choices.summary(table) == {
+  assert choices.summarize(table) == {
     'accuracy': table['correct'].mean(),
     'accuracy_norm': table['correct_norm'].mean(),
     'chance': table['chance'].mean(),
@@ -387,9 +387,9 @@ def test_the_mesh_changes_nothing(model, items, table, shape):
 
 
 def test_a_result_file_holds_all_of_it(tmp_path, table):
-  meta = {'kind': 'task', **choices.summary(table)}
-  results.write(tmp_path / 'x.parquet', table, meta)
-  found, found_meta = results.read(tmp_path / 'x.parquet')
+  meta = {'kind': 'task', **choices.summarize(table)}
+  results.write_result(tmp_path / 'x.parquet', table, meta)
+  found, found_meta = results.read_result(tmp_path / 'x.parquet')
   assert found_meta == meta
   pd.testing.assert_frame_equal(found, table, check_dtype=False)
 
@@ -440,15 +440,17 @@ def test_a_real_model_would_write_each_word_of_its_own_story_and_prefers_it(real
 def test_a_real_model_knows_some_grammar(real):
   """An easy paradigm of BLiMP; over all of them so small a model is only just above chance (0.52)."""
   items = [
-    item for item in choices.read(str(TASKS / 'blimp.jsonl.xz')) if item.group == 'irregular_past_participle_verbs'
+    item
+    for item in choices.read_choices(str(TASKS / 'blimp.jsonl.xz'))
+    if item.group == 'irregular_past_participle_verbs'
   ]
   found = scored(real[0], items[:300], real[1], window=128, batch_size=32)
-  assert 0.8 < found['correct'].mean() < 1, choices.summary(found)
+  assert 0.8 < found['correct'].mean() < 1, choices.summarize(found)
 
 
 @pytest.mark.skipif(not TASKS.exists(), reason=f'no real data here ({TASKS})')
 def test_every_real_task_is_read():
-  sizes = {path.name.split('.')[0]: len(choices.read(str(path))) for path in sorted(TASKS.glob('*.jsonl.xz'))}
+  sizes = {path.name.split('.')[0]: len(choices.read_choices(str(path))) for path in sorted(TASKS.glob('*.jsonl.xz'))}
   assert len(sizes) == 10 and min(sizes.values()) >= 99, sizes
 
 
@@ -505,25 +507,25 @@ def experiment(main_job, tmp_path_factory) -> tuple[pathlib.Path, str]:
 
 
 def evaluate(folder: pathlib.Path) -> str:
-  job, on = jobs.find(folder), mesh()
+  job, on = jobs.find_job(folder), mesh()
   with jax.set_mesh(on):
     jobs.evaluate(job, prepare(job.config.data, job.config.eval, job.config.runs, False), on, progress=False)
-  return tables.write(folder)
+  return tables.write_table(folder)
 
 
 def read_task(folder: pathlib.Path, arm: str, name: str = 'mixed'):
-  return results.read(folder / read_json(folder / 'evaluation.json')[arm][name])
+  return results.read_result(folder / read_json(folder / 'evaluation.json')[arm][name])
 
 
 def test_the_job_writes_a_file_for_each_task(experiment):
   folder, _ = experiment
-  job = jobs.find(folder)
+  job = jobs.find_job(folder)
   for arm in ('teacher', 'baseline', 'distilled', 'unigram'):
     found, meta = read_task(folder, arm)
     assert len(found) == 20
-    assert {'kind': 'task', 'set': 'mixed', 'window': 16, **choices.summary(found)}.items() <= meta.items()
+    assert {'kind': 'task', 'set': 'mixed', 'window': 16, **choices.summarize(found)}.items() <= meta.items()
     assert meta.keys() >= {'version', 'run', 'step', 'weights', 'items', 'tokenizer'}
-  items = choices.read_all(job.config.eval.tasks, job.config.eval.max_items)['mixed']
+  items = choices.read_tasks(job.config.eval.tasks, job.config.eval.max_items)['mixed']
   assert list(read_task(folder, 'baseline')[0]['doc']) == [item.id.encode() for item in items]
 
 
@@ -532,7 +534,7 @@ def test_evaluating_again_changes_no_file_and_other_items_are_another_result(exp
   times = {path: path.stat().st_mtime_ns for path in folder.parent.rglob('*.parquet')}
   evaluate(folder)
   assert {path: path.stat().st_mtime_ns for path in folder.parent.rglob('*.parquet')} == times
-  job = jobs.find(folder)
+  job = jobs.find_job(folder)
   key = lambda n: jobs._task(
     job, job.runs[0], 1, 'w', '', 'mixed', choices.ChoiceSet(items_of(tmp_path, *many(n)), Tokenizer()), ''
   )
@@ -583,12 +585,12 @@ def test_likelihoods_are_as_without_tasks(experiment, main_job):
   for _, row in tasks.iterrows():
     _, meta = read_task(folder, row['arm'], row['set'])
     assert (row['accuracy'], row['accuracy_norm']) == pytest.approx((meta['accuracy'], meta['accuracy_norm']))
-  cells = tables.load(jobs.find(folder))
+  cells = tables.load_cells(jobs.find_job(folder))
   assert all(set(sets) == {'in-domain', 'far', 'further'} for sets in cells.values())
 
 
 def score_sets(folder: pathlib.Path, *names: str):
-  job, on = jobs.find(folder), mesh()
+  job, on = jobs.find_job(folder), mesh()
   corpus = prepare(job.config.data, job.config.eval, job.config.runs, False)
   run = RunFolder(folder / 'students' / 'baseline')
   with jax.set_mesh(on):
@@ -599,7 +601,7 @@ def test_the_validation_split_is_a_set_where_it_is_named(experiment):
   folder, _ = experiment
   assert all('validation' not in sets for sets in read_json(folder / 'evaluation.json').values())
   corpus, (task,) = score_sets(folder, jobs.VALIDATION)
-  found, meta = results.read(task.file)
+  found, meta = results.read_result(task.file)
   assert list(found['doc']) == list(corpus.validation.doc_ids) and meta['set'] == 'validation'
 
 

@@ -30,7 +30,7 @@ ITEMS = [
 def read(tmp_path, *records) -> list[choices.Item]:
   file = tmp_path / 'items.jsonl'
   file.write_text(''.join(json.dumps(record) + '\n' for record in records))
-  return choices.read(str(file))
+  return choices.read_choices(str(file))
 
 
 def test_a_pair_whose_sentences_are_equally_likely_is_not_right(tmp_path):
@@ -50,17 +50,17 @@ def test_a_tasks_files_have_no_weights(tmp_path):
   file = tmp_path / 'items.jsonl'
   for source in (f'{file}@0.5', f'{file}@0.9,{file}@0.1'):
     with pytest.raises(UserError, match='a task uses all items of its files; remove the weights'):
-      choices.read(source)
+      choices.read_choices(source)
   with pytest.raises(UserError, match=r'^eval\.tasks\.mine: .*remove the weights'):
-    choices.read_all({'mine': f'{file}@0.5'})
-  assert len(choices.read(f'{file}, {file}')) == 3
+    choices.read_tasks({'mine': f'{file}@0.5'})
+  assert len(choices.read_choices(f'{file}, {file}')) == 3
 
 
 @pytest.fixture
 def experiment(main_job, tmp_path):
   shutil.copytree(main_job / 'runs', tmp_path / 'runs')
   (folder,) = (tmp_path / 'runs').glob('tiny-*')
-  job = jobs.find(folder)
+  job = jobs.find_job(folder)
   return job, prepare(job.config.data, job.config.eval, job.config.runs, False)
 
 
@@ -70,7 +70,7 @@ def test_no_temperature_is_fitted_on_what_it_is_scored_on(experiment):
   with jax.set_mesh(on):
     both = jobs.score_missing(job, [(baseline, tiny.STEPS)], corpus, on, False, sets=(jobs.VALIDATION, jobs.IN_DOMAIN))
   (scored, meta), (test, test_meta) = sorted(
-    (results.read(task.file) for task in both), key=lambda found: found[1]['set'] != jobs.VALIDATION
+    (results.read_result(task.file) for task in both), key=lambda found: found[1]['set'] != jobs.VALIDATION
   )
   assert 'nll_fitted' not in scored and math.isnan(meta['temperature']) and meta['fitted_on'] == 0
   assert 'nll_fitted' in test and test_meta['fitted_on'] == len(scored) > 0

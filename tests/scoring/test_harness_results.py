@@ -217,7 +217,7 @@ def test_result_files_hold_the_items_and_name_the_filter(evaluate, tmp_path):
   files = [harness_results.write_items(run, 8, one, {'seed': 1}) for one in found]
   assert len(set(files)) == 2 and all('/' not in file.name and '-step8-' in file.name for file in files)
   for file, one in zip(files, found, strict=True):
-    table, meta = results.read(file)
+    table, meta = results.read_result(file)
     assert list(table['correct']) == list(one.table['correct']) and len(table) == 20
     assert (meta['set'], meta['filter'], meta['seed'], meta['step']) == (one.name, one.facts['filter'], 1, 8)
     assert meta['accuracy'] == one.table['correct'].mean() and math.isnan(meta['accuracy_norm'])

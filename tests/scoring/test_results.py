@@ -24,13 +24,13 @@ def table(n: int = 50, seed: int = 0) -> pd.DataFrame:
 
 @pytest.fixture
 def file(tmp_path) -> pathlib.Path:
-  path = results.path(tmp_path / 'results', 5, 'in-domain', 'abc')
-  results.write(path, table(), META)
+  path = results.result_path(tmp_path / 'results', 5, 'in-domain', 'abc')
+  results.write_result(path, table(), META)
   return path
 
 
 def test_what_is_written_is_read(file):
-  found, meta = results.read(file)
+  found, meta = results.read_result(file)
   assert meta == META
   expected = table()
   assert list(found.columns) == list(expected.columns)
@@ -41,14 +41,16 @@ def test_what_is_written_is_read(file):
 
 def test_the_name_says_set_step_and_evaluation(file):
   assert file.name == 'in-domain-step5-abc.parquet'
-  names = {results.path(file.parent, step, name, e) for step in (5, 50) for name in ('a', 'b') for e in ('x', 'y')}
+  names = {
+    results.result_path(file.parent, step, name, e) for step in (5, 50) for name in ('a', 'b') for e in ('x', 'y')
+  }
   assert len(names) == 8
 
 
 def test_writing_again_replaces_and_leaves_nothing_else(file):
-  results.write(file, table(seed=1), META | {'temperature': 2.0})
+  results.write_result(file, table(seed=1), META | {'temperature': 2.0})
   assert [p.name for p in file.parent.iterdir()] == [file.name]
-  found, meta = results.read(file)
+  found, meta = results.read_result(file)
   assert meta['temperature'] == 2.0
   assert list(found['nll']) == list(table(seed=1)['nll'])
 
@@ -61,21 +63,21 @@ def test_a_damaged_file_is_refused_in_one_line_that_says_what_to_do(file, damage
     {'empty': b'', 'truncated': data[: len(data) // 2], 'text': b'hello', 'tail': flipped(len(data) - 6)}[damage]
   )  # fmt: skip
   with pytest.raises(UserError, match='is damaged') as e:
-    results.read(file)
+    results.read_result(file)
   assert str(file) in str(e.value) and 'delete it' in str(e.value)
   assert '\n' not in str(e.value)
 
 
 def test_a_flipped_bit_anywhere_is_never_read_in_silence(file):
   data = file.read_bytes()
-  expected, meta = results.read(file)
+  expected, meta = results.read_result(file)
   rng = np.random.default_rng(0)
   for bit in rng.integers(0, 8 * len(data), 300):
     spoilt = bytearray(data)
     spoilt[bit // 8] ^= 1 << bit % 8
     file.write_bytes(spoilt)
     with contextlib.suppress(UserError):
-      found, found_meta = results.read(file)
+      found, found_meta = results.read_result(file)
       pd.testing.assert_frame_equal(found, expected)
       assert found_meta == meta
 
@@ -83,12 +85,12 @@ def test_a_flipped_bit_anywhere_is_never_read_in_silence(file):
 def test_a_parquet_file_of_something_else_is_refused(tmp_path):
   table().drop(columns='bin_count').to_parquet(tmp_path / 'x.parquet')
   with pytest.raises(UserError, match='is damaged'):
-    results.read(tmp_path / 'x.parquet')
+    results.read_result(tmp_path / 'x.parquet')
 
 
 def test_a_missing_file_is_refused_in_one_line(tmp_path):
   with pytest.raises(UserError) as e:
-    results.read(tmp_path / 'none.parquet')
+    results.read_result(tmp_path / 'none.parquet')
   assert '\n' not in str(e.value)
 
 

@@ -16,7 +16,7 @@ from kdjax.scoring.text import (
   difficulties,
   expected_calibration_error,
   fit_temperature,
-  score,
+  score_documents,
 )
 from tests.data.helpers import make_store
 
@@ -61,7 +61,7 @@ def scored(student, teacher, store, batch_size=8, on=None, **kwargs) -> pd.DataF
   on = on or mesh()
   arguments = {'temperatures': TEMPERATURES, 'window': WINDOW, 'stride': STRIDE} | kwargs
   with jax.set_mesh(on):
-    return score(student, teacher, store, batch_size=batch_size, mesh=on, **arguments)
+    return score_documents(student, teacher, store, batch_size=batch_size, mesh=on, **arguments)
 
 
 @pytest.fixture(scope='module')

@@ -141,28 +141,28 @@ def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path):
 def test_every_flipped_bit_of_a_json_file_is_seen(tmp_path):
   path = tmp_path / 'meta.json'
   value = {'a': [1, 2.5, 'ü\n'], 'b': {'c': None}}
-  files.write_json(path, value)
-  assert files.read_json(path) == value
+  files.write_sealed(path, value)
+  assert files.read_sealed(path) == value
   good = path.read_bytes()
   for bit in range(len(good) * 8):
     bad = bytearray(good)
     bad[bit // 8] ^= 1 << bit % 8
     path.write_bytes(bad)
     with pytest.raises(StoreDamaged):
-      files.read_json(path)
+      files.read_sealed(path)
 
 
 @pytest.mark.parametrize('data', [b'', b'{', b'[]', b'{}', b'\xff', b'{"checksum": "0"}'])
 def test_anything_else_in_place_of_a_json_file_is_damage(tmp_path, data):
   (tmp_path / 'meta.json').write_bytes(data)
   with pytest.raises(StoreDamaged, match='delete its folder'):
-    files.read_json(tmp_path / 'meta.json')
+    files.read_sealed(tmp_path / 'meta.json')
 
 
 def test_check_files_sees_size_content_and_absence(tmp_path):
   path = tmp_path / 'x'
   path.write_bytes(random.Random(0).randbytes(1000))
-  seen = files.describe(tmp_path, ['x'])
+  seen = files.describe_files(tmp_path, ['x'])
   files.check_files(tmp_path, seen)
   data = bytearray(path.read_bytes())
   data[500] ^= 4

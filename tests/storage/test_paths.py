@@ -145,7 +145,7 @@ def test_a_runs_trackers_go_on_where_an_earlier_process_left_them(folder, monkey
 def test_a_path_is_found_again_from_a_folder_by_its_relative_name(path, start, relative):
   assert paths.relative(path, start) == relative
   if not (paths.is_remote(start) and relative.startswith('/')):
-    assert str(paths.under(start, relative)) == path
+    assert str(paths.resolve(start, relative)) == path
 
 
 @pytest.mark.parametrize(
@@ -154,9 +154,9 @@ def test_a_path_is_found_again_from_a_folder_by_its_relative_name(path, start, r
 )
 def test_a_store_that_cannot_be_written_is_told_in_one_line(store, folder, says):
   with pytest.raises(UserError, match=says) as e:
-    paths.check(folder)
+    paths.check_writable(folder)
   assert len(str(e.value).splitlines()) == 1
-  paths.check(f'{STORE}/anything')
+  paths.check_writable(f'{STORE}/anything')
 
 
 def test_a_client_that_is_not_installed_is_named(monkeypatch):
@@ -184,7 +184,7 @@ train.main(['--config={config}', '--config.{field}=gs://bucket/there'])
   assert len(told) == 1 and "pip install 'kdjax[gcs]'" in told[0]
 
 
-@pytest.mark.parametrize('open_it', [RunFolder, is_folder, paths.check, generate.models])
+@pytest.mark.parametrize('open_it', [RunFolder, is_folder, paths.check_writable, generate.models])
 def test_no_run_is_looked_for_where_none_can_be_kept(open_it):
   with pytest.raises(UserError, match=r's3://bucket/run: no run can be kept in s3://.*gs://'):
     open_it('s3://bucket/run')
@@ -202,7 +202,7 @@ def test_nobody_answers_in_time(monkeypatch):
   monkeypatch.setattr(paths, 'PATIENCE', 0.2)
   monkeypatch.setattr(paths, '_trouble', lambda *_: threading.Event().wait(2))
   with pytest.raises(StoreUnavailable, match='gs://bucket/runs: the store does not answer'):
-    paths.check('gs://bucket/runs')
+    paths.check_writable('gs://bucket/runs')
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_store_that_is_away_at_the_start_is_not_the_users_error(error, raised,
   """A launcher restarts the one and not the other."""
   monkeypatch.setattr(paths, '_trouble', lambda *_: error)
   with pytest.raises(raised) as caught:
-    paths.check('gs://bucket/runs')
+    paths.check_writable('gs://bucket/runs')
   assert type(caught.value) is raised and 'gs://bucket/runs' in str(caught.value)
 
 
@@ -266,7 +266,7 @@ def test_a_run_in_an_object_store_killed_and_started_again_is_the_run_on_a_disk(
 
 
 def test_a_disk_needs_no_check(tmp_path):
-  paths.check(tmp_path / 'not there yet')
+  paths.check_writable(tmp_path / 'not there yet')
   assert os.listdir(tmp_path) == [] and isinstance(paths.Path('a') / 'b', pathlib.PurePath)
 
 
@@ -333,7 +333,7 @@ def test_a_run_in_a_folder_with_brackets_is_trained_and_found_again(tmp_path):
 
 def test_a_backslash_in_the_name_of_runs_is_refused(tmp_path):
   with pytest.raises(UserError, match='reads a backslash as a slash'):
-    paths.check(f'{tmp_path}/a\\b')
+    paths.check_writable(f'{tmp_path}/a\\b')
 
 
 # ---- the home folder
@@ -355,7 +355,7 @@ def test_a_tilde_is_expanded_in_front_alone_and_in_no_store(at_home):
   assert paths.expand('~/a/~b') == f'{at_home}/a/~b' and paths.expand('~') == str(at_home)
   assert paths.expand('a/~/b') == 'a/~/b' and paths.expand('gs://~/b') == 'gs://~/b'
   assert paths.expand('~nobody-of-this-name/x') == '~nobody-of-this-name/x'
-  assert paths.of_runs('~/a') == paths.absolute('~/a') == RunFolder('~/a').path == paths.Path(at_home / 'a')
+  assert paths.runs_path('~/a') == paths.absolute('~/a') == RunFolder('~/a').path == paths.Path(at_home / 'a')
   assert paths.relative('~/a/b', '~/c') == '../a/b'
 
 

@@ -54,7 +54,7 @@ def test_a_job_whose_clock_is_off_is_running_while_its_heart_beats(tmp_path, mon
     status(id, state, late)
   timer = threading.Timer(0.1, status, ('beats', 'running', 998))
   timer.start()
-  found = runner.states(paths.Path(tmp_path), jobs, 60)
+  found = runner.job_states(paths.Path(tmp_path), jobs, 60)
   timer.join()
   assert found == ['running', 'stopped', 'running', 'done']
 
@@ -69,35 +69,35 @@ def test_a_killed_attempt_stays_counted(here):
 
 def test_after_three_the_job_fails_without_being_tried_and_says_how_to_try_again(here):
   killed(here, 2)
-  with attempts.counted(here, lambda: 0):
+  with attempts.count_attempt(here, lambda: 0):
     assert known(here)['unfinished'] == 3
   killed(here, 3)
   with (
     pytest.raises(TrainingError, match=r'killed 3 times in a row .*delete attempts\.json'),
-    attempts.counted(here, lambda: 0),
+    attempts.count_attempt(here, lambda: 0),
   ):
     raise AssertionError
   assert known(here)['unfinished'] == 3  # it fails the next time too
   (here.path / attempts.FILE).unlink()
-  with attempts.counted(here, lambda: 0):
+  with attempts.count_attempt(here, lambda: 0):
     pass
 
 
 def test_an_attempt_that_saved_something_is_no_failure(here):
   killed(here, 3, progress=10)
-  with attempts.counted(here, lambda: 11):
+  with attempts.count_attempt(here, lambda: 11):
     assert known(here) == {'unfinished': 1, 'progress': 11}
 
 
 @pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt, SystemExit])
 def test_an_attempt_that_ends_in_any_other_way_is_not_counted(here, error):
-  with pytest.raises(error), attempts.counted(here, lambda: 0):
+  with pytest.raises(error), attempts.count_attempt(here, lambda: 0):
     raise error
   assert known(here) is None
 
 
 def test_an_attempt_that_lost_another_process_is_counted(here, monkeypatch):
   monkeypatch.setattr(attempts.distributed, 'is_lost', lambda error: True)
-  with pytest.raises(ValueError, match='gloo'), attempts.counted(here, lambda: 0):
+  with pytest.raises(ValueError, match='gloo'), attempts.count_attempt(here, lambda: 0):
     raise ValueError('gloo: connection closed')
   assert known(here)['unfinished'] == 1

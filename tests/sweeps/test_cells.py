@@ -71,7 +71,7 @@ def test_ids_are_stable_and_depend_on_what_the_weights_depend_on():
 def test_a_grid_with_a_nucleus_at_another_temperature_is_another_grid_than_before():
   base = grid().base
   nucleus = dataclasses.replace(base, loss=dataclasses.replace(base.loss, teacher_top_p=0.9))
-  marked = lambda g: 'nucleus' in runner.identity(g)['base']['loss']
+  marked = lambda g: 'nucleus' in runner.grid_identity(g)['base']['loss']
   assert [marked(grid(base=b, temperature=t)) for b in (base, nucleus) for t in ((1.0,), (1.0, 2.0))] == [False] * 3 + [
     True
   ]
@@ -114,7 +114,7 @@ def test_filters_on_seeds_leave_the_pilot_and_the_fresh_seeds_alone():
 
 def test_a_filter_that_leaves_nothing_is_refused():
   with pytest.raises(UserError, match='leave no distilled cell'):
-    cells.check(grid(include=('teacher=tiny-3m',)))
+    cells.check_grid(grid(include=('teacher=tiny-3m',)))
 
 
 def test_the_pilot_has_each_alpha_and_as_many_draws_for_the_baseline():
@@ -252,7 +252,7 @@ def test_relationships(student, tokens, teacher, teacher_tokens, expected):
 def test_every_study_is_a_valid_grid_at_every_scale(study, scale):
   spec = f'configs/grid.py:study={study},scale={scale}'
   g = cli.load_as(GridConfig, grid_config.problems, spec, {})
-  cells.check(g)
+  cells.check_grid(g)
   laptop = cli.load_as(GridConfig, grid_config.problems, f'configs/grid.py:study={study}', {})
   if study != 'main':  # twins: the same shape
     shape = lambda g: [
@@ -368,7 +368,7 @@ def test_a_mistake_is_reported_once_and_with_the_others():
 
 def test_a_cell_whose_config_cannot_run_is_refused():
   with pytest.raises(UserError, match=r'cell .*: student.tokens: 512 is less than one step'):
-    cells.check(grid(student_tokens=(512,)))
+    cells.check_grid(grid(student_tokens=(512,)))
 
 
 def test_flop_matched_students_get_the_tokens_of_the_tokenizers_own_size(tmp_path):

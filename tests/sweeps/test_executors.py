@@ -22,7 +22,7 @@ def work(tmp_path):
 
 
 def test_the_printed_command_is_one_a_runner_and_may_be_pasted(work):
-  lines = executors.printed(work, 3).splitlines()
+  lines = executors.format_commands(work, 3).splitlines()
   assert len(lines) == 3 and len(set(lines)) == 1
   here, _, command_ = lines[0].partition(' && ')
   assert shlex.split(here) == ['cd', os.getcwd()]
@@ -35,9 +35,9 @@ def test_the_printed_command_is_one_a_runner_and_may_be_pasted(work):
 )
 def test_resources_are_names_and_numbers(text):
   with pytest.raises(UserError, match='write NAME=NUMBER'):
-    executors.resources(text)
-  assert executors.resources('CPU=2,GPU=0.5') == {'CPU': 2.0, 'GPU': 0.5}
-  assert executors.resources('') == {}
+    executors.parse_resources(text)
+  assert executors.parse_resources('CPU=2,GPU=0.5') == {'CPU': 2.0, 'GPU': 0.5}
+  assert executors.parse_resources('') == {}
 
 
 def test_a_runner_is_on_one_node_and_takes_an_accelerator_where_there_is_one():

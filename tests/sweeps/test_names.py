@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kdjax.sweeps import cells
-from kdjax.sweeps.names import Setting, Source, count, exact_count, exact_number, pilot_key
+from kdjax.sweeps.names import Setting, Source, format_count, format_exact, format_exact_count, pilot_key
 
 SIZES = {'k': 10**3, 'M': 10**6, 'B': 10**9, 'T': 10**12}
 
@@ -30,14 +30,14 @@ def read(text: str) -> decimal.Decimal:
   ],
 )
 def test_counts(n, short, exact):
-  assert (count(n), exact_count(n)) == (short, exact)
+  assert (format_count(n), format_exact_count(n)) == (short, exact)
 
 
 @given(st.integers(0, 10**15))
 @example(10**12 - 1)
 def test_an_exact_count_reads_back_and_is_the_short_one_where_that_does(n):
-  assert read(exact_count(n)) == n
-  assert read(count(n)) != n or exact_count(n) == count(n)
+  assert read(format_exact_count(n)) == n
+  assert read(format_count(n)) != n or format_exact_count(n) == format_count(n)
 
 
 @given(st.floats(0, 1))
@@ -45,8 +45,8 @@ def test_an_exact_count_reads_back_and_is_the_short_one_where_that_does(n):
 @example(0.1234567)
 @example(1e-5)
 def test_an_exact_number_reads_back_and_is_six_digits_where_they_do(x):
-  assert float(exact_number(x)) == x
-  assert float(f'{x:g}') != x or exact_number(x) == f'{x:g}'
+  assert float(format_exact(x)) == x
+  assert float(f'{x:g}') != x or format_exact(x) == f'{x:g}'
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def grid(**fields) -> GridConfig:
 
 
 def main_jobs(g):
-  return plan.jobs(g, 'main', cells.main_groups(g))
+  return plan.plan_jobs(g, 'main', cells.main_groups(g))
 
 
 def test_every_cell_is_in_one_job_and_teachers_come_first():
@@ -39,7 +39,7 @@ def test_every_cell_is_in_one_job_and_teachers_come_first():
 def test_later_phases_do_nothing_again():
   g = grid()
   known = main_jobs(g)
-  assert plan.jobs(g, 'validated', cells.main_groups(g), known) == []
+  assert plan.plan_jobs(g, 'validated', cells.main_groups(g), known) == []
 
 
 def test_alphas_of_one_teacher_and_seed_share_it():
@@ -77,21 +77,21 @@ def test_costs_are_the_ledgers():
   student, teacher = cells.sized(g, 'tiny-0.3m'), cells.sized(g, 'tiny-1m')
   tokens, seq_len = g.student_tokens[0], g.base.data.seq_len
   entries = flops.ledger(student, teacher, tokens, tokens, seq_len)
-  cost = plan.cost(g, job)
+  cost = plan.estimate_cost(g, job)
   assert cost.student == pytest.approx(4 * entries.student)
   assert cost.teacher == pytest.approx(entries.logits)
   assert cost.saved == pytest.approx(3 * entries.logits)
   assert cost.tokens == 4 * tokens
   (trained,) = [job for job in main_jobs(g) if not job.cells]
-  assert plan.cost(g, trained).teacher == pytest.approx(entries.pretraining)
+  assert plan.estimate_cost(g, trained).teacher == pytest.approx(entries.pretraining)
   kept = max(g.base.checkpoint.keep, g.last)
   assert cost.checkpoint_bytes == 4 * kept * plan.CHECKPOINT_BYTES * flops.count_params(student).total
 
 
 def test_seconds_are_of_the_named_hardware():
-  assert plan.seconds(HardwareConfig('H100', 8, 80.0, 0.5), 8 * 989e12) == pytest.approx(2.0)
+  assert plan.estimate_seconds(HardwareConfig('H100', 8, 80.0, 0.5), 8 * 989e12) == pytest.approx(2.0)
   for device in ('cpu', 'CPU'):
-    assert plan.seconds(HardwareConfig(device, cpu_gflops=50, utilisation=0.5), 25e9) == pytest.approx(1.0)
+    assert plan.estimate_seconds(HardwareConfig(device, cpu_gflops=50, utilisation=0.5), 25e9) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
@@ -99,12 +99,12 @@ def test_seconds_are_of_the_named_hardware():
 )
 def test_a_device_goes_by_its_short_name_too(short, long, tera):
   for name in (short, long):
-    assert plan.seconds(HardwareConfig(name, 1, 16.0, 1.0), 1e15) == pytest.approx(1000 / tera)
+    assert plan.estimate_seconds(HardwareConfig(name, 1, 16.0, 1.0), 1e15) == pytest.approx(1000 / tera)
 
 
 def test_an_unknown_device_is_no_cpu():
   with pytest.raises(UserError, match=r"hardware.device: unknown device 'abacus'"):
-    plan.seconds(HardwareConfig('abacus'), 1e15)
+    plan.estimate_seconds(HardwareConfig('abacus'), 1e15)
 
 
 def test_the_plan_of_a_tokenizer_file_counts_its_tokens(tmp_path):
@@ -113,7 +113,7 @@ def test_the_plan_of_a_tokenizer_file_counts_its_tokens(tmp_path):
   for name in ('bytes', str(tokenizer_file(tmp_path, 300)), 'bpe'):
     data = dataclasses.replace(GridConfig().base.data, tokenizer=name)
     g = grid(base=dataclasses.replace(GridConfig().base, data=data))
-    texts[name] = [plan.cost(g, job) for job in main_jobs(g)]
+    texts[name] = [plan.estimate_cost(g, job) for job in main_jobs(g)]
     assert command.plan_text(g, tmp_path / 'grid')
   small, file, large = texts.values()
   assert small == file
@@ -124,7 +124,7 @@ def test_the_plan_runs_nothing_and_names_every_job(tmp_path):
   g = grid(runs=str(tmp_path), controls=ControlsConfig(), teacher=('tiny-0.1m', 'tiny-1m'))
   text = command.plan_text(g, tmp_path / 'grid')
   assert not list(tmp_path.iterdir())
-  for job in plan.jobs(g, 'main', cells.main_groups(g)):
+  for job in plan.plan_jobs(g, 'main', cells.main_groups(g)):
     assert job.id in text
   for word in ('weak-to-strong', 'strong-to-weak', 'pilot', 'validated', 'lm-', 'unigram_a?', 'FLOPs', 'saved'):
     assert word in text, word
@@ -135,7 +135,9 @@ def test_checkpoints_of_a_period_take_room():
   checkpoint = dataclasses.replace(g.base.checkpoint, keep_period=50)
   often = grid(base=dataclasses.replace(g.base, checkpoint=checkpoint))
   for few, many in zip(main_jobs(g), main_jobs(often), strict=True):
-    n_steps = plan.cost(g, few).tokens // max(1, len(few.cells)) // (g.base.student.batch_size * g.base.data.seq_len)
+    n_steps = (
+      plan.estimate_cost(g, few).tokens // max(1, len(few.cells)) // (g.base.student.batch_size * g.base.data.seq_len)
+    )
     kept = max(g.base.checkpoint.keep, g.last)
-    ratio = plan.cost(often, many).checkpoint_bytes / plan.cost(g, few).checkpoint_bytes
+    ratio = plan.estimate_cost(often, many).checkpoint_bytes / plan.estimate_cost(g, few).checkpoint_bytes
     assert ratio == pytest.approx((kept + n_steps // 50) / kept)

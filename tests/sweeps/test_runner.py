@@ -16,7 +16,7 @@ from kdjax.scoring import job as evaluation
 from kdjax.scoring import results
 from kdjax.storage.paths import read_json
 from kdjax.sweeps import cells, pilots, runner
-from kdjax.sweeps.names import exact_number
+from kdjax.sweeps.names import format_exact
 from tests.sweeps.test_cells import tokenizer_file
 
 
@@ -53,24 +53,24 @@ def test_every_cell_of_every_phase_is_trained_and_scored(grid, folder):
   assert [phase for phase, _ in runner.phases(grid, folder)] == ['pilot', 'main', 'validated']
   for cell in all_cells(grid, folder):
     assert runner.cell_folder(folder, cell).is_done()
-    sets = runner.newest(scores[cell.id])
+    sets = runner.newest_step(scores[cell.id])
     expected = {evaluation.VALIDATION} if cell.seed == grid.pilot.seed else {'in-domain', 'far', 'further'}
     assert set(sets) == expected
-  for job in runner.jobs_of(grid, folder):
-    assert runner.state(folder, job, 60) == 'done'
+  for job in runner.list_jobs(grid, folder):
+    assert runner.job_state(folder, job, 60) == 'done'
     if not job.cells:
-      assert set(runner.newest(scores[job.id])) == {'in-domain', 'far', 'further'}
+      assert set(runner.newest_step(scores[job.id])) == {'in-domain', 'far', 'further'}
 
 
 def test_the_pilot_is_written_down_before_the_main_cells_start(grid, folder):
-  pilot = pilots.read(folder, grid)
+  pilot = pilots.read_outcome(folder, grid)
   for group in [g for phase, found in runner.phases(grid, folder) if phase != 'pilot' for g in found]:
     for cell in group.cells:
       assert runner.cell_folder(folder, cell).identity()['commands'][0]['time'] > pilot['time']
 
 
 def test_the_pilot_keeps_its_whole_curve_and_chooses_the_least(grid, folder):
-  pilot = pilots.read(folder, grid)
+  pilot = pilots.read_outcome(folder, grid)
   for key, curve in pilot['curves'].items():
     if key.endswith('/tuned'):
       assert pilot['chosen'][key] == min(curve, key=curve.get)
@@ -86,7 +86,7 @@ def test_a_changed_pilot_is_refused(grid, folder, tmp_path):
   pilot['chosen'][next(iter(pilot['chosen']))] = 0.123
   (tmp_path / pilots.FILE).write_text(json.dumps(pilot))
   with pytest.raises(UserError, match='has been changed since it was written'):
-    pilots.read(tmp_path, grid)
+    pilots.read_outcome(tmp_path, grid)
 
 
 NAN, INF = float('nan'), float('inf')
@@ -100,7 +100,7 @@ def test_a_value_that_is_not_finite_is_never_chosen():
     'x/tuned': {'a': NAN, 'b': 2.0, 'c': INF},
     'x/unigram': {'0': NAN},  # no control was run: there is nothing to choose from
   }
-  outcome = pilots.choose(curves)
+  outcome = pilots.choose_values(curves)
   assert outcome['chosen'] == {'x/t': 0.6, 'x/u': 0.2, 'x/tuned': 'b'}
   assert outcome['not_finite'] == {'x/t': ['0.2'], 'x/u': ['0', '0.4'], 'x/tuned': ['a', 'c'], 'x/unigram': ['0']}
   assert outcome['curves']['x/t'] == {'0': 2.0, '0.4': 1.9, '0.6': 1.8}
@@ -111,7 +111,7 @@ def test_curves_without_a_finite_value_are_refused():
   with pytest.raises(
     UserError, match=r'pilot: no run of x/t, x/tuned has a finite likelihood .* lower the learning rate'
   ):
-    pilots.choose({'x/t': {'0': 2.0, '0.2': NAN}, 'x/tuned': {'a': NAN}, 'x/u': {'0.2': 1.0}})
+    pilots.choose_values({'x/t': {'0': 2.0, '0.2': NAN}, 'x/tuned': {'a': NAN}, 'x/u': {'0.2': 1.0}})
 
 
 def test_a_diverged_run_of_the_pilot_is_logged_and_recorded(grid, folder, tmp_path, monkeypatch, caplog):
@@ -122,7 +122,7 @@ def test_a_diverged_run_of_the_pilot_is_logged_and_recorded(grid, folder, tmp_pa
   shutil.copytree(folder, tmp_path / 'grid')
   (tmp_path / 'grid' / pilots.FILE).unlink()
   runner.Runner(grid, tmp_path / 'grid', None, None)._choose()
-  pilot = pilots.read(tmp_path / 'grid', grid)
+  pilot = pilots.read_outcome(tmp_path / 'grid', grid)
   ((key, names),) = pilot['not_finite'].items()
   assert names == ['0.3'] and pilot['chosen'][key] == 0.6
   assert f'pilot: {key}: the likelihood at 0.3 is not finite, so it is never chosen' in caplog.text
@@ -136,7 +136,7 @@ def test_a_pilot_of_an_older_version_is_found_by_its_short_names(grid, tmp_path)
   assert keys[0] != short[0] and short[1] == short[2] == keys[1] != keys[2]
   content = {'chosen': {short[0]: 0.3, short[1]: 0.6}, 'curves': {}, 'criterion': 'x'}
   (tmp_path / pilots.FILE).write_text(json.dumps(content | {'time': 0, 'hash': pilots._digest(content)}))
-  chosen = pilots.read(tmp_path, close)['chosen']
+  chosen = pilots.read_outcome(tmp_path, close)['chosen']
   assert chosen[keys[0]] == 0.3 and keys[2] not in chosen
 
 
@@ -145,10 +145,10 @@ def test_an_alpha_of_more_digits_is_chosen_with_all_of_them(grid, folder):
   exact = dataclasses.replace(grid, pilot=dataclasses.replace(grid.pilot, alpha=alphas))
   curves: dict[str, dict[str, float]] = {}
   for k, group in enumerate(g for g in cells.pilot_groups(exact) if g.kind == 'distilled'):
-    curves.setdefault(group.pilot_key, {})[exact_number(group.alpha)] = 2.0 - k / 10
+    curves.setdefault(group.pilot_key, {})[format_exact(group.alpha)] = 2.0 - k / 10
   (curve,) = curves.values()
   assert len(curve) == 2
-  chosen = pilots.choose(curves)['chosen']
+  chosen = pilots.choose_values(curves)['chosen']
   groups = [g for g in cells.validated_groups(exact, chosen) if g.kind == 'distilled']
   assert [g.alpha for g in groups] == [0.1234568] and groups[0].cells[0].alpha == 0.1234568
 
@@ -158,13 +158,13 @@ def test_a_report_needs_no_tokenizer_file(grid, tmp_path):
   path = tokenizer_file(tmp_path, 300)
   base = dataclasses.replace(grid.base, data=dataclasses.replace(grid.base.data, tokenizer=str(path)))
   of_file = dataclasses.replace(grid, base=base)
-  runner.claim(tmp_path / 'grid', of_file)
+  runner.claim_grid(tmp_path / 'grid', of_file)
   ids = [c.id for c in all_cells(of_file, tmp_path / 'grid')]
   path.unlink()
   kdjax.data.corpus.vocab_size.cache_clear()
-  loaded = report.load(tmp_path / 'grid')
+  loaded = report.load_grid(tmp_path / 'grid')
   assert cells.vocab_size(loaded) == 300
-  assert runner.identity(loaded) == runner.identity(of_file)
+  assert runner.grid_identity(loaded) == runner.grid_identity(of_file)
   assert [c.id for c in all_cells(loaded, tmp_path / 'grid')] == ids
   with pytest.raises(UserError, match='cannot be read'):
     cells.vocab_size(of_file)
@@ -172,8 +172,8 @@ def test_a_report_needs_no_tokenizer_file(grid, tmp_path):
 
 def test_a_report_does_not_ask_what_the_plans_device_was(grid, tmp_path):
   odd = dataclasses.replace(grid, hardware=dataclasses.replace(grid.hardware, device='abacus', gib=3.0))
-  runner.claim(tmp_path, odd)
-  assert report.load(tmp_path).hardware.gib == 3.0
+  runner.claim_grid(tmp_path, odd)
+  assert report.load_grid(tmp_path).hardware.gib == 3.0
 
 
 def test_a_vocabulary_that_is_not_the_tokenizers_is_refused_before_any_training(grid, home):
@@ -204,11 +204,11 @@ def test_run_again_it_does_nothing(grid, folder, capsys):
 @pytest.mark.slow
 def test_a_cohorts_member_equals_the_same_cell_alone(grid, folder, home):
   """One teacher forward pass for several alphas changes no result beyond float tolerance."""
-  job = next(job for job in runner.jobs_of(grid, folder) if job.phase == 'pilot' and len(job.cells) > 1)
+  job = next(job for job in runner.list_jobs(grid, folder) if job.phase == 'pilot' and len(job.cells) > 1)
   alone, copy = dataclasses.replace(grid, cohort=1), home / 'alone'
   command.run(alone, copy, cell=job.cells[0].id, progress=False)
-  likelihood = lambda g, f: results.read(
-    f / runner.newest(runner.read_scores(g, f)[job.cells[0].id])[evaluation.VALIDATION]
+  likelihood = lambda g, f: results.read_result(
+    f / runner.newest_step(runner.read_scores(g, f)[job.cells[0].id])[evaluation.VALIDATION]
   )[0]['nll'].sum()
   assert likelihood(grid, folder) == pytest.approx(likelihood(alone, copy), rel=1e-5)
 
@@ -218,7 +218,7 @@ def test_one_cell_alone_does_what_it_needs_and_no_more(grid, home):
   folder = home / 'one'
   cell = next(c for c in cells.cells_of(cells.pilot_groups(grid)) if c.arm == 'distilled')
   command.run(grid, folder, cell=cell.id, progress=False)
-  done = [job for job in runner.jobs_of(grid, folder) if runner.state(folder, job, 60) == 'done']
+  done = [job for job in runner.list_jobs(grid, folder) if runner.job_state(folder, job, 60) == 'done']
   assert [bool(job.cells) for job in done] == [False, True]
   assert cell.id in {c.id for job in done for c in job.cells}
   assert not (folder / pilots.FILE).exists()
@@ -239,7 +239,7 @@ def test_a_shard_that_is_none_is_refused(grid, home, text):
 
 
 def test_shards_are_a_partition(grid, folder):
-  jobs = runner.jobs_of(grid, folder)
+  jobs = runner.list_jobs(grid, folder)
   parts = [runner.shard(jobs, f'{i}/3') for i in (1, 2, 3)]
   assert sorted(i for part in parts for i in part) == sorted(job.id for job in jobs if job.cells)
 
@@ -267,7 +267,7 @@ def test_a_failed_job_is_kept_with_its_error_and_the_rest_go_on(grid, home, monk
   monkeypatch.setattr(runner.experiments, 'train_students', broken)
   with pytest.raises(TrainingError, match='this one breaks'):
     command.run(grid, folder, progress=False)
-  states = {job.id: runner.state(folder, job, 60) for job in runner.jobs_of(grid, folder) if job.phase == 'pilot'}
+  states = {job.id: runner.job_state(folder, job, 60) for job in runner.list_jobs(grid, folder) if job.phase == 'pilot'}
   assert set(states.values()) == {'done', 'failed'}
   failed = next(i for i, state in states.items() if state == 'failed')
   assert 'this one breaks' in (folder / 'jobs' / failed / 'error.txt').read_text()
@@ -275,7 +275,7 @@ def test_a_failed_job_is_kept_with_its_error_and_the_rest_go_on(grid, home, monk
   assert 'this one breaks' in command.status_text(grid, folder)
   monkeypatch.undo()
   command.run(grid, folder, progress=False)  # and again: it is tried again
-  assert all(runner.state(folder, job, 60) == 'done' for job in runner.jobs_of(grid, folder))
+  assert all(runner.job_state(folder, job, 60) == 'done' for job in runner.list_jobs(grid, folder))
 
 
 @pytest.mark.slow
@@ -288,9 +288,9 @@ def test_a_failed_teacher_fails_its_students_alone(grid, home, monkeypatch):
   monkeypatch.setattr(runner.experiments, 'train_teacher', broken)
   with pytest.raises(TrainingError, match='no such teacher'):
     command.run(grid, folder, progress=False)
-  for job in runner.jobs_of(grid, folder):
+  for job in runner.list_jobs(grid, folder):
     if job.phase == 'pilot':
-      assert runner.state(folder, job, 60) == ('missing' if job.teacher else 'done'), job.id
+      assert runner.job_state(folder, job, 60) == ('missing' if job.teacher else 'done'), job.id
 
 
 def test_results_are_those_of_the_grids_own_cells(grid, folder):

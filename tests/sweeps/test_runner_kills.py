@@ -37,7 +37,7 @@ def undisturbed(tiny_grid, tmp_path_factory):
 
 
 def tables(folder) -> pd.DataFrame:
-  built = effects.build(report.load(folder), folder)
+  built = effects.build_tables(report.load_grid(folder), folder)
   return pd.concat([built.effects, built.contrasts])
 
 
@@ -65,7 +65,7 @@ def test_two_runners_do_each_job_once(tiny_grid, undisturbed, fresh):
   for cell in (folder / 'cells').iterdir():
     assert len(json.loads((cell / 'run.json').read_text())['commands']) == 1, cell.name
   starts = [json.loads(path.read_text())['token'] for path in (folder / 'jobs').glob('*/owner-*.json')]
-  assert len(set(starts)) == len(runner.jobs_of(grid, folder))
+  assert len(set(starts)) == len(runner.list_jobs(grid, folder))
   pd.testing.assert_frame_equal(tables(folder), tables(undisturbed), check_exact=True)
 
 
@@ -74,13 +74,13 @@ def test_a_dead_runners_job_is_taken_over(tiny_grid, fresh):
   config, folder = fresh
   process = go(config, folder, 'run')
   running = lambda: [
-    job for job in runner.jobs_of(grid, folder) if job.cells and runner.state(folder, job, 60) == 'running'
+    job for job in runner.list_jobs(grid, folder) if job.cells and runner.job_state(folder, job, 60) == 'running'
   ]
   commands.wait_for(running, process)
   (job,) = running()
   commands.kill(process)
   assert commands.finish(go(config, folder, 'run'), timeout=600) == [0]
-  assert runner.state(folder, job, 60) == 'done'
+  assert runner.job_state(folder, job, 60) == 'done'
 
 
 def in_mid_cell(folder) -> bool:
@@ -98,8 +98,8 @@ def test_a_runner_of_two_processes_goes_on_after_one_is_killed(tiny_grid, undist
   again = both()
   several.done(*again, timeout=600)
   assert 'all done' in commands.output(again[0])[0]
-  for job in runner.jobs_of(tiny_grid[1], folder):
-    assert runner.state(folder, job, 60) == 'done'
+  for job in runner.list_jobs(tiny_grid[1], folder):
+    assert runner.job_state(folder, job, 60) == 'done'
   for cell in (folder / 'cells').iterdir():
     assert len(json.loads((cell / 'run.json').read_text())['commands']) <= 2, cell.name
   # Other devices, other roundings.
@@ -181,8 +181,8 @@ def test_a_job_that_kills_its_runner_is_given_up_and_the_others_are_done(tiny_gr
     codes.append(
       subprocess.run(command, env=commands.environment(), cwd=commands.REPO, timeout=300, check=False).returncode
     )
-  pilot = [job for job in runner.jobs_of(grid, folder) if job.phase == 'pilot']
-  states = {job.id: runner.state(folder, job, 60) for job in pilot}
+  pilot = [job for job in runner.list_jobs(grid, folder) if job.phase == 'pilot']
+  states = {job.id: runner.job_state(folder, job, 60) for job in pilot}
   poisoned = [job.id for job in pilot if job.cells[0].arm == 'distilled']
   assert codes == [-signal.SIGKILL] * attempts.MOST * len(poisoned) + [FAILED]
   assert {job for job, state in states.items() if state == 'failed'} == set(poisoned)

@@ -41,7 +41,7 @@ def mesh():
 def run(tmp_path_factory) -> RunFolder:
   """A run folder with checkpoints of steps 3 and 6."""
   folder = RunFolder(tmp_path_factory.mktemp('teacher') / 'run')
-  model = build(frozen.with_vocabulary(MODEL, BYTES, 'teacher'))
+  model = build(frozen.set_vocabulary(MODEL, BYTES, 'teacher'))
   folder.record({'model': config_lib.as_dict(model.config)}, {'tokenizer': BYTES.fingerprint})
   optimizer = OptimizerConfig()
   recipe = Recipe(model, None, ('none',), adamw(optimizer), learning_rate(optimizer, 6), 1.0, config_lib.LossConfig())
@@ -57,7 +57,7 @@ def run(tmp_path_factory) -> RunFolder:
 
 def refused(folder, tokenizer=BYTES) -> str:
   with pytest.raises(UserError) as e:
-    frozen.check(RunFolder(folder), 'teacher.run', tokenizer)
+    frozen.check_teacher_run(RunFolder(folder), 'teacher.run', tokenizer)
   assert '\n' not in str(e.value)
   return str(e.value)
 
@@ -66,12 +66,12 @@ def test_a_teacher_still_in_training_is_refused_unless_a_checkpoint_is_named(run
   folder = copy(run, tmp_path / 'x', lambda identity: None)
   write_json(folder / 'status.json', {'state': 'running'})
   assert 'is not finished; wait for it' in refused(folder)
-  frozen.check(RunFolder(folder), 'teacher.run', BYTES, step=3)
+  frozen.check_teacher_run(RunFolder(folder), 'teacher.run', BYTES, step=3)
 
 
 def load_refused(folder, step=0) -> str:
   with pytest.raises(UserError) as e:
-    frozen.load(RunFolder(folder), 'float32', mesh(), step)
+    frozen.load_teacher(RunFolder(folder), 'float32', mesh(), step)
   assert '\n' not in str(e.value)
   return str(e.value)
 
@@ -86,7 +86,7 @@ def copy(run, folder, change) -> RunFolder:
 
 
 def test_a_teacher_of_the_same_architecture_and_tokenizer_is_taken(run):
-  frozen.check(run, 'teacher.run', BYTES)
+  frozen.check_teacher_run(run, 'teacher.run', BYTES)
 
 
 def test_a_missing_folder_is_no_run_folder(tmp_path):
@@ -133,7 +133,7 @@ def test_another_architecture_than_run_json_says_is_refused(run, tmp_path):
 
 @pytest.mark.parametrize(('asked', 'step'), [(0, 6), (3, 3), (6, 6)])
 def test_the_newest_or_the_named_step_is_loaded(run, asked, step):
-  model, params, found, weights = frozen.load(run, 'float32', mesh(), asked)
+  model, params, found, weights = frozen.load_teacher(run, 'float32', mesh(), asked)
   assert found == step
   fresh = jax.jit(model.init)(jax.random.key(step))
   jax.tree.map(np.testing.assert_array_equal, params, fresh)
@@ -141,8 +141,8 @@ def test_the_newest_or_the_named_step_is_loaded(run, asked, step):
 
 
 def test_the_weights_are_cast_and_sharded_and_keep_the_saved_fingerprint(run):
-  model, params, _, weights = frozen.load(run, 'bfloat16', mesh())
-  _, whole, _, same = frozen.load(run, 'float32', mesh())
+  model, params, _, weights = frozen.load_teacher(run, 'bfloat16', mesh())
+  _, whole, _, same = frozen.load_teacher(run, 'float32', mesh())
   assert weights == same
   shardings = sharding.param_shardings(model.abstract(), mesh())
   for low, full, placed in zip(*map(jax.tree.leaves, (params, whole, shardings)), strict=True):
@@ -153,27 +153,27 @@ def test_the_weights_are_cast_and_sharded_and_keep_the_saved_fingerprint(run):
 def test_a_model_is_run_as_its_user_says(run):
   """Fields that change speed and reach are no part of a run: a teacher reads longer windows than it was trained on."""
   like = dataclasses.replace(MODEL, attention='xla', remat='full', max_seq_len=16_384, scan_unroll=2, d_model=999)
-  config = frozen.load(run, 'float32', mesh(), like=like)[0].config
+  config = frozen.load_teacher(run, 'float32', mesh(), like=like)[0].config
   assert (config.attention, config.remat, config.max_seq_len, config.scan_unroll) == ('xla', 'full', 16_384, 2)
   assert config.d_model == MODEL.d_model
 
 
 def test_auto_is_float32_on_cpu(run):
-  assert {leaf.dtype for leaf in jax.tree.leaves(frozen.load(run, 'auto', mesh())[1])} == {jnp.dtype('float32')}
+  assert {leaf.dtype for leaf in jax.tree.leaves(frozen.load_teacher(run, 'auto', mesh())[1])} == {jnp.dtype('float32')}
 
 
 def test_the_vocabulary_is_the_tokenizers_or_larger():
-  assert frozen.with_vocabulary(MODEL, BYTES, 'student').vocab_size == 257
+  assert frozen.set_vocabulary(MODEL, BYTES, 'student').vocab_size == 257
   larger = dataclasses.replace(MODEL, vocab_size=300)
-  masked = frozen.with_vocabulary(larger, BYTES, 'student')
+  masked = frozen.set_vocabulary(larger, BYTES, 'student')
   assert (masked.vocab_size, masked.padded_vocab_size) == (257, larger.padded_vocab_size)
   with pytest.raises(UserError, match=r"student.model.vocab_size = 100 is less than the tokenizer's 257"):
-    frozen.with_vocabulary(dataclasses.replace(MODEL, vocab_size=100), BYTES, 'student')
+    frozen.set_vocabulary(dataclasses.replace(MODEL, vocab_size=100), BYTES, 'student')
 
 
 def test_the_folder_is_named_by_what_defines_the_teacher(tmp_path):
   model = build(named('tiny-1m', vocab_size=256))
-  assert frozen.folder_of(str(tmp_path), model, 'abc').path == tmp_path / 'teachers' / '1.07M-abc'
+  assert frozen.locate_teacher(str(tmp_path), model, 'abc').path == tmp_path / 'teachers' / '1.07M-abc'
 
 
 @pytest.mark.parametrize('part', [(0.0, 1.0), (0.0, 0.5), (0.5, 1.0)])
@@ -205,10 +205,10 @@ def wide(params):
 
 
 def test_int8_rounds_the_blocks_matrices_to_half_a_step_and_nothing_else():
-  model = build(frozen.with_vocabulary(MODEL, BYTES, 'teacher'))
+  model = build(frozen.set_vocabulary(MODEL, BYTES, 'teacher'))
   params = model.init(jax.random.key(0))
   params['blocks']['mlp']['up']['kernel'] = params['blocks']['mlp']['up']['kernel'].at[..., 3].set(0)
-  rounded = frozen.in_dtype(params, 'int8')
+  rounded = frozen.to_dtype(params, 'int8')
   assert {path_name(path) for path, leaf in jax.tree_util.tree_flatten_with_path(rounded)[0] if leaf.dtype == jnp.int8} == {
     f'blocks/{name}/kernel/values' for name in ('attn/q', 'attn/k', 'attn/v', 'attn/o', 'mlp/gate', 'mlp/up', 'mlp/down')
   }  # fmt: skip
@@ -222,10 +222,10 @@ def test_int8_rounds_the_blocks_matrices_to_half_a_step_and_nothing_else():
 @pytest.mark.parametrize('layout', sharding.LAYOUTS)
 def test_int8_is_what_is_gathered_and_the_hidden_states_are_those_of_the_rounded_weights(layout):
   on = sharding.make_mesh(MeshConfig(1, 4, 2))
-  model = build(dataclasses.replace(frozen.with_vocabulary(MODEL, BYTES, 'teacher'), d_model=32, d_ff=32, n_layers=2))
+  model = build(dataclasses.replace(frozen.set_vocabulary(MODEL, BYTES, 'teacher'), d_model=32, d_ff=32, n_layers=2))
   params = model.init(jax.random.key(0))
   tokens = jax.random.randint(jax.random.key(1), (8, 16), 0, 256)
-  expected = model.hidden(wide(frozen.in_dtype(params, 'int8')), tokens)
+  expected = model.hidden(wide(frozen.to_dtype(params, 'int8')), tokens)
   with jax.set_mesh(on), sharding.rows_over(sharding.row_axes(layout)):
     placed = frozen.cast(params, 'int8', on, layout)
     rows = jax.device_put(tokens, jax.NamedSharding(on, jax.P(sharding.BATCH_AXES)))
@@ -237,7 +237,7 @@ def test_int8_is_what_is_gathered_and_the_hidden_states_are_those_of_the_rounded
 
 
 def test_models_that_a_device_cannot_hold_are_told_before_they_are_made():
-  model = build(frozen.with_vocabulary(MODEL, BYTES, 'teacher'))
+  model = build(frozen.set_vocabulary(MODEL, BYTES, 'teacher'))
   config = Config()
   held = 4 * model.n_params
   students = 3 * held * len(config.student.arms)

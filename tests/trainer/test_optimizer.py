@@ -117,9 +117,9 @@ def test_only_runs_whose_rates_have_changed_get_another_identity():
   )
   assert marked(warmup_fraction=1.0) and marked(schedule='wsd', warmup_fraction=0.5, decay_fraction=0.5)
   config = Config(student=StudentConfig(optimizer=OptimizerConfig(warmup_fraction=1.0)))
-  assert 'phases' in experiments.experiment(config)['student']['optimizer']
-  assert 'phases' not in experiments.experiment(config)['teacher']['optimizer']
-  run = experiments.run_config(config, config.student, config.student.model, 'baseline', '')
+  assert 'phases' in experiments.experiment_identity(config)['student']['optimizer']
+  assert 'phases' not in experiments.experiment_identity(config)['teacher']['optimizer']
+  run = experiments.run_identity(config, config.student, config.student.model, 'baseline', '')
   assert run['optimizer']['phases'] == 'fitted'
 
 

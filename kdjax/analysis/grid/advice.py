@@ -10,18 +10,18 @@ from kdjax.config import ModelConfig
 from kdjax.config.sizes import NAMED, named
 from kdjax.errors import UserError
 from kdjax.models import flops
-from kdjax.sweeps.cells import count
+from kdjax.sweeps.names import format_count
 
 SHOWN = 10
 UNITS = {'K': 10**3, 'M': 10**6, 'B': 10**9, 'T': 10**12}
 
 
-def format(advice: Advice) -> str:
+def format_advice(advice: Advice) -> str:
   """Format the advice for the terminal."""
   a = advice
   asked = (
-    f'Student of {count(a.student_params)} parameters (outside the embedding) on {count(a.student_tokens)} tokens; budget '
-    f"{flop(a.budget_flops)} for the student's own training ({flop(a.student_flops)}), the teacher's logits and its training."
+    f'Student of {format_count(a.student_params)} parameters (outside the embedding) on {format_count(a.student_tokens)} tokens; budget '
+    f"{format_flops(a.budget_flops)} for the student's own training ({format_flops(a.student_flops)}), the teacher's logits and its training."
   )
   parts = [asked, '', *(_answer(a, a.choice, a.best) if a.choice and a.best else _no_answer(a))]
   if a.options:
@@ -32,13 +32,13 @@ def format(advice: Advice) -> str:
 
 
 def _answer(a: Advice, choice: Option, best: Option) -> list[str]:
-  what = f'No teacher: train the LM-only student on {count(choice.student_tokens)} tokens.'
+  what = f'No teacher: train the LM-only student on {format_count(choice.student_tokens)} tokens.'
   if choice.teacher:
     what = (
-      f'Use {choice.teacher} ({count(choice.teacher_params)} parameters) trained on {count(choice.teacher_tokens)} tokens, '
+      f'Use {choice.teacher} ({format_count(choice.teacher_params)} parameters) trained on {format_count(choice.teacher_tokens)} tokens, '
       f'alpha {choice.alpha:g}.'
     )
-  against = f'against the LM-only student on {count(a.student_tokens)} tokens; below 0: better'
+  against = f'against the LM-only student on {format_count(a.student_tokens)} tokens; below 0: better'
   measured = (
     'Predicted by the surface'
     if not choice.measured
@@ -55,9 +55,9 @@ def _answer(a: Advice, choice: Option, best: Option) -> list[str]:
 
 def _cost(a: Advice, choice: Option) -> list[str]:
   if not choice.teacher:
-    return [f'Cost: {flop(choice.cost())}.']
-  cost = f'Total cost: {flop(choice.cost(True))} if the teacher exists, {flop(choice.cost())} if it must be trained.'
-  tokens = count(a.student_tokens * choice.cost() / a.student_flops)
+    return [f'Cost: {format_flops(choice.cost())}.']
+  cost = f'Total cost: {format_flops(choice.cost(True))} if the teacher exists, {format_flops(choice.cost())} if it must be trained.'
+  tokens = format_count(a.student_tokens * choice.cost() / a.student_flops)
   if a.lm_only_gain is None:
     return [f'{cost} An LM-only student of the same cost would train on {tokens} tokens; its gain was not measured.']
   return [f'{cost} The LM-only student of the same cost, on {tokens} tokens: {-a.lm_only_gain:+.4f} bits per byte.']
@@ -89,7 +89,7 @@ def _fit_quality(s: Surface) -> list[str]:
   """Report what the surface was fitted on and how well it predicts."""
   words = lambda column: sorted(set(s.frame[column].str.split().explode()))
   kind = {'ridge': 'ridge surface', 'law': 'scaling law after Busbridge et al. (2025)'}[s.kind]
-  fixed = ', '.join(f'{WORDS[axis]} {count(value)}' for axis, value in s.fixed.items())
+  fixed = ', '.join(f'{WORDS[axis]} {format_count(value)}' for axis, value in s.fixed.items())
   others = ', '.join(f'{words} {error:.4f}' for words, error in s.left_out.items() if words != 'surface')
   return [
     f'Fitted: a {kind} on {len(s.frame)} effects ({len(words("cells"))} cells, seeds {" ".join(words("seeds"))}) of '
@@ -101,7 +101,7 @@ def _fit_quality(s: Surface) -> list[str]:
   ]
 
 
-def flop(number: float) -> str:
+def format_flops(number: float) -> str:
   return f'{number:.2e} FLOP'
 
 

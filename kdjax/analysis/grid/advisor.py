@@ -25,7 +25,7 @@ from kdjax.analysis.grid.surface import (
   SHARED,
   WORDS,
   Surface,
-  fit,
+  fit_surface,
   predict,
   refusal,
 )
@@ -33,9 +33,9 @@ from kdjax.config import ModelConfig
 from kdjax.config.sizes import NAMED
 from kdjax.errors import UserError
 from kdjax.models import flops
-from kdjax.sweeps.cells import count
+from kdjax.sweeps.names import format_count
 
-__all__ = ['MARGIN', 'Advice', 'Option', 'advise', 'family', 'fit']
+__all__ = ['MARGIN', 'Advice', 'Option', 'advise', 'family', 'fit_surface']
 
 MARGIN = 0.05  # the expected loss that a cheaper choice may have, as a share of the best option's gain
 MIN_TEACHERS = 3  # with fewer, no surface predicts the teachers between the measured ones
@@ -59,8 +59,8 @@ class Option:
 
   def __str__(self) -> str:
     if not self.teacher:
-      return f'LM-only on {count(self.student_tokens)} tokens'
-    return f'{self.teacher} at {count(self.teacher_tokens)} tokens, alpha {self.alpha:g}'
+      return f'LM-only on {format_count(self.student_tokens)} tokens'
+    return f'{self.teacher} at {format_count(self.teacher_tokens)} tokens, alpha {self.alpha:g}'
 
   @property
   def difference(self) -> float:
@@ -323,7 +323,7 @@ def _runs(surface: Surface, options: list[Option], within: list[Option], near: l
     )
   for axis in (N_T, D_T, ALPHA):
     if axis in surface.fixed:
-      lines.append(f'a second and a third {WORDS[axis]}: all cells have {count(surface.fixed[axis])}')
+      lines.append(f'a second and a third {WORDS[axis]}: all cells have {format_count(surface.fixed[axis])}')
   beyond = [o for o in within if o.extrapolated and not (near and o.gain <= near[0].gain)]
   lines += [
     f'{o}: outside the range that the grid covers, and predicted to be better than every option inside it'

@@ -20,6 +20,7 @@ from kdjax.sweeps import comparisons
 from kdjax.sweeps import config as grid_config
 from kdjax.sweeps.cells import Cell, Group, Setting, Source
 from kdjax.sweeps.config import IN_DOMAIN, OOD_LESS_IN_DOMAIN, OOD_MEAN
+from kdjax.sweeps.names import format_count
 
 QUESTIONS = {
   'weak_helps': 'Does a weak teacher help?',
@@ -323,7 +324,7 @@ def _reversal_at_equal_flops(arms: _Arms) -> Rows:
       continue
     most, less = pair
     large, small, alone = arms.teacher(most), arms.equal_compute(less), arms.flop_matched(most, scenario)
-    tokens = cells_lib.count(small[0].cells[0].config.student.tokens)
+    tokens = format_count(small[0].cells[0].config.student.tokens)
     names = most.name, f'{less.name}, its student on {tokens} tokens', 'LM-only'
     answers = {
       'better': f'no: {where} the pair with the largest teacher is better than the pair with {less.name}{_runs(arms)}',

@@ -38,7 +38,7 @@ class Tables:
   warnings: list[str]
 
 
-def build(grid: GridConfig, folder: paths.Path) -> Tables:
+def build_tables(grid: GridConfig, folder: paths.Path) -> Tables:
   """Raises UserError where runs must not be compared, or nothing has been scored."""
   scores = Scores(grid, folder)
   groups = [group for phase, found in runner.phases(grid, folder) if phase != 'pilot' for group in found]
@@ -161,7 +161,7 @@ def _over_seeds(differences: np.ndarray) -> Effect:
 def _teachers(scores: Scores) -> pd.DataFrame:
   """Each teacher's own likelihood: what PGR and a law on losses need."""
   rows = []
-  for job in runner.jobs_of(scores.grid, scores.folder):
+  for job in runner.list_jobs(scores.grid, scores.folder):
     rows_of = job.config.teacher.batch_size * job.config.data.seq_len
     for step, sets in scores.steps(job.id).items() if not job.cells else ():
       for name, table in sets.items():

@@ -55,12 +55,12 @@ def write_all(effects: pd.DataFrame, contrasts: pd.DataFrame, folder: paths.Path
       stem = name if len(known) == 1 else f'{name}-{slug(setting)}'
       figure = render(spec, spec.select(rows), mine, note, setting)
       paths += [ink.save(figure, folder / f'{stem}{suffix}') for suffix in ('.png', '.svg')]
-  for line in missing(effects):
+  for line in list_missing(effects):
     log.warning('figure not drawn: %s', line)
   return paths
 
 
-def drawn(name: str, effects: pd.DataFrame) -> pd.DataFrame:
+def select_rows(name: str, effects: pd.DataFrame) -> pd.DataFrame:
   """The numbers that figure `name` draws, of all student settings: rows of `effects`, under their own index, with their places."""
   table = table_rows.labelled(effects)
   return pd.concat(
@@ -69,7 +69,7 @@ def drawn(name: str, effects: pd.DataFrame) -> pd.DataFrame:
   )
 
 
-def missing(effects: pd.DataFrame) -> list[str]:
+def list_missing(effects: pd.DataFrame) -> list[str]:
   """What could not be drawn, and what it would need; one line a figure and setting."""
   table = table_rows.labelled(effects)
   return [
@@ -102,7 +102,7 @@ def evidence(rows: pd.DataFrame) -> str:
   return text[:1].upper() + text[1:] + (f'. Documents or items: {documents}.' if documents else '')
 
 
-def quoted(contrasts: pd.DataFrame, names: Sequence[str]) -> list[str]:
+def quote_contrasts(contrasts: pd.DataFrame, names: Sequence[str]) -> list[str]:
   """Return the declared contrasts that a figure relates to, with their verdicts."""
   lines = []
   for row in table_rows.each(contrasts) if len(contrasts) else ():
@@ -125,7 +125,12 @@ def render(
     lines: list[str] = []
   else:
     figure = spec.draw(rows)
-    lines = [spec.how, *alpha_words(spec, rows['validated']), evidence(rows), *quoted(contrasts, spec.contrasts)]
+    lines = [
+      spec.how,
+      *alpha_words(spec, rows['validated']),
+      evidence(rows),
+      *quote_contrasts(contrasts, spec.contrasts),
+    ]
   width = figure.get_figwidth()
   wrap = lambda text, size, room=0.0: '\n'.join(textwrap.wrap(text, int((width - room) * 125 / size)))
   heading = f'{spec.title}{f" · student {setting}" if setting else ""}'

@@ -19,7 +19,7 @@ from plotly import offline
 from kdjax.analysis.grid import figures, flopplots, plots, table_rows
 from kdjax.analysis.grid.contrasts import NOT_TESTED
 from kdjax.storage import paths
-from kdjax.sweeps.names import exact_count
+from kdjax.sweeps.names import format_exact_count
 
 DIGITS = 9  # significant, of the embedded numbers
 CONFIGURED = ('alpha', 'temperature', 'top_k')  # values may differ in any digit
@@ -83,7 +83,7 @@ LEGEND = {
 }  # fmt: skip
 
 
-def write(
+def write_page(
   effects: pd.DataFrame,
   contrasts: pd.DataFrame,
   figures_note: Mapping[str, str] | str,
@@ -128,7 +128,7 @@ def payload(
   table = table_rows.labelled(effects)
   budgets = zip(table['teacher'], table['teacher_tokens'], table['budget'], strict=True)
   table['budget_name'] = [
-    f'{exact_count(tokens)} {budget}'.strip() if teacher else 'none' for teacher, tokens, budget in budgets
+    f'{format_exact_count(tokens)} {budget}'.strip() if teacher else 'none' for teacher, tokens, budget in budgets
   ]
   table['marker'] = table['marker'].map(SYMBOLS)
   known = list(table['setting'].unique())
@@ -143,7 +143,7 @@ def payload(
         'needs': spec.needs,
         'note': notes.get(name, ''),
         'alpha': [figures.UNVALIDATED, figures.VALIDATED] if spec.one_alpha else [],
-        'contrasts': {s: figures.quoted(table_rows.of_setting(contrasts, s), spec.contrasts) for s in known},
+        'contrasts': {s: figures.quote_contrasts(table_rows.of_setting(contrasts, s), spec.contrasts) for s in known},
       }
       for name, spec in figures.FIGURES.items()
     },

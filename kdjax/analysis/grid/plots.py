@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from kdjax.analysis.grid import ink, table_rows
-from kdjax.sweeps.cells import count
+from kdjax.sweeps.names import format_count
 
 DASHES = ('-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
 ARMS = {'distilled': 'o', 'unigram': '>', 'tuned': 'X', 'flop_matched': 's'}
@@ -75,7 +75,8 @@ def _teacher_ticks(axes, rows: pd.DataFrame) -> None:
   axes.set_xticks([], [])
   axes.minorticks_off()
   texts = [
-    f'{row.teacher} {count(row.teacher_tokens)} · {row.at:.1e}'.replace('e+', 'e') for row in table_rows.each(known)
+    f'{row.teacher} {format_count(row.teacher_tokens)} · {row.at:.1e}'.replace('e+', 'e')
+    for row in table_rows.each(known)
   ]
   size = min(8.0, 200 / max(len(texts), 1))
   places = ink.spread((np.log10(known['at'].to_numpy()) - low) / (high - low), size / 210)
@@ -125,7 +126,7 @@ def _heat(axes, rows: pd.DataFrame, teachers: list[str], budgets: list[float], l
   for y, x in zip(*np.nonzero(np.isnan(values)), strict=True):
     axes.text(x, y, 'not run', ha='center', va='center', fontsize=7.5, color='#666666')
   image.set_data(values)
-  axes.set_xticks(range(len(budgets)), [count(tokens) for tokens in budgets])
+  axes.set_xticks(range(len(budgets)), [format_count(tokens) for tokens in budgets])
   axes.set_yticks(range(len(teachers)), teachers)
   return image
 
@@ -156,7 +157,9 @@ def alphas(rows: pd.DataFrame) -> matplotlib.figure.Figure:
     'marker': table_rows.pick(table_rows.MARKERS, i),
     'markersize': 4,
   }
-  handles = [ink.handle(f'{count(use[0])} {use[1]}'.strip(), color='#555555', **style(i)) for i, use in enumerate(uses)]
+  handles = [
+    ink.handle(f'{format_count(use[0])} {use[1]}'.strip(), color='#555555', **style(i)) for i, use in enumerate(uses)
+  ]
   best = ink.handle('large, hollow: validated α,\nfresh seeds', color='black', marker='o', linestyle='none', **BEST)
   return ink.legend(figure, [*handles, best, ink.handle('unigram (no teacher)', **UNIGRAM)], 'teacher’s tokens')
 

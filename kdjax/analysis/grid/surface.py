@@ -23,7 +23,7 @@ import pandas as pd
 from scipy import optimize, stats
 
 from kdjax.errors import UserError
-from kdjax.sweeps.cells import count
+from kdjax.sweeps.names import format_count
 
 AXES = ('teacher_params', 'teacher_tokens', 'student_params', 'student_tokens', 'alpha')
 N_T, D_T, N_S, D_S, ALPHA = range(5)
@@ -89,7 +89,7 @@ class Prediction(NamedTuple):
   covered: np.ndarray  # [n]: whether the point is among the data
 
 
-def fit(
+def fit_surface(
   effects: pd.DataFrame,
   set_name: str = 'in-domain',
   *,
@@ -156,7 +156,7 @@ def refusal(surface: Surface, axis: int, value: float) -> str:
   one = surface.fixed.get(axis, value)
   if abs(np.log(value / one)) < SAME:
     return ''
-  return f'the grid has one {WORDS[axis]} ({count(one)}): nothing is known of others'
+  return f'the grid has one {WORDS[axis]} ({format_count(one)}): nothing is known of others'
 
 
 def _select(effects: pd.DataFrame, set_name: str) -> tuple[pd.DataFrame, list[str]]:

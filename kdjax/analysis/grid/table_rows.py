@@ -18,7 +18,7 @@ import pandas as pd
 from kdjax.scoring.job import IN_DOMAIN
 from kdjax.scoring.text import DIFFICULTIES
 from kdjax.sweeps.config import OOD_MEAN
-from kdjax.sweeps.names import exact_count, exact_number
+from kdjax.sweeps.names import format_exact, format_exact_count
 
 SETS = (IN_DOMAIN, OOD_MEAN)
 SETTING = ['student', 'student_tokens', 'distinct_tokens']
@@ -72,7 +72,7 @@ def labelled(effects: pd.DataFrame) -> pd.DataFrame:
   ]
   parts = zip(table['teacher'], table['teacher_tokens'], table['variant'], strict=True)
   table['source'] = [
-    f'{teacher} {exact_count(tokens)} {variant}'.strip() if teacher else '' for teacher, tokens, variant in parts
+    f'{teacher} {format_exact_count(tokens)} {variant}'.strip() if teacher else '' for teacher, tokens, variant in parts
   ]
   table['strength'] = table.groupby('source')['pretraining_flops'].transform('max') if len(table) else np.nan
   sizes = table[table['teacher'] != ''].groupby('teacher')['teacher_params'].min().sort_values(kind='stable')
@@ -93,7 +93,7 @@ def chosen(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def label(source: str, alpha: float, validated: bool) -> str:
-  return f'{source}, α {exact_number(alpha)}{"" if validated else "*"}'
+  return f'{source}, α {format_exact(alpha)}{"" if validated else "*"}'
 
 
 def labels_of(rows: pd.DataFrame) -> list[str]:
@@ -114,8 +114,8 @@ def of_setting(contrasts: pd.DataFrame, setting: str) -> pd.DataFrame:
 
 
 def setting_name(student: str, tokens: float, distinct: float) -> str:
-  return f'{student}, {exact_count(tokens)} tokens' + (
-    f' of {exact_count(distinct)} distinct' if distinct and distinct == distinct else ''
+  return f'{student}, {format_exact_count(tokens)} tokens' + (
+    f' of {format_exact_count(distinct)} distinct' if distinct and distinct == distinct else ''
   )
 
 
@@ -251,8 +251,8 @@ def each(rows: pd.DataFrame) -> Iterator[Any]:
 def _variant(row) -> str:
   """Describe how a teacher's targets differ from the plain use: iso-data, annealed, T = 1, all logits, normalised."""
   parts = [row.budget] * (row.budget == 'trunk') + [row.teacher_data] * (row.teacher_data == 'disjoint')
-  parts += [f'T{exact_number(row.temperature)}'] * (row.temperature == row.temperature and row.temperature != 1)
-  parts += [f'k{exact_number(row.top_k)}'] * (row.top_k == row.top_k and row.top_k != 0)
+  parts += [f'T{format_exact(row.temperature)}'] * (row.temperature == row.temperature and row.temperature != 1)
+  parts += [f'k{format_exact(row.top_k)}'] * (row.top_k == row.top_k and row.top_k != 0)
   return ' '.join(parts + [row.mixing] * (row.mixing not in ('', 'normalised')))
 
 

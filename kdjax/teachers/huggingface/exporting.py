@@ -37,7 +37,7 @@ def export(
   Raises:
     UserError: the folder exists, or no known architecture is this model.
   """
-  family, values = families.write(model.config)
+  family, values = families.write_config(model.config)
   values |= {
     'max_position_embeddings': max_positions or model.config.max_seq_len,
     'torch_dtype': dtype,
@@ -47,7 +47,7 @@ def export(
   check_new(out)
   try:
     with files.building(paths.expand(out)) as folder:
-      weights.save(params, model, family, folder, dtype, max_bytes)
+      weights.save_weights(params, model, family, folder, dtype, max_bytes)
       _write(folder / 'config.json', values)
       (folder / 'tokenizer.json').write_text(tokenizer_file(tokenizer, trained_here), encoding='utf-8')
       _write(folder / 'tokenizer_config.json', {

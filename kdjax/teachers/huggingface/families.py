@@ -132,7 +132,7 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
   return found[0]
 
 
-def read(values: Mapping[str, Any], where: str = 'config.json') -> tuple[Family, ModelConfig]:
+def read_config(values: Mapping[str, Any], where: str = 'config.json') -> tuple[Family, ModelConfig]:
   """What a config.json describes. Raises UserError, naming the field, where the decoder cannot be that."""
   family = family_of(values, where)
   known = {**family.defaults, **values}
@@ -186,7 +186,7 @@ def _gemma_scales(known: Mapping[str, Any], d_model: int, head_dim: int, where: 
   return {'embed_scale': math.sqrt(d_model), 'attn_scale': 0.0 if scalar == head_dim else scalar**-0.5}
 
 
-def write(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
+def write_config(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
   """(family, config.json) of a model: of the first family whose config.json, read again, is that model.
 
   Raises UserError where there is none, with what the nearest one lacks.
@@ -196,7 +196,8 @@ def write(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     values = _write(config, family)
     try:
       different = [
-        f'{family.name} has {there} where the model has {here}' for here, there in _differences(config, read(values)[1])
+        f'{family.name} has {there} where the model has {here}'
+        for here, there in _differences(config, read_config(values)[1])
       ]
     except UserError as e:  # it is beyond the family
       different = [f'{family.name}: {e}']

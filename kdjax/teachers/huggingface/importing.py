@@ -28,7 +28,7 @@ STEP = 0  # of the one checkpoint: nothing was trained here
 
 def is_folder(path: str | os.PathLike) -> bool:
   """Whether a path is a Hugging Face folder, rather than a run's."""
-  folder = paths.of_runs(path)
+  folder = paths.runs_path(path)
   return (folder / 'config.json').exists() and not (folder / 'run.json').exists()
 
 
@@ -55,7 +55,7 @@ class Source:
         f'{path}: no such folder; a model of the hub is fetched with: hf download NAME --local-dir FOLDER'
       )
     self._values = _config(self.path)
-    self.family, config = families.read(self._values, str(self.path / 'config.json'))
+    self.family, config = families.read_config(self._values, str(self.path / 'config.json'))
     self.tensors = weights.Tensors(self.path)
     self.model = build(dataclasses.replace(config, param_dtype=self.tensors.dtype()))
     self.tensors.check(self.model, self.family)
@@ -84,7 +84,7 @@ class Source:
   def load(self, mesh: Mesh) -> Any:
     """The weights, on the mesh as a student's are."""
     shardings = sharding.param_shardings(self.model.abstract(), mesh)
-    return weights.load(self.tensors, self.model, self.family, shardings)
+    return weights.load_weights(self.tensors, self.model, self.family, shardings)
 
   def import_into(self, folder: RunFolder, mesh: Mesh, timeout: float = 30) -> None:
     """Makes the folder the one of a finished run with these weights. What an import that was cut off has left is replaced.

@@ -133,7 +133,7 @@ class Tensors:
       raise UserError(f'{where} does not hold the weights of its config.json ({family.name}): {"; ".join(told)}')
 
 
-def load(tensors: Tensors, model: Model, family: Family, shardings) -> Any:
+def load_weights(tensors: Tensors, model: Model, family: Family, shardings) -> Any:
   """The parameters on a mesh, in the model's param_dtype: each process reads the slices that its devices hold, each once."""
   all_places = places(model, family)
   dtype = jnp.dtype(model.config.param_dtype)
@@ -155,7 +155,7 @@ def load(tensors: Tensors, model: Model, family: Family, shardings) -> Any:
   return jax.tree_util.tree_map_with_path(read, model.abstract(), shardings)
 
 
-def save(params, model: Model, family: Family, folder: pathlib.Path, dtype: str, max_bytes: int) -> None:
+def save_weights(params, model: Model, family: Family, folder: pathlib.Path, dtype: str, max_bytes: int) -> None:
   """Writes the parameters as safetensors files of at most `max_bytes` (a tensor is never cut), with an index where there are several."""
   leaves, cast_to = _leaves(params), jnp.dtype(dtype)
   tensors = [

@@ -10,7 +10,7 @@ from kdjax.analysis.grid import advice, advisor
 from kdjax.config.sizes import NAMED, named
 from kdjax.errors import UserError
 from kdjax.models import flops
-from kdjax.sweeps.cells import count
+from kdjax.sweeps.names import format_count
 from tests.analysis.grid.test_surface import SIZE, TEACHERS, TOKENS, effects, nothing, parabola, weak_best
 
 VOCAB, SEQ_LEN = 1024, 128
@@ -29,7 +29,7 @@ def reversing(n_t, d_t, n_s, d_s, alpha):
 
 
 def advise(frame, budget=PLENTY, student=STUDENT, tokens=TOKENS, draws=400, margin=advisor.MARGIN):
-  return advisor.advise(advisor.fit(frame, draws=draws), student, tokens, budget, SEQ_LEN, margin)
+  return advisor.advise(advisor.fit_surface(frame, draws=draws), student, tokens, budget, SEQ_LEN, margin)
 
 
 def lm_only(gains, error=0.004, student='tiny-1m') -> pd.DataFrame:
@@ -137,7 +137,7 @@ def test_more_tokens_are_advised_where_they_help_more():
   found = advise(frame)
   assert found.supported and not found.choice.teacher
   assert found.choice.student_tokens == 3 * TOKENS
-  text = advice.format(found)
+  text = advice.format_advice(found)
   assert 'No teacher: train the LM-only student on 6M tokens.' in text and 'Cost: ' in text
   cheaper = advise(frame, budget=2 * found.student_flops)
   assert cheaper.choice.student_tokens == 1.5 * TOKENS
@@ -147,13 +147,13 @@ def test_a_teacher_is_advised_where_more_tokens_help_less_and_the_comparison_is_
   found = advise(pd.concat([effects(weak_best), lm_only({1.1: 0.005, 4.0: 0.01})]))
   assert found.choice.teacher == 'tiny-0.1m'
   assert 0 < found.lm_only_gain < 0.01
-  assert f'{-found.lm_only_gain:+.4f} bits per byte' in advice.format(found)
+  assert f'{-found.lm_only_gain:+.4f} bits per byte' in advice.format_advice(found)
 
 
 def test_where_no_lm_only_student_was_matched_the_text_says_so():
   found = advise(effects(weak_best))
   assert found.lm_only_gain is None
-  assert 'its gain was not measured' in advice.format(found)
+  assert 'its gain was not measured' in advice.format_advice(found)
   assert any('controls.flop_matched' in run for run in found.runs)
 
 
@@ -169,7 +169,7 @@ def test_lm_only_students_of_another_size_do_not_count():
 def test_on_noise_and_on_harm_the_data_do_not_support_an_answer(gain):
   found = [advise(effects(gain, seed), draws=200) for seed in range(40)]
   assert sum(a.supported for a in found) <= 3
-  text = advice.format(next(a for a in found if not a.supported))
+  text = advice.format_advice(next(a for a in found if not a.supported))
   assert 'The data do not support an answer:' in text
   assert 'Use ' not in text
 
@@ -180,7 +180,7 @@ def test_with_fewer_than_three_teachers_only_measured_arms_are_advised(n):
   assert found.choice.teacher == 'tiny-0.1m'
   assert all(option.measured for option in found.options)
   assert any('more teachers' in run for run in found.runs)
-  assert 'nan' not in advice.format(found)
+  assert 'nan' not in advice.format_advice(found)
 
 
 # What lies outside.
@@ -194,7 +194,7 @@ def test_what_lies_outside_the_grid_is_flagged_and_not_recommended():
   assert found.options[0].teacher == 'tiny-0.1m'  # has the largest predicted gain
   assert found.best.teacher == found.choice.teacher == 'tiny-0.3m'
   assert any('tiny-0.1m' in run and 'outside the range that the grid covers' in run for run in found.runs)
-  assert 'OUTSIDE THE DATA: not recommended' in advice.format(found)
+  assert 'OUTSIDE THE DATA: not recommended' in advice.format_advice(found)
 
 
 def test_sizes_and_budgets_must_have_been_seen_together():
@@ -220,7 +220,7 @@ def test_of_other_students_than_the_grids_one_nothing_is_known(student, tokens, 
 def test_a_grid_of_one_budget_and_one_alpha_speaks_of_these_alone():
   found = advise(effects(weak_best, budgets=(TOKENS,), alphas=(0.4,)))
   assert {(option.teacher_tokens, option.alpha) for option in found.options} == {(TOKENS, 0.4)}
-  assert 'other values are unknown: teacher budget 2M' in advice.format(found)
+  assert 'other values are unknown: teacher budget 2M' in advice.format_advice(found)
   assert 'a second and a third alpha: all cells have 0.4' in found.runs
 
 
@@ -239,7 +239,7 @@ def test_nothing_above_the_budget_is_proposed_and_the_students_own_training_coun
   found = advise(frame, budget)
   assert {option.cost() for option in found.options} == {cost for cost in costs if cost <= budget}
   assert found.over_budget == len(costs) - len(found.options) > 0
-  assert "for the student's own training" in advice.format(found)
+  assert "for the student's own training" in advice.format_advice(found)
   student = flops.training_flops(STUDENT, SEQ_LEN) * TOKENS
   assert "student's own training costs" in advise(frame, 0.9 * student).reasons[0]
   assert 'no option fits: the cheapest' in advise(frame, 1.001 * student).reasons[0]
@@ -257,7 +257,7 @@ def test_costs_are_the_ledgers():
   choice, all_of_it = found.choice, {'count_logits': True, 'count_pretraining': True}
   teacher = named(choice.teacher, vocab_size=VOCAB)
   matched = flops.matched_tokens(STUDENT, teacher, TOKENS, choice.teacher_tokens, SEQ_LEN, **all_of_it)
-  assert f'of the same cost would train on {count(matched)} tokens' in advice.format(found)
+  assert f'of the same cost would train on {format_count(matched)} tokens' in advice.format_advice(found)
 
 
 # What it says, and what it is asked.
@@ -265,7 +265,7 @@ def test_costs_are_the_ledgers():
 
 def test_the_text_says_what_it_was_fitted_on_and_has_the_sign_of_every_table():
   found = advise(effects(weak_best))
-  text, errors = advice.format(found), found.surface.left_out
+  text, errors = advice.format_advice(found), found.surface.left_out
   assert 'a ridge surface on 32 effects (32 cells, seeds 43 44 45) of 8 teachers' in text
   assert f'{errors["surface"]:.4f}; of predicting no gain {errors["no gain"]:.4f}' in text
   assert 'Use tiny-0.1m (106.8k parameters)' in text

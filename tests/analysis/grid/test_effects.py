@@ -92,7 +92,7 @@ def test_flop_matched_arms_are_options_of_the_advisor():
   (setting,) = cells_lib.settings(grid)
   student: ModelConfig = cells_lib.sized(grid, setting.student)
   seq_len = grid.base.data.seq_len
-  advice = advisor.advise(advisor.fit(found, draws=20), student, setting.student_tokens, 1e18, seq_len)
+  advice = advisor.advise(advisor.fit_surface(found, draws=20), student, setting.student_tokens, 1e18, seq_len)
   alone = {option.student_tokens: option for option in advice.options if not option.teacher}
   matched = [group for group in made.groups if group.kind == 'flop_matched']
   assert set(alone) == {group.cells[0].config.student.tokens for group in matched}

@@ -78,7 +78,7 @@ def test_every_figure_is_a_png_and_an_svg(written):
 @pytest.mark.parametrize('name', NAMES)
 def test_the_drawn_rows_are_the_tables(name, tables):
   effects, _ = tables
-  drawn = gridfigures.drawn(name, effects)
+  drawn = gridfigures.select_rows(name, effects)
   own = effects.loc[drawn.index]
   for column, end in (('estimate', ''), ('low', '_low'), ('high', '_high')):
     np.testing.assert_array_equal(drawn[f'drawn{end}'], own[column])
@@ -129,7 +129,7 @@ def test_entropy_is_paired_with_the_same_arms_likelihood(tables, figures):
 
 def test_gain_per_flop_is_the_gain_over_the_flops_that_are_counted(tables):
   effects, _ = tables
-  drawn = gridfigures.drawn('gain_per_flop', effects)
+  drawn = gridfigures.select_rows('gain_per_flop', effects)
   own = drawn[drawn['arm'] == 'distilled']
   trained = own['counted'] == 'logits+pretraining'
   flops = own['logits_flops'] + own['pretraining_flops'] * trained
@@ -180,7 +180,7 @@ def test_one_seed_is_told():
 
 
 def test_a_teacher_has_one_colour_in_all_figures_and_settings():
-  drawn = pd.concat([gridfigures.drawn(name, grid_example.tables(2)[0]) for name in NAMES])
+  drawn = pd.concat([gridfigures.select_rows(name, grid_example.tables(2)[0]) for name in NAMES])
   teachers = drawn[drawn['teacher'] != ''].groupby('teacher')
   assert (teachers['colour'].nunique() == 1).all() and (teachers['marker'].nunique() == 1).all()
   assert teachers['colour'].first().nunique() == len(grid_example.PARAMS)
@@ -211,8 +211,8 @@ def test_other_uses_of_a_teacher_are_not_mixed_with_it(tables):
   both = pd.concat([effects, hot], ignore_index=True)
   assert set(table_rows.labelled(both)['variant']) == {'', 'T2'}
   for name in ('gain_vs_teacher', 'size_by_budget', 'alpha_curves', 'gains_by_set', 'entropy_vs_perplexity'):
-    drawn = gridfigures.drawn(name, both)
-    assert len(drawn) == 2 * len(gridfigures.drawn(name, effects))
+    drawn = gridfigures.select_rows(name, both)
+    assert len(drawn) == 2 * len(gridfigures.select_rows(name, effects))
     assert ((drawn['temperature'] == 2) == drawn['source'].str.endswith('T2')).all()
 
 
@@ -221,7 +221,7 @@ def test_what_is_missing_is_told_and_listed(tmp_path, tables, caplog, monkeypatc
   effects = tables[0].query("arm != 'flop_matched' and scenario == ''")
   with caplog.at_level(logging.WARNING):
     paths = gridfigures.write_all(effects, tables[1], tmp_path, '')
-  (line,) = gridfigures.missing(effects)
+  (line,) = gridfigures.list_missing(effects)
   assert 'Equal tokens against equal FLOPs' in line and 'controls.flop_matched' in line
   assert line in caplog.text
   assert len(paths) == 2 * len(NAMES)
@@ -242,8 +242,8 @@ def test_no_ood_set(tables):
 def test_an_empty_table_is_panels_that_say_so(tmp_path):
   paths = gridfigures.write_all(pd.DataFrame(), pd.DataFrame(), tmp_path, '')
   assert len(paths) == 2 * len(NAMES)
-  assert len(gridfigures.missing(pd.DataFrame())) == len(NAMES)
-  assert all(gridfigures.drawn(name, pd.DataFrame()).empty for name in NAMES)
+  assert len(gridfigures.list_missing(pd.DataFrame())) == len(NAMES)
+  assert all(gridfigures.select_rows(name, pd.DataFrame()).empty for name in NAMES)
 
 
 @pytest.mark.filterwarnings('error::RuntimeWarning')

@@ -72,7 +72,7 @@ def tables():
 @pytest.fixture(scope='module')
 def path(tables, tmp_path_factory):
   path = tmp_path_factory.mktemp('page') / 'report.html'
-  page.write(*tables, 'made-up numbers', FACTS, path)
+  page.write_page(*tables, 'made-up numbers', FACTS, path)
   return path
 
 
@@ -204,7 +204,7 @@ def test_every_column_of_the_table_is_explained(tables):
 
 def test_text_cannot_end_its_script(tmp_path, tables):
   effects = tables[0][:50].assign(over='<!--<script></script><b>')
-  page.write(effects, tables[1][:0], '', {'name': '</title>'}, tmp_path / 'p.html')
+  page.write_page(effects, tables[1][:0], '', {'name': '</title>'}, tmp_path / 'p.html')
   parsed = Parser((tmp_path / 'p.html').read_text(encoding='utf-8'))
   assert not parsed.open and set(unpacked(embedded(parsed)['effects']['over'])) == {'<!--<script></script><b>'}
   text = (tmp_path / 'p.html').read_text(encoding='utf-8')
@@ -212,7 +212,7 @@ def test_text_cannot_end_its_script(tmp_path, tables):
 
 
 def test_nothing_at_all_is_still_a_page(tmp_path):
-  page.write(pd.DataFrame(), pd.DataFrame(), '', {}, tmp_path / 'p.html')
+  page.write_page(pd.DataFrame(), pd.DataFrame(), '', {}, tmp_path / 'p.html')
   parsed = Parser((tmp_path / 'p.html').read_text(encoding='utf-8'))
   assert 'No contrasts were declared.' in ' '.join(parsed.words)
 
@@ -274,7 +274,7 @@ def test_its_figures_draw_what_the_png_figures_draw(opened, tables):
   found = drawn_in(opened[0])
   assert list(found) == list(gridfigures.FIGURES)
   for name, (points, total) in found.items():
-    drawn = gridfigures.drawn(name, tables[0])
+    drawn = gridfigures.select_rows(name, tables[0])
     assert points == len(drawn), name
     assert total == pytest.approx(drawn['estimate'].sum(), abs=1e-5), name
 
@@ -320,14 +320,14 @@ def test_a_filter_acts_on_the_figures(path, tables):
   dom, _ = dumped(path, '#teacher=tiny-0.1m')
   kept = tables[0].query("teacher in ('tiny-0.1m', '')")
   for name, (points, total) in drawn_in(dom).items():
-    drawn = gridfigures.drawn(name, kept)
+    drawn = gridfigures.select_rows(name, kept)
     assert points == len(drawn), name
     assert total == pytest.approx(drawn['estimate'].sum(), abs=1e-5), name
 
 
 @needs_browser
 def test_an_empty_page_opens_too(tmp_path):
-  page.write(pd.DataFrame(), pd.DataFrame(), '', {}, tmp_path / 'p.html')
+  page.write_page(pd.DataFrame(), pd.DataFrame(), '', {}, tmp_path / 'p.html')
   dom, console = dumped(tmp_path / 'p.html')
   assert console == [] and counted(dom) == (0, 0)
   assert dom.count('Not drawn') >= len(gridfigures.FIGURES)

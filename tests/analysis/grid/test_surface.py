@@ -76,7 +76,7 @@ def nothing(*_):
 
 
 def test_gains_have_the_sign_that_is_said():
-  assert surface.fit(effects(lambda *_: 0.03, error=0.001), draws=2).cells.gain.min() > 0
+  assert surface.fit_surface(effects(lambda *_: 0.03, error=0.001), draws=2).cells.gain.min() > 0
 
 
 def test_other_arms_baselines_losses_and_regimes_are_left_out():
@@ -90,7 +90,7 @@ def test_other_arms_baselines_losses_and_regimes_are_left_out():
     effects(nothing, set='c4'),
     effects(nothing, measure='ece'),
   ]
-  fitted = surface.fit(pd.concat([plain, *others]), draws=2)
+  fitted = surface.fit_surface(pd.concat([plain, *others]), draws=2)
   pd.testing.assert_frame_equal(fitted.frame, plain)
   for text in (
     '32 of 80 effects left out: temperature is not 1.0',
@@ -103,7 +103,7 @@ def test_other_arms_baselines_losses_and_regimes_are_left_out():
 def test_effects_without_an_error_are_left_out_and_single_seeds_named():
   frame = effects(weak_best, over='documents')
   frame.loc[3, 'error'] = math.inf
-  notes = surface.fit(frame, draws=2).notes
+  notes = surface.fit_surface(frame, draws=2).notes
   assert any('1 of 32 effects left out: they have no standard error' in note for note in notes)
   assert any('single-seed' in note for note in notes)
 
@@ -119,7 +119,7 @@ def test_effects_without_an_error_are_left_out_and_single_seeds_named():
 )
 def test_effects_that_cannot_be_used_are_named(change, match):
   with pytest.raises(UserError, match=match):
-    surface.fit(change(effects(weak_best)))
+    surface.fit_surface(change(effects(weak_best)))
 
 
 # The ridge.
@@ -127,7 +127,7 @@ def test_effects_that_cannot_be_used_are_named(change, match):
 
 def test_the_leave_one_teacher_out_errors_are_those_of_a_plain_loop():
   frame = effects(weak_best, budgets=(TOKENS,))
-  fitted = surface.fit(frame, draws=2)
+  fitted = surface.fit_surface(frame, draws=2)
   cells, squares = fitted.cells, []
   for teacher in TEACHERS:
     held = (frame['teacher'] == teacher).to_numpy()
@@ -141,14 +141,14 @@ def test_the_leave_one_teacher_out_errors_are_those_of_a_plain_loop():
 
 def test_its_terms_are_those_that_the_data_can_tell_apart():
   """Two budgets: no square; one student: no term; teachers: 1, n, n^2, d, nd; each times alpha and alpha^2, never alpha^0."""
-  basis = surface._basis(surface.fit(effects(weak_best), draws=2).cells.x)
+  basis = surface._basis(surface.fit_surface(effects(weak_best), draws=2).cells.x)
   pairs = {(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)}
   assert {tuple(powers) for powers in basis.powers} == {(*pair, 0, 0, alpha) for pair in pairs for alpha in (1, 2)}
   assert basis.penalised.sum() == 8
 
 
 def test_predictions_off_the_one_value_of_an_axis_are_refused_and_others_flagged():
-  fitted = surface.fit(effects(weak_best))
+  fitted = surface.fit_surface(effects(weak_best))
   assert set(fitted.fixed) == {surface.N_S, surface.D_S}
   n, d = SIZE['tiny-1m'], TOKENS
   found = surface.predict(fitted, [(n, 1e6, n, d, 0.4), (1e8, 1e6, n, d, 0.4), (n, 1e6, n, d, 0.9)])
@@ -170,7 +170,7 @@ def test_intervals_of_linear_surfaces_cover_at_least_nine_times_in_ten():
   for seed in range(60):
     frame = effects(lambda n_t, d_t, n_s, d_s, alpha: gain(n_t, alpha), seed, budgets=(TOKENS,))
     points = [(n_t, TOKENS, SIZE['tiny-1m'], TOKENS, alpha) for n_t, alpha in places]
-    found = surface.predict(surface.fit(frame, draws=150), points)
+    found = surface.predict(surface.fit_surface(frame, draws=150), points)
     hits.append((found.low < truth) & (truth < found.high))
   assert np.mean(hits) >= 0.9
 
@@ -212,7 +212,7 @@ LOSSES = {(name, budget): supervised(SIZE[name], budget) for name in TEACHERS fo
 
 
 def test_data_of_the_law_are_predicted_by_the_law_within_a_few_percent():
-  fitted = surface.fit(effects(law_gain, **LAW_GRID), teacher_losses=LOSSES, draws=4)
+  fitted = surface.fit_surface(effects(law_gain, **LAW_GRID), teacher_losses=LOSSES, draws=4)
   assert fitted.kind == 'law'  # the data suffice, and it predicts better
   assert any('left-out teachers: ridge' in note for note in fitted.notes)
   points = [(2e5, 1e6, 6e5, 2e6, 0.5), (2e6, 4e6, 2e6, 8e6, 0.8), (5e5, 1.5e6, 1e6, 4e6, 1.0)]
@@ -225,8 +225,10 @@ def test_data_of_the_law_are_predicted_by_the_law_within_a_few_percent():
 
 
 def test_too_little_for_the_law_is_said():
-  one_student = surface.fit(effects(law_gain, **LAW_GRID | {'students': ('tiny-1m',)}), teacher_losses=LOSSES, draws=4)
-  no_losses = surface.fit(effects(law_gain, **LAW_GRID), draws=4)
+  one_student = surface.fit_surface(
+    effects(law_gain, **LAW_GRID | {'students': ('tiny-1m',)}), teacher_losses=LOSSES, draws=4
+  )
+  no_losses = surface.fit_surface(effects(law_gain, **LAW_GRID), draws=4)
   assert one_student.kind == no_losses.kind == 'ridge'
   assert any('student size, 1 of 3 distinct values' in note for note in one_student.notes)
   assert any("teachers' own losses are not all known" in note for note in no_losses.notes)

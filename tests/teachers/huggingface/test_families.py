@@ -80,11 +80,11 @@ GEMMA = SMALL | {'architectures': ['Gemma3ForCausalLM'], 'num_hidden_layers': 8}
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_a_published_model_has_its_number_of_parameters(name):
   wanted, values = PUBLISHED[name]
-  assert build(families.read(values)[1]).n_params == wanted
+  assert build(families.read_config(values)[1]).n_params == wanted
 
 
 def test_what_the_published_ones_say_is_read():
-  read = lambda name: families.read(PUBLISHED[name][1])[1]
+  read = lambda name: families.read_config(PUBLISHED[name][1])[1]
   llama, gemma = read('Llama-3.1-8B'), read('gemma-3-1b')
   assert (llama.rope_theta, llama.rope_scaling.factor, llama.max_seq_len) == (500_000.0, 8.0, 131_072)
   assert read('Llama-2-7b').rope_theta == 10_000.0  # its config.json does not say
@@ -96,9 +96,9 @@ def test_what_the_published_ones_say_is_read():
 @pytest.mark.parametrize('name', MODELS)
 def test_a_family_is_written_and_read_back_as_the_same_model(name):
   config = MODELS[name]
-  family, values = families.write(config)
+  family, values = families.write_config(config)
   assert family.name == name.split()[0]
-  assert families.read(values)[1] == config
+  assert families.read_config(values)[1] == config
 
 
 LINEAR, DEFAULT = {'rope_type': 'linear', 'factor': 4.0, 'rope_theta': 1e4}, {'rope_type': 'default', 'rope_theta': 1e6}
@@ -110,33 +110,33 @@ LINEAR, DEFAULT = {'rope_type': 'linear', 'factor': 4.0, 'rope_theta': 1e4}, {'r
 def test_scaled_rotary_positions_of_local_layers_are_refused_whatever_the_others_are(whole, local):
   parameters = {'sliding_attention': local} | ({'full_attention': whole} if whole else {})
   with pytest.raises(UserError, match='rotary scaling of the local layers is not supported'):
-    families.read(GEMMA | {'rope_parameters': parameters})
+    families.read_config(GEMMA | {'rope_parameters': parameters})
   # They are accepted if no layer is local, or nothing is scaled.
   kinds = ['full_attention'] * GEMMA['num_hidden_layers']
-  assert families.read(GEMMA | {'rope_parameters': parameters, 'layer_types': kinds})[1].local_window == 0
+  assert families.read_config(GEMMA | {'rope_parameters': parameters, 'layer_types': kinds})[1].local_window == 0
   none = {'sliding_attention': {'rope_type': 'linear', 'factor': 1.0}}
-  assert families.read(GEMMA | {'rope_parameters': parameters | none})[1].local_window > 0
+  assert families.read_config(GEMMA | {'rope_parameters': parameters | none})[1].local_window > 0
 
 
 def test_transformers_5_keeps_rotary_parameters_together():
-  old = families.read(
+  old = families.read_config(
     GEMMA | {'rope_theta': 5e5, 'rope_local_base_freq': 2e4, 'rope_scaling': {'rope_type': 'linear', 'factor': 4}}
   )[1]
   parameters = {
     'full_attention': {'rope_theta': 5e5, 'rope_type': 'linear', 'factor': 4.0},
     'sliding_attention': {'rope_theta': 2e4, 'rope_type': 'default'},
   }
-  assert families.read(GEMMA | {'rope_parameters': parameters})[1] == old
+  assert families.read_config(GEMMA | {'rope_parameters': parameters})[1] == old
   assert (old.rope_theta, old.local_rope_theta, old.rope_scaling.factor) == (5e5, 2e4, 4.0)
-  flat = families.read(SMALL | {'rope_parameters': {'rope_theta': 3e4, 'rope_type': 'default'}})[1]
-  assert flat == families.read(SMALL | {'rope_theta': 3e4})[1] != families.read(SMALL)[1]
+  flat = families.read_config(SMALL | {'rope_parameters': {'rope_theta': 3e4, 'rope_type': 'default'}})[1]
+  assert flat == families.read_config(SMALL | {'rope_theta': 3e4})[1] != families.read_config(SMALL)[1]
 
 
 def test_layers_that_see_all_are_told_from_local_ones():
   kinds = ['sliding_attention', 'sliding_attention', 'full_attention'] * 2 + ['sliding_attention'] * 2
-  config = families.read(GEMMA | {'layer_types': kinds, 'sliding_window': 12})[1]
+  config = families.read_config(GEMMA | {'layer_types': kinds, 'sliding_window': 12})[1]
   assert (config.local_window, config.global_every) == (12, 3)
-  everywhere = families.read(GEMMA | {'layer_types': ['full_attention'] * 8})[1]
+  everywhere = families.read_config(GEMMA | {'layer_types': ['full_attention'] * 8})[1]
   assert everywhere.local_window == 0
 
 
@@ -170,7 +170,7 @@ def test_layers_that_see_all_are_told_from_local_ones():
 )  # fmt: skip
 def test_what_the_decoder_cannot_be_is_refused_by_name(change, said):
   with pytest.raises(UserError, match=rf'^config\.json: {said}') as e:
-    families.read(SMALL | change)
+    families.read_config(SMALL | change)
   assert '\n' not in str(e.value)
 
 
@@ -197,7 +197,7 @@ def test_what_the_decoder_cannot_be_is_refused_by_name(change, said):
 )
 def test_gemmas_own_traps(change, said):
   with pytest.raises(UserError, match=said):
-    families.read(GEMMA | change)
+    families.read_config(GEMMA | change)
 
 
 @pytest.mark.parametrize(
@@ -210,15 +210,15 @@ def test_gemmas_own_traps(change, said):
 )
 def test_a_model_that_no_architecture_is_says_what_the_nearest_lacks(change, said):
   with pytest.raises(UserError, match=rf'no architecture of Hugging Face .* is this model: .*{said}'):
-    families.write(dataclasses.replace(LLAMA, **change))
+    families.write_config(dataclasses.replace(LLAMA, **change))
 
 
 def test_fields_that_mean_nothing_do_not_stand_in_the_way():
   unused = dataclasses.replace(
     LLAMA, global_every=3, local_rope_theta=7.0, pad_vocab_to=8, dtype='bfloat16', remat='full'
   )
-  assert families.write(unused)[0].name == 'LlamaForCausalLM'
-  assert families.write(ModelConfig(vocab_size=257))[0].name == 'LlamaForCausalLM'
+  assert families.write_config(unused)[0].name == 'LlamaForCausalLM'
+  assert families.write_config(ModelConfig(vocab_size=257))[0].name == 'LlamaForCausalLM'
 
 
 NAMES = [
@@ -259,4 +259,4 @@ def test_a_damaged_config_is_one_line_or_a_model(name, changes):
       if value == 'drop':
         del place[leaf]
   with contextlib.suppress(UserError):  # any other error fails
-    build(families.read(values)[1])
+    build(families.read_config(values)[1])

@@ -58,7 +58,7 @@ def test_a_special_token_beyond_the_table_is_no_obstacle(shape, content, tmp_pat
   assert Source(tmp_path / 'back').tokenizer.fingerprint == source.tokenizer.fingerprint
   assert json.loads((tmp_path / 'back/config.json').read_text()).get('pad_token_id', 0) < rows
   # A text can name the token only if special tokens in it are recognised.
-  opened = by_name.opened(str(folder), one_device())
+  opened = by_name.open_model(str(folder), one_device())
   with pytest.raises(
     UserError, match=rf"holds the special token '{content.replace('[', chr(92) + '[')}', for which x has no"
   ):
@@ -91,8 +91,8 @@ SMALL = ModelConfig(vocab_size=300, d_model=16, n_layers=1, d_ff=16, n_heads=2, 
 def test_a_teacher_beside_a_student_is_its_softmax_over_their_tokens(rows, tied, tmp_path):
   """Independent of table rows beyond the tokenizer, and of the student's number of rows."""
   theirs, ours = rows
-  config = frozen.with_rows(ModelConfig(**{**vars(SMALL), 'tied': tied, 'vocab_size': min(300, theirs)}), theirs)
-  student = build(frozen.with_rows(ModelConfig(**{**vars(SMALL), 'vocab_size': 200}), ours))
+  config = frozen.resize_table(ModelConfig(**{**vars(SMALL), 'tied': tied, 'vocab_size': min(300, theirs)}), theirs)
+  student = build(frozen.resize_table(ModelConfig(**{**vars(SMALL), 'vocab_size': 200}), ours))
   params = jax.tree.map(lambda x: x + 0.1, random_params(config))  # no row is zero
   tokens, labels = np.random.default_rng(0).integers(0, 200, (2, 2, 12))
   with jax.set_mesh(mesh := one_device()):
@@ -114,10 +114,10 @@ def test_a_teacher_beside_a_student_is_its_softmax_over_their_tokens(rows, tied,
 
 def test_a_table_is_masked_beyond_the_tokenizer_and_keeps_its_rows():
   known = Tokenizer()
-  large = frozen.with_vocabulary(ModelConfig(vocab_size=1000), known, 'student')
+  large = frozen.set_vocabulary(ModelConfig(vocab_size=1000), known, 'student')
   assert (large.vocab_size, large.padded_vocab_size) == (257, 1024)
-  assert frozen.with_vocabulary(ModelConfig(), known, 'student').vocab_size == 257
-  assert frozen.with_vocabulary(ModelConfig(vocab_size=257), known, 'student') == ModelConfig(vocab_size=257)
+  assert frozen.set_vocabulary(ModelConfig(), known, 'student').vocab_size == 257
+  assert frozen.set_vocabulary(ModelConfig(vocab_size=257), known, 'student') == ModelConfig(vocab_size=257)
 
 
 # End to end on a tiny corpus.
@@ -136,8 +136,8 @@ def config(home, tokenizer, teacher=None, init=None, **fields):
 
 def vocabulary(run: RunFolder) -> tuple[int, int]:
   """Return (tokens, rows of the table in the checkpoint)."""
-  model = frozen.model_of(run)
-  return model.config.vocab_size, frozen.weights(run, one_device())[1]['embed']['embedding'].shape[0]
+  model = frozen.build_model(run)
+  return model.config.vocab_size, frozen.load_saved(run, one_device())[1]['embed']['embedding'].shape[0]
 
 
 @pytest.fixture(scope='module')
@@ -156,7 +156,7 @@ def test_tables_padded_to_different_sizes_train_together(padded, tmp_path):
   assert 'bits/byte' in (experiment / 'table.txt').read_text()
   # When the teacher is scored, its tokens beyond the tokenizer are masked too.
   known = json.loads((experiment / 'evaluation.json').read_text())
-  metas = {arm: results.read(paths.under(experiment, files['in-domain']))[1] for arm, files in known.items()}
+  metas = {arm: results.read_result(paths.resolve(experiment, files['in-domain']))[1] for arm, files in known.items()}
   assert {arm: meta.get('vocabulary') for arm, meta in metas.items()} == {
     'teacher': 259,
     'baseline': None,
