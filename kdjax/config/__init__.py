@@ -5,8 +5,7 @@ the command line (`--config.student.alpha=0.4`). `kdjax.cli` reads the command l
 `schema`. Inside the library no ConfigDict travels, and nothing here imports JAX.
 """
 
-from kdjax.config.bounds import MIXINGS
-from kdjax.config.checks import ARMS, problems
+from kdjax.config.checks import problems
 from kdjax.config.reading import default, leaves, override, parse_arg, resolve, resolve_as, set_model
 from kdjax.config.schema import (
   AlphaSchedule,
@@ -27,8 +26,6 @@ from kdjax.config.schema import (
 )
 
 __all__ = [
-  'ARMS',
-  'MIXINGS',
   'AlphaSchedule',
   'CheckpointConfig',
   'Config',

@@ -1,128 +1,44 @@
-"""What is wrong with a config whose fields and types are right: every problem, one line each, with the field's name."""
+"""Find every problem of a config whose fields and types are right, one line each, with the field's name.
+
+Choices and bounds of single fields are declared with them (`schema`, `fields`); here is what relates several.
+"""
 
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kdjax.config import fields
 from kdjax.config.schema import Config, DataConfig, EvalConfig, StudentConfig, TeacherConfig
 
 MAX_STEPS = 10_000_000
 LONGEST_NAME = 150  # bytes; a whole file name has at most 255
 SET_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]*')  # sets name files
-TRACKERS = ('tensorboard', 'csv', 'wandb')
-ARMS = ('baseline', 'distilled', 'unigram')
 OWN_SETS = ('in-domain', 'validation')  # of every corpus
 HARNESS_SETS = 'lm-eval-'  # prefix of the names of sets that the harness scored
-CHOICES = {
-  'scale': ('laptop', 'colab', 'paper'),
-  'model.dtype': ('auto', 'float32', 'bfloat16'),
-  'model.param_dtype': ('float32', 'bfloat16'),
-  'model.attention': ('auto', 'xla', 'cudnn', 'splash'),
-  'model.remat': ('none', 'full', 'dots'),
-  'model.norms': ('before', 'after', 'both'),
-  'model.activation': ('silu', 'gelu_tanh'),
-  'rope_scaling.method': ('llama3', 'linear'),
-  'data.nulls': ('refuse', 'skip'),
-  'optimizer.schedule': ('cosine', 'wsd'),
-  'alpha_schedule.kind': ('constant', 'linear', 'cosine', 'lr'),
-  'teacher.dtype': ('auto', 'float32', 'bfloat16', 'int8'),
-  'teacher.layout': ('student', 'fsdp', 'replicated'),
-}
-
-
-# Fields by their full name, or by their last part where it means the same wherever it stands.
-POSITIVE = (
-  'd_model',
-  'n_layers',
-  'd_ff',
-  'n_heads',
-  'n_kv_heads',
-  'head_dim',
-  'pad_vocab_to',
-  'scan_unroll',
-  'norm_eps',
-  'rope_theta',
-  'local_rope_theta',
-  'global_every',
-  'embed_scale',
-  'factor',
-  'low_freq_factor',
-  'high_freq_factor',
-  'learning_rate',
-  'eps',
-  'clip_norm',
-  'batch_size',
-  'microbatches',
-  'data.seq_len',
-  'data.vocab_size',
-  'data.threads',
-  'eval.every_batches',
-  'checkpoint.keep',
-  'steps_per_call',
-  'max_skipped',
-  'heartbeat_timeout',
-)
-NOT_NEGATIVE = (
-  'weight_decay',
-  'forward_microbatch',
-  'vocab_size',
-  'attn_scale',
-  'local_window',
-  'teacher.step',
-  'data.distinct_tokens',
-  'data.prefetch',
-  'eval.max_bytes',
-  'eval.max_items',
-  'eval.max_document_bytes',
-  'eval.max_validation_bytes',
-  'eval.window',
-  'eval.stride',
-  'eval.every',
-  'checkpoint.every',
-  'checkpoint.keep_period',
-  'checkpoint.keep_minutes',
-  'checkpoint.local_every',
-)
 
 
 def problems(config: Config) -> Iterator[str]:
   """Yield the problems of a config whose fields and types are right. A `LossConfig` has already checked itself."""
-  flat = dict(values(config, ''))
-  for key, value in flat.items():
-    choices = next((c for name, c in CHOICES.items() if key == name or key.endswith('.' + name)), None)
-    if choices and value not in choices:
-      yield f'{key}: unknown value {value!r}; known: {", ".join(choices)}'
-    leaf = key.rpartition('.')[2]
-    if leaf.endswith('seed') and not 0 <= value < 2**32:
-      yield f'{key}: must be at least 0 and below 2^32, got {value}'
-    if (leaf in NOT_NEGATIVE or key in NOT_NEGATIVE) and value < 0:
-      yield f'{key}: must not be below 0, got {value:g}'
-    if (leaf in POSITIVE or key in POSITIVE) and value <= 0:
-      yield f'{key}: must be above 0, got {value:g}'
+  yield from fields.problems(config)
   student, teacher, data = config.student, config.teacher, config.data
   yield from folder_problems('name', config.name)
   if not config.runs.strip():
     yield 'runs: must name a folder'
-  for key, value in flat.items():
+  for key, value in values(config, ''):
     if key != 'name' and any(re.search(r'[\x00\ud800-\udfff]', text) for text in _texts(value)):
       yield f'{key}: must be UTF-8 text without NUL characters, got {value!r}'
   if data.separator and data.tokenizer in ('bpe', 'bytes'):
     yield f'data.separator: the tokenizer {data.tokenizer} has a separator of its own; leave it empty'
-  for key, alpha in (('student.alpha', student.alpha), ('student.alpha_schedule.final', student.alpha_schedule.final)):
-    if not 0 <= alpha <= 1:
-      yield f'{key}: must be in [0, 1], got {alpha:g}'
   if not 0 <= student.alpha_schedule.begin <= student.alpha_schedule.end <= 1:
     yield 'student.alpha_schedule: begin and end must satisfy 0 <= begin <= end <= 1'
-  if not student.arms or len(set(student.arms)) != len(student.arms) or set(student.arms) - set(ARMS):
-    yield f'student.arms: must be different ones of {", ".join(ARMS)}, got {", ".join(student.arms) or "none"}'
-  if set(config.trackers) - set(TRACKERS) or len(set(config.trackers)) != len(config.trackers):
-    yield f'trackers: must be different ones of {", ".join(TRACKERS)}, got {", ".join(config.trackers)}'
+  if not student.arms:
+    yield 'student.arms: needs at least one arm'
+  for key, names in (('student.arms', student.arms), ('trackers', config.trackers)):
+    if len(set(names)) != len(names):
+      yield f'{key}: {", ".join(names)} names one twice'
   for name, section in (('student', student), ('teacher', teacher)):
     yield from section_problems(name, section, data)
-  for key in ('validation_fraction', 'test_fraction'):
-    if not 0 < getattr(data, key) < 1:
-      yield f'data.{key}: must be between 0 and 1, got {getattr(data, key):g}'
   if data.validation_fraction + data.test_fraction >= 1:
     yield 'data: validation_fraction + test_fraction leave no documents for training'
   if '://' in data.cache:
@@ -137,8 +53,6 @@ def problems(config: Config) -> Iterator[str]:
     and not config.checkpoint.local_every % config.checkpoint.every
   ):
     yield f'checkpoint.local_every: must be below checkpoint.every = {config.checkpoint.every}, got {config.checkpoint.local_every}: none would be written'
-  if not 0 < config.eval.ood_validation_fraction < 1:
-    yield f'eval.ood_validation_fraction: must be between 0 and 1, got {config.eval.ood_validation_fraction:g}'
   yield from set_problems(config.eval)
   rows, forward = student.batch_size // max(1, student.microbatches), teacher.forward_microbatch
   if 0 < forward < rows and rows % forward:
@@ -221,12 +135,6 @@ def section_problems(name: str, section: TeacherConfig | StudentConfig, data: Da
     yield f'{name}.tokens: {section.tokens} is less than one step of {section.batch_size} x {data.seq_len} tokens'
   if not 0 <= section.slice[0] < section.slice[1] <= 1:
     yield f'{name}.slice: must satisfy 0 <= from < to <= 1, got {section.slice}'
-  for key in ('warmup_fraction', 'decay_fraction', 'final_fraction'):
-    if not 0 <= getattr(optimizer, key) <= 1:
-      yield f'{name}.optimizer.{key}: must be in [0, 1], got {getattr(optimizer, key):g}'
-  for key in ('b1', 'b2'):
-    if not 0 <= getattr(optimizer, key) < 1:
-      yield f'{name}.optimizer.{key}: must be in [0, 1), got {getattr(optimizer, key):g}'
   if optimizer.schedule == 'wsd' and optimizer.warmup_fraction + optimizer.decay_fraction > 1:
     yield f'{name}.optimizer: warmup_fraction + decay_fraction are more than the whole run'
 

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from kdjax.config import DataConfig, EvalConfig
+from kdjax.config import DataConfig, EvalConfig, fields
 from kdjax.data import sources
 from kdjax.data.plan import Reading
 from kdjax.data.store import VERSION as STORE_VERSION
@@ -29,9 +29,11 @@ OWN = ('bpe', 'bytes')  # tokenizers that are not files
 TOKENIZER = ' tokenizer'  # a key next to the names of parts, which have no spaces
 MAIN = 'in-domain'  # the part of data.source; the other parts are out-of-domain sets, by name
 # The fields that determine a corpus. The other fields say how it is read; one corpus serves all their values.
-DATA_FIELDS = ('source', 'text_field', 'separator', 'validation_fraction', 'test_fraction', 'split_seed')
-CAPS = ('max_bytes', 'max_document_bytes', 'max_validation_bytes')
-EVAL_FIELDS = ('ood', 'ood_text_field', 'ood_validation_fraction', *CAPS)
+DOCUMENTS = fields.names(DataConfig, lambda declared: declared.corpus == 'documents')
+TOKENIZER_FIELDS = fields.names(DataConfig, lambda declared: declared.corpus == 'tokenizer')
+CAPS = fields.names(EvalConfig, lambda declared: declared.corpus == 'caps')
+SETS = fields.names(EvalConfig, lambda declared: declared.corpus == 'sets')
+ONE_SET = tuple(name for name in SETS if name != 'ood')  # of these, what one of the sets depends on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,38 +71,38 @@ class Wanted:
   @property
   def data_fields(self) -> dict[str, Any]:
     """The fields recorded in `corpus.json`, which identify the corpus when a source is gone."""
-    return _fields(self.data, (*DATA_FIELDS, 'tokenizer', 'vocab_size')) | self._nulls
+    return _fields(self.data, (*DOCUMENTS, *TOKENIZER_FIELDS)) | self._nulls
 
   @property
   def eval_fields(self) -> dict[str, Any]:
-    return _fields(self.evals, EVAL_FIELDS)
+    return _fields(self.evals, (*SETS, *CAPS))
 
   @property
   def key(self) -> str:
     """The name of the corpus."""
     if self.remembered:
       return self.remembered
-    fields = _fields(self.data, DATA_FIELDS) | _fields(self.evals, EVAL_FIELDS) | self._nulls
-    fields['tokenizer'] = self.marks[TOKENIZER]
-    fields['signatures'] = [self.marks[MAIN], {name: self.marks[name] for name in self.evals.ood}]
-    fields['versions'] = [VERSION, STORE_VERSION]
+    chosen = _fields(self.data, DOCUMENTS) | _fields(self.evals, (*SETS, *CAPS)) | self._nulls
+    chosen['tokenizer'] = self.marks[TOKENIZER]
+    chosen['signatures'] = [self.marks[MAIN], {name: self.marks[name] for name in self.evals.ood}]
+    chosen['versions'] = [VERSION, STORE_VERSION]
     if weighted := [name for name, source in self.evals.ood.items() if sources.is_weighted(source)]:
-      fields['weighted'] = weighted  # earlier versions of kdjax ignored these weights
+      chosen['weighted'] = weighted  # earlier versions of kdjax ignored these weights
     if any(map(sources.holds_tokens, (self.data.source, *self.evals.ood.values()))):
-      fields['records'] = 'split'  # earlier versions read each record as one document
-    return files.digest(files.canonical_json(fields))
+      chosen['records'] = 'split'  # earlier versions read each record as one document
+    return files.digest(files.canonical_json(chosen))
 
   @property
   def main_key(self) -> str:
     """Hash everything that the splits of data.source depend on."""
-    fields = _fields(self.data, DATA_FIELDS) | _fields(self.evals, CAPS) | self._nulls
-    return files.digest(files.canonical_json([fields, self.marks[TOKENIZER], self.marks[MAIN], VERSION, STORE_VERSION]))
+    chosen = _fields(self.data, DOCUMENTS) | _fields(self.evals, CAPS) | self._nulls
+    return files.digest(files.canonical_json([chosen, self.marks[TOKENIZER], self.marks[MAIN], VERSION, STORE_VERSION]))
 
   def set_key(self, name: str, splits: list[str]) -> str:
     """Hash everything that an out-of-domain set depends on. `splits`: fingerprints of the tokenizer and of the excluded training split."""
-    fields = _fields(self.evals, ('ood_text_field', 'ood_validation_fraction', *CAPS)) | self._nulls
-    fields |= {'source': self.evals.ood[name], 'seed': self.data.split_seed}
-    return files.digest(files.canonical_json([fields, splits, self.marks[name], VERSION, STORE_VERSION]))
+    chosen = _fields(self.evals, (*ONE_SET, *CAPS)) | self._nulls
+    chosen |= {'source': self.evals.ood[name], 'seed': self.data.split_seed}
+    return files.digest(files.canonical_json([chosen, splits, self.marks[name], VERSION, STORE_VERSION]))
 
   def reading(self, part: str, tokenizer: Tokenizer | None) -> Reading:
     field = self.data.text_field if part == MAIN else self.evals.ood_text_field
@@ -165,8 +167,8 @@ def _mark(wanted: Wanted, part: str, meta: dict) -> Any:
   if part == TOKENIZER:
     same = all(meta['data'].get(name) == getattr(wanted.data, name) for name in ('tokenizer', 'separator'))
     return meta.get('tokenizer') if same else None
-  fields = CAPS if part == MAIN else (*CAPS, 'ood_text_field', 'ood_validation_fraction')
-  same = all(meta['eval'][name] == getattr(wanted.evals, name) for name in fields)
+  chosen = CAPS if part == MAIN else (*CAPS, *ONE_SET)
+  same = all(meta['eval'][name] == getattr(wanted.evals, name) for name in chosen)
   if part == MAIN:
     same = same and meta['data'] == wanted.data_fields
   else:

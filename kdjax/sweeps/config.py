@@ -8,7 +8,8 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from kdjax.config import checks
+from kdjax.config import checks, fields
+from kdjax.config.fields import field
 from kdjax.config.schema import Config
 from kdjax.config.sizes import NAMED, nearest
 from kdjax.errors import ConfigError
@@ -29,6 +30,7 @@ CONTRASTS = {  # contrast -> the sets that it is tested on
   'more_than_calibration': (OOD_MEAN,),
   'beats_tuned': (IN_DOMAIN, OOD_MEAN),
 }
+PRIMARY = ('weak_helps:in-domain', 'size_reverses:in-domain', 'ood_more', 'more_than_calibration')
 MAX_PRIMARY = 4  # each test is at level 0.05 / m, so every further test costs the others power
 AXES = (
   'student',
@@ -67,27 +69,29 @@ DEFAULTS = (('teacher_tokens', 0),)  # values that mean a default
 class PilotConfig:
   """How each teacher's alpha is chosen: by the validation split, before the main cells, with a seed that no main cell has."""
 
-  alpha: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-  seed: int = 1000
-  skip: bool = False  # every table then says "alpha not validated"
+  alpha: tuple[float, ...] = field((0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), 'candidates')
+  seed: int = field(1000, "the pilot's own")
+  skip: bool = field(False, 'every table then says "alpha not validated"')
 
 
 @dataclasses.dataclass(frozen=True)
 class TunedConfig:
   """The tuned baseline: LM-only students; stopping point, rate and decay are chosen on the validation split."""
 
-  enabled: bool = True
-  stop: tuple[float, ...] = (1.0, 0.75, 0.5)  # shares of the student's tokens, each annealed
-  learning_rate: tuple[float, ...] = (1.0, 0.5, 2.0)  # times the base's
-  weight_decay: tuple[float, ...] = (1.0, 5.0)  # times the base's
-  draws: int = 0  # of the product, the base's own values first; 0: as many as the pilot has alphas
+  enabled: bool = field(True)
+  stop: tuple[float, ...] = field((1.0, 0.75, 0.5), "shares of the student's tokens, each annealed")
+  learning_rate: tuple[float, ...] = field((1.0, 0.5, 2.0), "times the base's")
+  weight_decay: tuple[float, ...] = field((1.0, 5.0), "times the base's")
+  draws: int = field(0, "of the product, the base's own values first; 0: as many as the pilot has alphas")
 
 
 @dataclasses.dataclass(frozen=True)
 class ControlsConfig:
-  unigram: bool = True  # a teacher that is no model, at each alpha that a teacher has
-  flop_matched: tuple[str, ...] = (
-    SCENARIOS  # LM-only students with the tokens that the teacher's FLOPs would have bought
+  """Students that are compared with the distilled ones, besides the LM-only baseline."""
+
+  unigram: bool = field(True, 'a teacher that only knows token frequencies, at each alpha that a teacher has')
+  flop_matched: tuple[str, ...] = field(
+    SCENARIOS, "LM-only students with the tokens that the teacher's FLOPs would have bought", choices=SCENARIOS
   )
   tuned: TunedConfig = TunedConfig()
 
@@ -96,67 +100,81 @@ class ControlsConfig:
 class HardwareConfig:
   """What a plan's times and cohorts are computed for."""
 
-  device: str = 'cpu'  # cpu, or a device that kdjax/models/flops.py knows (v5p, H100, L4, ...)
-  devices: int = 1
-  gib: float = 16.0  # memory of one device
-  utilisation: float = 0.4  # model FLOPs over peak FLOPs
-  cpu_gflops: float = 60.0  # peak, where the device is cpu
+  device: str = field('cpu', 'or a device that kdjax/models/flops.py knows (v5p, H100, L4, ...)', result=False)
+  devices: int = field(1, result=False)
+  gib: float = field(16.0, 'memory of one device', unit='GiB', result=False)
+  utilisation: float = field(0.4, 'model FLOPs over peak FLOPs', result=False)
+  cpu_gflops: float = field(60.0, 'peak, if the device is cpu', unit='GFLOP/s', result=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class GridConfig:
   """A product over the axes; the LM-only baseline of each student setting and seed belongs to it (alpha 0)."""
 
-  name: str = 'grid'
-  scale: str = 'laptop'
-  study: str = 'main'
-  runs: str = 'runs'
+  name: str = field('grid', 'of the folder in `runs`')
+  scale: str = field('laptop', 'of the base')
+  study: str = field('main', 'which of the declared studies (kdjax/sweeps/studies.py)')
+  runs: str = field('runs', 'where the grid, its teachers and token stores are', result=False)
   base: Config = Config()
-  student: tuple[str, ...] = ('tiny-0.3m',)  # named models
-  student_tokens: tuple[int, ...] = (512_000,)
-  distinct_tokens: tuple[int, ...] = (0,)  # 0: all of the training split
-  teacher: tuple[str, ...] = ('tiny-0.1m', 'tiny-0.3m', 'tiny-1m')
-  teacher_tokens: tuple[int, ...] = (0,)  # 0: the student's
-  budget: str = 'annealed'  # each budget a run of its own, or checkpoints of one 'trunk'
-  teacher_data: tuple[str, ...] = (
-    'iso',
-  )  # with 'disjoint' students learn from one half of the documents, such teachers from the other
-  temperature: tuple[float, ...] = (1.0,)
-  top_k: tuple[float, ...] = (0.0,)
-  mixing: tuple[str, ...] = ('normalised',)
-  alpha: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)
-  seed: tuple[int, ...] = (43, 44, 45)
-  validated_seed: tuple[int, ...] = (46, 47, 48, 49, 50)  # fresh ones, for the alpha that the pilot chose
-  include: tuple[str, ...] = ()  # 'teacher=tiny-1m&alpha=0.2|0.4': cells that match one of these; (): all
-  exclude: tuple[str, ...] = ()
+  student: tuple[str, ...] = field(('tiny-0.3m',), 'named models')
+  student_tokens: tuple[int, ...] = field((512_000,), unit='tokens')
+  distinct_tokens: tuple[int, ...] = field((0,), '0: all of the training split', unit='tokens')
+  teacher: tuple[str, ...] = field(('tiny-0.1m', 'tiny-0.3m', 'tiny-1m'), 'named models')
+  teacher_tokens: tuple[int, ...] = field((0,), "0: the student's", unit='tokens')
+  budget: str = field('annealed', 'each budget is a run of its own, or a checkpoint of one trunk', choices=BUDGETS)
+  teacher_data: tuple[str, ...] = field(
+    ('iso',),
+    'iso: the documents of the students; disjoint: students learn from one half of them, teachers from the other',
+    choices=TEACHER_DATA,
+  )
+  temperature: tuple[float, ...] = field((1.0,))
+  top_k: tuple[float, ...] = field((0.0,), '0: all tokens')
+  mixing: tuple[str, ...] = field(('normalised',))
+  alpha: tuple[float, ...] = field((0.0, 0.2, 0.4, 0.6, 0.8), 'declared values; 0 is the baseline')
+  seed: tuple[int, ...] = field((43, 44, 45))
+  validated_seed: tuple[int, ...] = field((46, 47, 48, 49, 50), 'fresh ones, for the alpha that the pilot chose')
+  include: tuple[str, ...] = field((), "'teacher=tiny-1m&alpha=0.2|0.4': cells that match one of these; (): all")
+  exclude: tuple[str, ...] = field((), 'cells that match one of these are left out')
   pilot: PilotConfig = PilotConfig()
   controls: ControlsConfig = ControlsConfig()
-  contrasts: tuple[str, ...] = tuple(CONTRASTS)
-  primary: tuple[
-    str, ...
-  ] = (  # CONTRAST:SET, at most four over all settings: these get verdicts; the others are exploratory
-    'weak_helps:in-domain',
-    'size_reverses:in-domain',
-    'ood_more',
-    'more_than_calibration',
+  contrasts: tuple[str, ...] = field(tuple(CONTRASTS), 'the declared comparisons', choices=tuple(CONTRASTS))
+  primary: tuple[str, ...] = field(
+    PRIMARY,
+    'CONTRAST:SET, at most four over all settings: these get verdicts; the others are exploratory',
+    implied=PRIMARY,
+    since='0.2',
   )
-  declared_alpha: tuple[
-    float, ...
-  ] = ()  # without a pilot: the alpha at which each teacher is tested, one value each; (): the middle one
-  teacher_seed: str = 'shared'  # shared: a teacher is one run | paired: each student seed has its own teacher run
-  last: int = 3  # checkpoints scored where an arm has one seed: the noise of a single run
-  cohort: int = 8  # students that train side by side, at most
+  declared_alpha: tuple[float, ...] = field(
+    (),
+    'without a pilot: the alpha at which each teacher is tested, one value each; (): the middle one',
+    implied=(),
+    since='0.2',
+  )
+  teacher_seed: str = field(
+    'shared',
+    'shared: a teacher is one run; paired: each student seed has its own teacher run',
+    choices=TEACHER_SEEDS,
+    implied='shared',
+    since='0.2',
+  )
+  last: int = field(
+    3, 'checkpoints scored where an arm has one seed: the noise of a single run', at_least=1, result=False
+  )
+  cohort: int = field(8, 'students that train side by side, at most', at_least=1, result=False)
   hardware: HardwareConfig = HardwareConfig()
-  vocab_size: int = 0  # of a tokenizer file; 0: read from it. Set it to plan before the file exists
+  vocab_size: int = field(
+    0, 'of a tokenizer file; 0: read from it. Set it to plan before the file exists', at_least=0, result=False
+  )
 
 
 def problems(grid: GridConfig) -> Iterator[str]:
   """What is wrong with a grid whose fields and types are right."""
   yield from (f'base.{problem}' for problem in checks.problems(grid.base))
+  yield from fields.problems(dataclasses.replace(grid, base=Config()))
   yield from checks.folder_problems('name', grid.name)
-  for field, path in (('teacher.run', grid.base.teacher.run), ('student.init', grid.base.student.init)):
+  for key, path in (('teacher.run', grid.base.teacher.run), ('student.init', grid.base.student.init)):
     if path:
-      yield f'base.{field}: a grid trains its teachers and students from the start; leave it empty'
+      yield f'base.{key}: a grid trains its teachers and students from the start; leave it empty'
   for name in ('student', 'teacher'):
     for model in getattr(grid, name):
       yield from _unknown_model(name, model)
@@ -181,16 +199,6 @@ def problems(grid: GridConfig) -> Iterator[str]:
     yield f'seed, validated_seed, pilot.seed: a validated alpha needs fresh seeds, and the pilot one of its own; got {_list(seeds)}'
   if not grid.pilot.skip and not grid.validated_seed:
     yield 'validated_seed: the alpha that the pilot chooses needs at least one seed; or set pilot.skip=true'
-  for name, known, chosen in (
-    ('budget', BUDGETS, (grid.budget,)),
-    ('teacher_data', TEACHER_DATA, grid.teacher_data),
-    ('controls.flop_matched', SCENARIOS, grid.controls.flop_matched),
-    ('contrasts', CONTRASTS, grid.contrasts),
-    ('teacher_seed', TEACHER_SEEDS, (grid.teacher_seed,)),
-  ):
-    for value in chosen:
-      if value not in known:
-        yield f'{name}: unknown value {value!r}; known: {", ".join(known)}'
   yield from _primary_problems(grid)
   yield from _declared_alpha_problems(grid)
   tuned = grid.controls.tuned
@@ -205,8 +213,6 @@ def problems(grid: GridConfig) -> Iterator[str]:
       yield f'controls.tuned.{name}: {wanted}, got {_list(values)}'
   for text in (*grid.include, *grid.exclude):
     yield from _filter_problems(text)
-  if grid.last < 1 or grid.cohort < 1:
-    yield f'last, cohort: must be at least 1, got {grid.last}, {grid.cohort}'
   yield from _hardware_problems(grid.hardware)
   yield from _vocab_size_problems(grid)
 
@@ -214,9 +220,7 @@ def problems(grid: GridConfig) -> Iterator[str]:
 def _vocab_size_problems(grid: GridConfig) -> Iterator[str]:
   tokenizer = grid.base.data.tokenizer
   size = {'bpe': grid.base.data.vocab_size, 'bytes': 257}.get(tokenizer, grid.vocab_size)
-  if grid.vocab_size < 0:
-    yield f'vocab_size: must not be below 0, got {grid.vocab_size}'
-  elif grid.vocab_size not in (0, size):
+  if grid.vocab_size > 0 and grid.vocab_size != size:
     yield f'vocab_size: the tokenizer {tokenizer} has {size} tokens, got {grid.vocab_size}; leave it at 0'
 
 
@@ -234,17 +238,17 @@ def _hardware_problems(hardware: HardwareConfig) -> Iterator[str]:
 def _axis_problems(grid: GridConfig) -> Iterator[str]:
   """Run an ordinary config's checks on each value that replaces a field of `base`, and report problems under the grid's field."""
   already = set(checks.problems(grid.base))
-  for name, field in FIELDS_OF_BASE.items():
+  for name, replaced in FIELDS_OF_BASE.items():
     values = functools.reduce(getattr, name.split('.'), grid)
     wanted = [value for value in (values if isinstance(values, tuple) else (values,)) if (name, value) not in DEFAULTS]
     found = [
-      problem for value in wanted for problem in _problems_with(grid.base, field, value) if problem not in already
+      problem for value in wanted for problem in _problems_with(grid.base, replaced, value) if problem not in already
     ]
     yield from (f'{name}: {problem.partition(": ")[2]}' for problem in dict.fromkeys(found))
 
 
-def _problems_with(base: Config, field: str, value: Any) -> Iterable[str]:
-  section, _, leaf = field.partition('.')
+def _problems_with(base: Config, name: str, value: Any) -> Iterable[str]:
+  section, _, leaf = name.partition('.')
   try:
     changed = dataclasses.replace(getattr(base, section), **{leaf: value})
   except ConfigError as e:  # a section that checks itself

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from kdjax import config as config_lib
 from kdjax import machine
-from kdjax.config import Config
+from kdjax.config import Config, fields
 from kdjax.data.corpus import Corpus
 from kdjax.data.wanted import Origin
 from kdjax.errors import OwnedError, StoreUnavailable, UserError
@@ -50,7 +50,6 @@ log = logging.getLogger('kdjax')
 STATES = ('done', 'running', 'stopped', 'failed', 'missing')
 POLL = 5.0  # seconds between looks at jobs that other runners do
 CORPUS = 'corpus.json'
-NOT_IDENTITY = ('runs', 'hardware', 'cohort', 'last', 'vocab_size')  # fields that change no result
 
 
 def grid_folder(grid: GridConfig, workdir: paths.Path | None = None) -> paths.Path:
@@ -59,8 +58,8 @@ def grid_folder(grid: GridConfig, workdir: paths.Path | None = None) -> paths.Pa
 
 def grid_identity(grid: GridConfig) -> dict[str, Any]:
   """Return what a grid's results depend on. The contrasts are part of it, because they are declared before the runs."""
-  values = {name: value for name, value in config_lib.as_dict(grid).items() if name not in NOT_IDENTITY}
-  base = experiments.experiment_identity(grid.base) | {'eval': values['base']['eval']}
+  values = fields.identity(grid)
+  base = experiments.experiment_identity(grid.base) | {'eval': fields.identity(grid.base.eval)}
   for temperature in grid.temperature:  # each cell's temperature replaces the base's
     base['loss'] |= experiments.nucleus_identity(dataclasses.replace(grid.base.loss, temperature=temperature))
   return json.loads(json.dumps(values | {'base': base}))
@@ -70,7 +69,7 @@ def claim_grid(folder: paths.Path, grid: GridConfig) -> None:
   """Writes grid.json, or refuses a folder that holds another grid."""
   known = read_json(folder / 'grid.json')
   if known is not None:
-    RunFolder(folder).compare(known['identity'], grid_identity(grid))
+    RunFolder(folder).compare(fields.without_implied(known['identity'], GridConfig), grid_identity(grid))
   elif jax.process_index() == 0:
     # The vocabulary's size is recorded so that a report needs no tokenizer file.
     noted = {'runs': paths.relative(grid.runs, folder), 'vocab_size': cells_lib.vocab_size(grid)}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kdjax.config import Config, ModelConfig, RopeScaling, n_steps
+from kdjax.config import Config, ModelConfig, RopeScaling, fields, n_steps
 from kdjax.data.batches import Windows
 from kdjax.data.store import COUNTED_TOKENS
 from kdjax.data.tokenizer import Tokenizer
@@ -22,8 +22,8 @@ from kdjax.runtime import backend, sharding
 from kdjax.storage import paths
 
 # Fields of a model that change its speed and memory but not what it computes: no run's folder keeps them.
-RUN_AS = ('attention', 'remat', 'scan_unroll', 'max_seq_len')
-FREE = ('dtype', 'param_dtype', *RUN_AS)
+RUN_AS = fields.names(ModelConfig, lambda declared: not declared.result)
+FREE = fields.names(ModelConfig, lambda declared: declared.precision or not declared.result)
 
 
 def set_vocabulary(model: ModelConfig, tokenizer: Tokenizer, name: str, n_tokens: int = 0) -> ModelConfig:

@@ -17,7 +17,16 @@ from jax.sharding import PartitionSpec as P
 
 from kdjax import config as config_lib
 from kdjax import machine
-from kdjax.config import AlphaSchedule, Config, DataConfig, LossConfig, ModelConfig, StudentConfig, TeacherConfig
+from kdjax.config import (
+  AlphaSchedule,
+  Config,
+  DataConfig,
+  LossConfig,
+  ModelConfig,
+  StudentConfig,
+  TeacherConfig,
+  fields,
+)
 from kdjax.data.batches import BatchStream, Windows
 from kdjax.data.corpus import Corpus
 from kdjax.data.roles import Roles
@@ -36,32 +45,6 @@ from kdjax.trainer.step import Recipe, Teacher
 
 log = logging.getLogger('kdjax')
 
-SPEEDS = {  # fields that change how fast a result comes, and not what it is
-  'attention',
-  'remat',
-  'scan_unroll',
-  'max_seq_len',
-  'microbatches',
-  'forward_microbatch',
-  'layout',
-  'chunk_tokens',
-  'chunk_megabytes',
-}
-LATER = {  # fields that are younger than runs that are kept, at the value that those had: what defines a run leaves them out
-  'norms': 'before',
-  'norm_offset': False,
-  'qk_norm_whole': False,
-  'qkv_bias': False,
-  'activation': 'silu',
-  'embed_scale': 1.0,
-  'attn_scale': 0.0,
-  'local_window': 0,
-  'global_every': 6,
-  'local_rope_theta': 10_000.0,
-  'method': 'llama3',
-  'init': '',
-  'nulls': 'refuse',
-}
 TARGETS = {'baseline': 'none', 'distilled': 'teacher', 'unigram': 'unigram'}
 
 
@@ -77,8 +60,8 @@ class Arm:
 
 def experiment_identity(config: Config) -> dict[str, Any]:
   """What an experiment's results depend on: the config less its name, places, speeds and schedules of saving."""
-  values = config_lib.as_dict(config)
-  kept = {key: values[key] for key in ('teacher', 'student', 'loss')} | {'data': _data_identity(config)}
+  kept = {name: fields.identity(getattr(config, name)) for name in ('teacher', 'student', 'loss')}
+  kept['data'] = _data_identity(config)
   kept['student']['arms'] = sorted(config.student.arms)
   if any(TARGETS[arm] != 'none' for arm in config.student.arms):
     kept['loss'] |= nucleus_identity(config.loss)
@@ -86,7 +69,7 @@ def experiment_identity(config: Config) -> dict[str, Any]:
     kept[name]['optimizer'] |= schedule_identity(section, config.data)
   if 'distilled' not in config.student.arms:
     del kept['teacher']
-  return _essence(kept)
+  return kept
 
 
 def run_identity(
@@ -101,18 +84,17 @@ def run_identity(
   loss = _arm_loss(config, learns)
   identity = {
     'arm': arm,
-    'model': dataclasses.asdict(model),
+    'model': fields.identity(model),
     'data': _data_identity(config),
     **{key: getattr(section, key) for key in ('seed', 'tokens', 'batch_size')},
     'slice': list(section.slice),
-    'optimizer': dataclasses.asdict(section.optimizer) | schedule_identity(section, config.data),
+    'optimizer': fields.identity(section.optimizer) | schedule_identity(section, config.data),
     'target': {'teacher': teacher, 'unigram': 'unigram'}.get(target, 'none'),
     'alpha': section.alpha if learns else 0.0,  # type: ignore[union-attr]
-    'alpha_schedule': dataclasses.asdict(section.alpha_schedule if learns else AlphaSchedule()),  # type: ignore[union-attr]
-    'loss': dataclasses.asdict(loss) | nucleus_identity(loss),
-    'init': init,
+    'alpha_schedule': fields.identity(section.alpha_schedule if learns else AlphaSchedule()),  # type: ignore[union-attr]
+    'loss': fields.identity(loss) | nucleus_identity(loss),
   }
-  return _essence(identity)
+  return identity | ({'init': init} if init else {})
 
 
 def nucleus_identity(loss: LossConfig) -> dict[str, str]:
@@ -363,8 +345,7 @@ def _windows(config: Config, section: TeacherConfig | StudentConfig, corpus: Cor
 
 
 def _data_identity(config: Config) -> dict[str, Any]:
-  values = dataclasses.asdict(config.data)
-  kept = {key: value for key, value in values.items() if key not in ('cache', 'prefetch', 'threads')}
+  kept = fields.identity(config.data)
   end = _end_token(config.data.tokenizer, config.data.separator)
   return kept | ({'end': end} if end else {})
 
@@ -383,14 +364,6 @@ def _end_token(tokenizer: str, separator: str) -> str:
 @functools.cache
 def _roles(tokenizer: str) -> Roles:
   return Tokenizer.from_file(tokenizer).roles
-
-
-def _essence(value: Any) -> Any:
-  """Nested dicts less the fields that do not change a result, and those that came later where they change nothing."""
-  if not isinstance(value, dict):
-    return value
-  kept = {key: inner for key, inner in value.items() if key not in SPEEDS and (key, inner) not in LATER.items()}
-  return {key: _essence(inner) for key, inner in kept.items()}
 
 
 def _warn_of_epochs(name: str, section: TeacherConfig | StudentConfig, stream: BatchStream, total: int) -> None:

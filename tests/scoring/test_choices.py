@@ -472,7 +472,7 @@ def test_tasks_are_named_on_the_command_line(tmp_path):
     ({'eval.ood.in-domain': 'x.jsonl'}, 'eval.ood.in-domain: that is the name of a set of data.source'),
     ({'eval.tasks.a/b': 'x.jsonl'}, "eval.tasks: the task name 'a/b' is invalid"),
     ({'eval.tasks.mine': ' '}, 'eval.tasks.mine: must name a file'),
-    ({'eval.max_items': -1}, 'eval.max_items: must not be below 0'),
+    ({'eval.max_items': -1}, 'eval.max_items: must be at least 0'),
   ],
 )
 def test_names_that_clash_are_config_errors(tmp_path, fields, problem):

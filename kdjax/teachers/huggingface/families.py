@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kdjax.config import ModelConfig, RopeScaling
+from kdjax.config import ModelConfig, RopeScaling, fields
 from kdjax.errors import UserError
 
 _SIZES = {  # ours -> theirs
@@ -40,7 +40,11 @@ _ROPE = {
   'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'),
   'linear': ('factor',),
 }
-_FREE = ('pad_vocab_to', 'dtype', 'param_dtype', 'attention', 'remat', 'scan_unroll')  # these config.json does not say
+# config.json says nothing of how a model is run, but it does have the window.
+_FREE = {
+  *fields.names(ModelConfig, lambda declared: declared.precision or not declared.result),
+  'pad_vocab_to',
+} - {'max_seq_len'}
 _LLAMA_NORMS = {'attn_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm'}
 _OLMO_NORMS = {'attn_post_norm': 'post_attention_layernorm', 'mlp_post_norm': 'post_feedforward_layernorm'}
 _GEMMA_NORMS = {
@@ -148,22 +152,22 @@ def read_config(values: Mapping[str, Any], where: str = 'config.json') -> tuple[
   activation = known['hidden_activation' if family.is_gemma else 'hidden_act']
   if activation != family.defaults['hidden_activation' if family.is_gemma else 'hidden_act']:
     raise UserError(f'{where}: the activation {activation!r} is not supported in {family.name}')
-  fields = {ours: known[theirs] for ours, theirs in _SIZES.items()} | dict(family.style)
-  fields |= {
-    'n_kv_heads': known.get('num_key_value_heads') or fields['n_heads'],
-    'head_dim': known.get('head_dim') or fields['d_model'] // fields['n_heads'],
+  ours = {name: known[theirs] for name, theirs in _SIZES.items()} | dict(family.style)
+  ours |= {
+    'n_kv_heads': known.get('num_key_value_heads') or ours['n_heads'],
+    'head_dim': known.get('head_dim') or ours['d_model'] // ours['n_heads'],
     'max_seq_len': known['max_position_embeddings'],
     'tied': known['tie_word_embeddings'],
     'norm_eps': known['rms_norm_eps'],
   }
   whole, local = _rope_sections(known, family, where)
-  fields |= {'rope_theta': whole['rope_theta'], 'rope_scaling': _read_scaling(whole, where)}
-  fields |= _read_window(known, family, fields['n_layers'], local['rope_theta'], where)
-  if 'local_window' in fields and _read_scaling(local, where) != RopeScaling():
+  ours |= {'rope_theta': whole['rope_theta'], 'rope_scaling': _read_scaling(whole, where)}
+  ours |= _read_window(known, family, ours['n_layers'], local['rope_theta'], where)
+  if 'local_window' in ours and _read_scaling(local, where) != RopeScaling():
     raise UserError(f'{where}: rotary scaling of the local layers is not supported')
   if family.is_gemma:
-    fields |= _gemma_scales(known, fields['d_model'], fields['head_dim'], where)
-  config = ModelConfig(**fields)
+    ours |= _gemma_scales(known, ours['d_model'], ours['head_dim'], where)
+  config = ModelConfig(**ours)
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if field.type in (int, float, bool) and not isinstance(value, (int, float) if field.type is float else field.type):
