@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import jax
 
 from kdjax import config as config_lib
-from kdjax.config import Config, config_file
+from kdjax.config import Config, config_file, describe
 from kdjax.errors import (
   FAILED,
   STOPPED,
@@ -95,15 +95,43 @@ def parse(
   parser: argparse.ArgumentParser,
   argv: Sequence[str],
   load: Callable[[str, Mapping[str, str]], T],
+  kind: type = Config,
 ) -> tuple[T, argparse.Namespace]:
-  """The config and the command's own options."""
+  """The config, which is of this kind, and the command's own options."""
+  group = parser.add_argument_group('config')
+  shipped = ', '.join(config_file.shipped())
+  group.add_argument(
+    '--config', metavar='FILE[:ARG]', help=f'a config file, or the name of one that kdjax ships: {shipped}'
+  )
+  group.add_argument('--config.FIELD', metavar='VALUE', dest='field', help='change a field of the config')
+  group.add_argument(
+    '--help-config',
+    metavar='PREFIX',
+    nargs='?',
+    action=_HelpConfig,
+    kind=kind,
+    help='explain the fields of the config, or those that begin with PREFIX, and exit',
+  )
   spec, overrides, rest = split_args(argv)
   args = parser.parse_args(rest)
+  spec = spec or args.config
   if spec is None:
     if overrides:
       raise ConfigError([f'--config.{next(iter(overrides))}: there is no --config=FILE to change'])
     raise ConfigError(['--config=FILE is missing, e.g. --config=configs/weak2strong.py'])
   return load(spec, overrides), args
+
+
+class _HelpConfig(argparse.Action):
+  """Print the fields of a config at once, as --help does, whatever else is on the command line."""
+
+  def __init__(self, *args, kind: type, **kwargs):
+    super().__init__(*args, **kwargs)
+    self.kind = kind
+
+  def __call__(self, parser, namespace, values, option_string=None):
+    print(describe.help_text(self.kind, (values or '').removeprefix('--').removeprefix('config.')))
+    sys.exit()
 
 
 def set_up_logging() -> None:

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.add_arguments(parser)
     load = lambda spec, overrides: cli.load_as(GridConfig, grid_config.problems, spec, overrides)
     argv = sys.argv[1:] if argv is None else argv
-    grid, args = cli.parse(parser, argv, load)
+    grid, args = cli.parse(parser, argv, load, GridConfig)
     cells_lib.check_grid(grid)
     folder = runner.grid_folder(grid, paths.runs_path(args.workdir) if args.workdir else None)
     if args.command == 'plan':

@@ -97,3 +97,11 @@ def test_the_site_is_built_without_a_warning(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert 'Checkpoints' in (tmp_path / 'api.html').read_text()
+
+
+def test_the_page_of_the_config_is_what_the_fields_declare():
+  done = subprocess.run(
+    [sys.executable, '-c', "import sys; sys.path.insert(0, 'docs'); import generate; sys.stdout.write(generate.page())"],
+    cwd=ROOT, capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  assert done.stdout == (ROOT / 'docs' / 'config.md').read_text(), 'run python docs/generate.py'

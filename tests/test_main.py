@@ -85,3 +85,17 @@ def test_a_misspelt_name_of_a_shipped_config_gets_the_right_one(tmp_path, monkey
   monkeypatch.chdir(tmp_path)
   with pytest.raises(ConfigError, match=r'config file weak2stong does not exist; did you mean weak2strong\?'):
     config_file.read_config(*config_file.split_spec('weak2stong'))
+
+
+@pytest.mark.parametrize('command', ['train', 'grid', 'prepare', 'aot'])
+def test_the_fields_of_a_config_are_explained(command):
+  done = run('kdjax', command, '--help-config', 'teacher')
+  assert done.returncode == 0
+  assert ('--config.teacher=tiny-0.1m,' if command == 'grid' else '--config.teacher.dtype=auto') in done.stdout
+  wrong = run('kdjax', command, '--help-config=nonsense')
+  assert wrong.returncode == 2
+  assert wrong.stderr.startswith("error: --help-config: no field begins with 'nonsense'; sections: ")
+
+
+def test_the_usage_names_the_config():
+  assert '--config FILE[:ARG]' in run('kdjax', 'train', '--help').stdout.partition('\n\n')[0]

@@ -413,7 +413,7 @@ def test_files_that_say_so_already_are_left_alone(tmp_path):
 
 @pytest.mark.parametrize(('name', 'known'), [('weak2strong', '8c385e2f8494'), ('strong2weak', 'de88abc274da')])
 def test_what_an_experiment_was_called_before_later_fields_came_it_is_called_still(name, known):
-  """By kdjax before the fields of training.LATER: else nobody would find the runs that are done."""
+  """As named before the fields with an implied value existed: otherwise nobody would find the runs that are done."""
   config = cli.load_config(f'{pathlib.Path(__file__).parents[1]}/configs/{name}.py')
   assert config_lib.fingerprint(experiments.experiment_identity(config)) == known
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from kdjax.analysis import crossed
 from kdjax.analysis.crossed import Paired
-from kdjax.analysis.table import CONTROLLED
+from kdjax.analysis.table import differing
 from kdjax.errors import UserError
 from kdjax.runs.folder import RunFolder
 from kdjax.scoring import job as jobs
@@ -156,12 +156,12 @@ class Scores:
     Shown, not said: tokens, optimiser, schedule, batch order, initial weights, from what each run recorded.
     """
     known = [self._identity(cell.id) for cell in (left, right)]
-    for name in CONTROLLED:
-      values = [each['fingerprints'].get(name) for each in known]
-      if values[0] != values[1]:
-        raise UserError(
-          f'{left.id} and {right.id} must not be compared: their {name} fingerprints differ ({values[0]}, {values[1]})'
-        )
+    fingerprints = [each['fingerprints'] for each in known]
+    if name := differing(*fingerprints):
+      values = [each.get(name) for each in fingerprints]
+      raise UserError(
+        f'{left.id} and {right.id} must not be compared: their {name} fingerprints differ ({values[0]}, {values[1]})'
+      )
     fields = known[0]['config'].keys() | known[1]['config'].keys()
     for name in sorted(fields - COMPARED - free):
       values = [each['config'].get(name) for each in known]

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 from kdjax.analysis.crossed import Effect, Paired, crossed_effect
 from kdjax.data import fidelity
 from kdjax.errors import UserError
+from kdjax.runs.checkpoint import differ
 from kdjax.runs.folder import RunFolder
 from kdjax.scoring import job as jobs
 from kdjax.scoring import results
@@ -122,9 +124,17 @@ def check_comparable(runs: list[RunFolder]) -> None:
       raise UserError(f'{run.path} has no run.json: nobody knows what it is; start the run again with the same command')
   known = [(run, (run.identity() or {}).get('fingerprints', {})) for run in runs]
   for run, fingerprints in known[1:]:
-    for name in CONTROLLED:
-      if fingerprints.get(name) != known[0][1].get(name):
-        raise UserError(f'{run.path} and {known[0][0].path} must not be compared: their {name} fingerprints differ')
+    if name := differing(fingerprints, known[0][1]):
+      raise UserError(f'{run.path} and {known[0][0].path} must not be compared: their {name} fingerprints differ')
+
+
+def differing(left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
+  """The first controlled fingerprint in which two runs differ; '' if there is none."""
+  for name in CONTROLLED:
+    values = left.get(name), right.get(name)
+    if differ(*values) if name == 'init' else values[0] != values[1]:
+      return name
+  return ''
 
 
 def difference(cell: Cell, baseline: Cell, column: str = 'nll') -> Effect:

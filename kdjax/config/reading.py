@@ -192,10 +192,10 @@ class _TooLarge(ValueError):
 
 
 def _expected(annotation: Any, error: ValueError) -> str:
-  return 'whole numbers below 2^63' if isinstance(error, _TooLarge) else _type_name(annotation)
+  return 'whole numbers below 2^63' if isinstance(error, _TooLarge) else type_name(annotation)
 
 
-def _type_name(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
   known: dict[Any, str] = {
     int: 'a whole number',
     float: 'a number',

@@ -41,7 +41,7 @@ class ModelConfig:
   tied: bool = field(True, 'the head is the transposed embedding')
   norms: str = field(
     'before',
-    'RMSNorms of attention and MLP: before (Llama), after (OLMo-2) or both (Gemma)',
+    'RMSNorms of attention and MLP (Llama, OLMo-2, Gemma)',
     choices=('before', 'after', 'both'),
     implied='before',
     since='0.2',
@@ -146,7 +146,7 @@ class LossConfig:
   teacher_top_p: float = field(1.0, 'the smallest set of tokens with at least this mass; 1: all', above=0, at_most=1)
   rest: str = field(
     'renormalise',
-    "the teacher's mass outside top-k and top-p: renormalise, or other (one bucket)",
+    "the teacher's mass outside top-k and top-p; other: one bucket",
     choices=('renormalise', 'other'),
   )
   z_loss: float = field(0.0, 'weight of the squared log-partition', at_least=0)
@@ -245,7 +245,7 @@ class DataConfig:
   seq_len: int = field(128, 'a window', unit='tokens', above=0)
   mask_documents: bool = field(True, 'no token sees another document')
   distinct_tokens: int = field(0, '0: all of the slice', unit='tokens', at_least=0)
-  cache: str = field('', 'folder of the token stores; empty: <runs>/stores', result=False)
+  cache: str = field('', 'folder of the token stores; empty: stores in `runs`', result=False)
   prefetch: int = field(4, 'batches read ahead', at_least=0, result=False)
   threads: int = field(2, 'that read batches', above=0, result=False)
 

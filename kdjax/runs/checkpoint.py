@@ -282,6 +282,13 @@ def params_fingerprint(params, like: str = '') -> str:
   return _fingerprint(checksums(params, version), version)
 
 
+def differ(left: str | None, right: str | None) -> bool:
+  """Return whether two fingerprints of weights show different weights. Those of different versions show nothing: runs keep the one they had."""
+  if not left or not right:
+    return left != right
+  return left != right and left.startswith(_MARK) == right.startswith(_MARK)
+
+
 @jax.jit
 def _mixed_sum(x: jax.Array) -> jax.Array:
   """Sum `mix(bits ^ position)` over the elements, modulo 2^32; a position is the sum of a hash of each of its indices.

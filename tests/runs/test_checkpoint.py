@@ -12,7 +12,7 @@ import pytest
 
 from kdjax.errors import TrainingError, UserError
 from kdjax.runs import checkpoint as checkpoint_lib
-from kdjax.runs.checkpoint import CheckpointDamaged, Checkpoints, checksums, params_fingerprint
+from kdjax.runs.checkpoint import CheckpointDamaged, Checkpoints, checksums, differ, params_fingerprint
 from kdjax.runs.state import TrainState
 from kdjax.runtime import sharding
 from kdjax.trainer.step import state_shardings
@@ -287,6 +287,22 @@ def test_another_architecture_or_dtype_is_refused_by_name(copy, fields, message,
     read(copy, make_state(**fields))
   assert not isinstance(e.value, CheckpointDamaged)
   assert 'passing over' not in caplog.text
+
+
+@pytest.mark.parametrize(
+  ('left', 'right', 'expected'),
+  [
+    ('2-aa', '2-aa', False),
+    ('2-aa', '2-ab', True),
+    ('aa', 'ab', True),
+    ('aa', '2-ab', False),  # of two versions: nothing is known
+    ('aa', None, True),
+    ('', '2-aa', True),
+    (None, None, False),
+  ],
+)
+def test_fingerprints_of_one_version_show_different_weights(left, right, expected):
+  assert differ(left, right) == differ(right, left) == expected
 
 
 def test_another_fingerprint_is_refused_by_name(copy, three, caplog):
