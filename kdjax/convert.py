@@ -53,7 +53,7 @@ def to_hf(args: argparse.Namespace) -> None:
     raise UserError('--separator goes with --tokenizer: a run keeps both')
   huggingface.check_new(args.out)
   run = RunFolder(paths.absolute(args.run))
-  identity = run.identity()
+  identity = run.read_record()
   if identity is None:
     raise UserError(f'{args.run} is no run folder: it has no run.json; an experiment keeps its runs in students/')
   tokenizer = Tokenizer.from_file(args.tokenizer, args.separator) if args.tokenizer else run.tokenizer()

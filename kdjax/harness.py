@@ -193,7 +193,7 @@ class Model(TemplateLM):
     return list(itertools.takewhile(lambda i: self._special.get(i) not in stops, ids))
 
   def _rows(self) -> int:
-    return self._mesh.shape['replica'] * self._mesh.shape['fsdp']
+    return sharding.n_row_shards(self._mesh)
 
 
 class _Draw(NamedTuple):

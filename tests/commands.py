@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kdjax.runs.checkpoint import Checkpoints
+from kdjax.runs.checkpoint import read_checkpoints
 from kdjax.runs.metrics import read_metrics
 
 REPO = pathlib.Path(__file__).parents[1]
@@ -138,9 +138,6 @@ def metrics(folder: pathlib.Path) -> list[dict[str, float]]:
 
 def leaves(folder: pathlib.Path, step: int | None = None) -> dict[str, Any]:
   """dtype, shape and checksum of each leaf of a run's newest checkpoint: equal means bit-identical."""
-  saves = Checkpoints(folder / 'checkpoints', read_only=True)
-  try:
+  with read_checkpoints(folder / 'checkpoints') as saves:
     step = step or saves.steps()[-1]
     return {'step': step, **saves.meta(step)['leaves']}
-  finally:
-    saves.close()

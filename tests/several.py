@@ -40,7 +40,7 @@ def trained(workdir, arms=ARMS):
 def assert_close(workdir, expected, arms=ARMS, rtol=1e-4, only_scored=False):
   """Bit-identical data, losses and scores equal to float tolerance."""
   for one, other in zip(trained(workdir, arms), trained(expected, arms), strict=True):
-    known, like = (RunFolder(folder).identity()['fingerprints'] for folder in (one, other))
+    known, like = (RunFolder(folder).read_record()['fingerprints'] for folder in (one, other))
     assert {k: known[k] for k in ('data', 'tokenizer')} == {k: like[k] for k in ('data', 'tokenizer')}
     assert known.get('init') == like.get('init')
     got, wanted = commands.metrics(one), commands.metrics(other)

@@ -120,7 +120,7 @@ def test_an_import_that_was_cut_off_is_no_run_and_is_made_whole(folder, tmp_path
     m.setattr(RunFolder, 'keep_tokenizer', lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
       Source(folder).import_into(run, one_device())
-  assert run.identity() is None and not run.is_done()
+  assert run.read_record() is None and not run.is_done()
   (tmp_path / 'run/.0123abcd.status.json').write_text('{')  # as a kill leaves it
   with pytest.raises(UserError, match='is no run folder'):
     frozen.build_model(run)
@@ -201,7 +201,7 @@ def test_a_hugging_face_folder_teaches(folder, tmp_path, capsys):
   job = jobs.find_job(experiment)
   assert job.teacher.path.resolve() == imported.resolve()
   assert job.config.teacher.model.d_model == 32  # the folder's, not the config's 8
-  assert RunFolder(experiment / 'students/distilled').identity()['config']['target'].endswith('@0')
+  assert RunFolder(experiment / 'students/distilled').read_record()['config']['target'].endswith('@0')
   out = capsys.readouterr().out
   assert f'teacher: {build(SMALL).n_params:,} parameters' in out and 'imported from small (LlamaForCausalLM)' in out
   # Once more: everything is there.
@@ -215,10 +215,10 @@ def test_a_student_starts_from_a_folders_weights_goes_on_and_is_exported(folder,
   fresh = config(home, init=folder, **{'student.arms': ('baseline',), 'student.optimizer.warmup_fraction': 0.0})
   experiment = train.run(fresh, progress=False)
   run = RunFolder(experiment / 'students/baseline')
-  identity = run.identity()
+  identity = run.read_record()
   imported = RunFolder(next((home / 'runs/imported').iterdir()))
   assert identity['config']['init'] == by_name.identify_weights(imported)
-  assert identity['fingerprints']['init'] == imported.identity()['fingerprints']['init']
+  assert identity['fingerprints']['init'] == imported.read_record()['fingerprints']['init']
   assert identity['config']['model']['d_model'] == 32
   convert.main(['to-hf', str(run.path), str(tmp_path / 'out')])
   out = Source(tmp_path / 'out')

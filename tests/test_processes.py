@@ -194,4 +194,4 @@ def test_a_grid_that_is_told_to_stop_says_so_and_is_finished_by_the_same_command
   assert commands.finish(process, timeout=180) == [0]
   assert 'all done' in commands.output(process)[0] and set(states().values()) == {'done'}
   assert [record['step'] for record in commands.metrics(baseline.path)][-1] == 200
-  assert len(baseline.identity()['commands']) == 2
+  assert len(baseline.read_record()['commands']) == 2

@@ -127,15 +127,15 @@ def test_run_again_it_trains_nothing_scores_nothing_and_prints_the_same_table(fo
 
 
 def test_students_share_their_first_weights_and_their_data(folder):
-  found = [run.identity()['fingerprints'] for run in students(folder).values()]
+  found = [run.read_record()['fingerprints'] for run in students(folder).values()]
   for name in ('data', 'init', 'tokenizer', 'teacher'):
     assert len({f[name] for f in found}) == 1, name
 
 
 def test_the_teacher_has_weights_and_data_order_of_its_own(folder, teacher):
-  baseline = students(folder)['baseline'].identity()['fingerprints']
+  baseline = students(folder)['baseline'].read_record()['fingerprints']
   for name in ('data', 'init'):
-    assert teacher.identity()['fingerprints'][name] != baseline[name]
+    assert teacher.read_record()['fingerprints'][name] != baseline[name]
 
 
 def test_no_teacher_weight_is_in_any_students_checkpoint(folder, teacher, config):
@@ -203,7 +203,7 @@ def test_tensorboard_events_are_there(folder, teacher):
 
 def test_a_run_knows_what_it_is(folder):
   for arm, each in students(folder).items():
-    identity = each.identity()
+    identity = each.read_record()
     assert identity['config']['arm'] == arm
     assert identity['config']['alpha'] == (0.0 if arm == 'baseline' else 0.4)
     assert {'data', 'tokenizer', 'init'} <= identity['fingerprints'].keys()
@@ -247,7 +247,7 @@ def test_another_alpha_shares_the_teacher(make, folder, home, teacher, capsys):
   assert 'less the baseline' not in out and 'PGR' not in out and 'distilled' in out
   (mine,) = students(other).values()
   theirs = students(folder)['distilled']
-  assert mine.identity()['fingerprints'] == theirs.identity()['fingerprints']
+  assert mine.read_record()['fingerprints'] == theirs.read_record()['fingerprints']
 
 
 def test_a_baseline_alone_needs_no_teacher(tmp_path, home, capsys):
@@ -275,8 +275,8 @@ def test_a_teacher_named_by_its_folder(make, folder, teacher, tmp_path, capsys):
     ours, theirs = read_metrics(workdir / 'students' / arm), read_metrics(folder / 'students' / arm)
     np.testing.assert_allclose([r['ce'] for r in ours], [r['ce'] for r in theirs], rtol=1e-5)
   assert (
-    students(workdir)['distilled'].identity()['fingerprints']['teacher']
-    == students(folder)['distilled'].identity()['fingerprints']['teacher']
+    students(workdir)['distilled'].read_record()['fingerprints']['teacher']
+    == students(folder)['distilled'].read_record()['fingerprints']['teacher']
   )
 
 

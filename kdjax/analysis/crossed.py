@@ -38,7 +38,6 @@ TOO_FEW = 'unresolved: too few seeds'
 QUADRATURE = (
   64  # points for each part of a variance, to integrate a power over the sampling distribution of its estimate
 )
-BOOTSTRAP_SEEDS = 10  # under this many, a bootstrap over seeds is too narrow: 73% and 83% for 95% at 3 and 5
 SMALLEST_TAIL = 1e-100  # quantiles overflow beyond it
 
 
@@ -279,32 +278,3 @@ def with_checkpoint_noise(
   (low, high, error, df, p), parts = _interval(effect.estimate, variances, dfs, level)
   over = 'documents and checkpoints'
   return effect._replace(low=low, high=high, error=error, df=df, p=p, over=over, parts=parts)
-
-
-def bootstrap_interval(
-  sets: Sequence[Paired],
-  weights: Sequence[float] | None = None,
-  n: int = 2000,
-  seed: int = 0,
-  level: float = 0.95,
-) -> tuple[float, float]:
-  """Percentile interval of n draws of seeds, the same for all sets, then of each set's documents: a cross-check only.
-
-  Raises ValueError under ten seeds, where it is too narrow to check anything.
-  """
-  rng = np.random.default_rng(seed)
-  n_seeds = len(sets[0].numerator_SxD)
-  if n_seeds < BOOTSTRAP_SEEDS:
-    raise ValueError(f'a bootstrap over {n_seeds} seeds is too narrow; {BOOTSTRAP_SEEDS} are needed')
-  weight_K = np.full(len(sets), 1 / len(sets)) if weights is None else np.asarray(weights, float)
-  seeds_NxS = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), n).astype(float)
-  drawn_N = np.zeros(n)
-  for weight, one in zip(weight_K, sets, strict=True):
-    y_SxD = np.asarray(one.numerator_SxD, float)
-    x_SxD = np.broadcast_to(np.asarray(one.denominator, float), y_SxD.shape)
-    n_documents = y_SxD.shape[1]
-    documents_NxD = rng.multinomial(n_documents, np.full(n_documents, 1 / n_documents), n)
-    total_N = lambda a_SxD, drawn=documents_NxD: np.sum(seeds_NxS @ a_SxD * drawn, 1)
-    drawn_N += weight * total_N(y_SxD) / total_N(x_SxD)
-  low, high = np.quantile(drawn_N, [(1 - level) / 2, (1 + level) / 2])
-  return float(low), float(high)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import pandas as pd
 
 from kdjax.analysis import crossed
 from kdjax.analysis.crossed import Paired
-from kdjax.analysis.table import differing
+from kdjax.analysis.table import LN2, differing
 from kdjax.errors import UserError
 from kdjax.runs.folder import RunFolder
 from kdjax.scoring import job as jobs
@@ -22,7 +21,6 @@ from kdjax.sweeps import pilots, runner
 from kdjax.sweeps.cells import Cell, Group
 from kdjax.sweeps.config import GridConfig
 
-LN2 = math.log(2)
 # What may differ between the runs of one comparison: what it is about. All else in run.json must be equal.
 COMPARED = {'arm', 'target', 'alpha', 'alpha_schedule', 'loss'}
 TUNED = {'tokens', 'optimizer'}  # and what a tuned or FLOP-matched baseline has of its own
@@ -194,4 +192,4 @@ class Scores:
 
   @functools.cache  # noqa: B019
   def _identity(self, run: str) -> dict[str, Any]:
-    return RunFolder(self.folder / 'cells' / run).identity() or {}
+    return RunFolder(self.folder / 'cells' / run).read_record() or {}

@@ -100,7 +100,7 @@ def _drop_averages(cells: Cells) -> Cells:
 
 def read_text_losses(job: jobs.Job) -> dict[str, float]:
   """Return the losses of the tokenizer's round trip, as the runs recorded them; {} if there are none."""
-  return next((found for run in job.runs if (found := (run.identity() or {}).get('facts', {}).get('text_lost'))), {})
+  return next((found for run in job.runs if (found := (run.read_record() or {}).get('facts', {}).get('text_lost'))), {})
 
 
 def unit(cells: Cells) -> str:
@@ -120,9 +120,9 @@ def _apart(cells: Cells) -> tuple[Cells, Cells]:
 def check_comparable(runs: list[RunFolder]) -> None:
   """Raises UserError, naming the field, where two arms did not see the same data in the same order from the same weights."""
   for run in runs:
-    if run.identity() is None:
+    if run.read_record() is None:
       raise UserError(f'{run.path} has no run.json: nobody knows what it is; start the run again with the same command')
-  known = [(run, (run.identity() or {}).get('fingerprints', {})) for run in runs]
+  known = [(run, (run.read_record() or {}).get('fingerprints', {})) for run in runs]
   for run, fingerprints in known[1:]:
     if name := differing(fingerprints, known[0][1]):
       raise UserError(f'{run.path} and {known[0][0].path} must not be compared: their {name} fingerprints differ')
@@ -352,7 +352,7 @@ def _facts(job: jobs.Job, cells: Cells) -> str:
   """Tokens, epochs, parameters and the yardstick, from the runs' own records."""
   lines = []
   for run in job.runs:
-    facts = (run.identity() or {}).get('facts', {})
+    facts = (run.read_record() or {}).get('facts', {})
     arm = job.arm(run)
     if 'imported' in facts and arm in cells:
       lines.append(f'{arm}: {_parameters(facts)}, imported from {facts["imported"]}')
@@ -365,7 +365,7 @@ def _facts(job: jobs.Job, cells: Cells) -> str:
         f'{done * facts["tokens"]:,.0f} tokens in {step:,} steps{planned}, '
         f'{done * facts["epochs"]:.2f} epochs of {facts["distinct_tokens"]:,} distinct tokens'
       )
-  every = [(run.identity() or {}).get('facts', {}) for run in job.runs]
+  every = [(run.read_record() or {}).get('facts', {}) for run in job.runs]
   if lost := read_text_losses(job):
     return '\n'.join([*lines, f'warning: {fidelity.describe(lost)}'])
   corpus = next((facts for facts in every if 'xz9_bits_per_byte' in facts), None)

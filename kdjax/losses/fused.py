@@ -114,7 +114,7 @@ def fused_losses(
   labels_BxT, weights_BxT = inputs.check_tokens(labels_BxT, weights_BxT, vocab_size, sizes)
   targets = tuple(_fit_vocabulary(target, vocab_size, width) for target in targets)
   mesh = sharding.mesh_in_use()
-  n_tokens = labels_BxT.size // (1 if mesh is None else mesh.shape['replica'] * mesh.shape['fsdp'])
+  n_tokens = labels_BxT.size // (1 if mesh is None else sharding.n_row_shards(mesh))
   columns = width // (1 if mesh is None else mesh.shape['tensor'])
   static = _Static(
     loss=loss,
@@ -160,7 +160,7 @@ def token_losses(
   inputs.check_evaluated(labels_BxT, temperatures_K, vocab_size, sizes)
   fitted = None if targets is None else _fit_vocabulary(targets, vocab_size, width)
   mesh = sharding.mesh_in_use()
-  n_tokens = labels_BxT.size // (1 if mesh is None else mesh.shape['replica'] * mesh.shape['fsdp'])
+  n_tokens = labels_BxT.size // (1 if mesh is None else sharding.n_row_shards(mesh))
   columns = width // (1 if mesh is None else mesh.shape['tensor'])
   chunk = chunk or evaluation_tokens(loss, n_tokens, columns)
   static = _Static(loss, vocab_size, chunk, (None if fitted is None else 0,), True, mesh)

@@ -50,9 +50,6 @@ def is_temperature(value: float) -> bool:
   return value == 0 or 1e-6 < value <= 1e6
 
 
-GREEDY = Sampling(temperature=0.0)
-
-
 class State(NamedTuple):
   """Where the rows stand: the last token of each that the cache has not seen yet, and who has ended."""
 

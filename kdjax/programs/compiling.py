@@ -178,7 +178,7 @@ def _states(config: Config, recipe: Recipe, mesh: Mesh):
   alpha = alpha_state(config.student.alpha, schedule, config_lib.n_steps(config.student, config.data))
   shapes = jax.eval_shape(lambda key: init_state(recipe, alpha, key), jax.random.key(0))
   placed = state_shardings(recipe, shapes, mesh)
-  states = jax.tree.map(_abstract, shapes, placed)
+  states = sharding.abstract(shapes, placed)
   return (states,) * len(recipe.targets), [placed] * len(recipe.targets)
 
 
@@ -187,11 +187,11 @@ def _teacher(config: Config, recipe: Recipe, mesh: Mesh) -> Teacher:
   if recipe.teacher is not None:
     shapes = jax.eval_shape(lambda p: frozen.to_dtype(p, config.teacher.dtype), recipe.teacher.abstract())
     found = found._replace(
-      params=jax.tree.map(_abstract, shapes, sharding.param_shardings(shapes, mesh, recipe.teacher_layout))
+      params=sharding.abstract(shapes, sharding.param_shardings(shapes, mesh, recipe.teacher_layout))
     )
   if 'unigram' in recipe.targets:
     width = jax.ShapeDtypeStruct((recipe.student.config.padded_vocab_size,), jnp.float32)
-    found = found._replace(unigram_V=_abstract(width, NamedSharding(mesh, P('tensor'))))
+    found = found._replace(unigram_V=sharding.abstract(width, NamedSharding(mesh, P('tensor'))))
   return found
 
 
@@ -200,10 +200,6 @@ def _batches(config: Config, recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
   rows = NamedSharding(mesh, P(None, sharding.BATCH_AXES))
   one = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
   return {'tokens': one, 'labels': one, 'segment_ids': one}
-
-
-def _abstract(x, s) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
 
 
 def _compiled(lower: Callable[[], Any], mesh: Mesh):
@@ -254,7 +250,7 @@ def _loss_bytes(recipe: Recipe, states, teacher: Teacher, batches, mesh: Mesh) -
   def of(model: Model, params):
     """Abstract hidden states and head."""
     hidden = jax.ShapeDtypeStruct((rows, length, model.config.d_model), compute_dtype(model.config), sharding=by_row)
-    return hidden, _abstract(jax.eval_shape(model.head, params), NamedSharding(mesh, HEAD))
+    return hidden, sharding.abstract(jax.eval_shape(model.head, params), NamedSharding(mesh, HEAD))
 
   def loss(models, theirs, unigram_V, labels, weights):
     losses = losses_of(recipe, models, theirs, unigram_V, [0.5] * len(models), labels, weights)

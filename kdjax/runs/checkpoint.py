@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -243,6 +243,16 @@ class Checkpoints:
         if checksum != meta['leaves'][name][leaf][2]:
           raise CheckpointDamaged(f'the checksum of {name}/{leaf} differs from the one that was saved')
     return items | {'meta': meta}
+
+
+@contextlib.contextmanager
+def read_checkpoints(folder: str | os.PathLike) -> Iterator[Checkpoints]:
+  """The checkpoints of a folder, to be read only: nothing is written, deleted or set aside."""
+  saves = Checkpoints(folder, read_only=True)
+  try:
+    yield saves
+  finally:
+    saves.close()
 
 
 def steps_in(folder: str | os.PathLike) -> list[int]:

@@ -60,7 +60,7 @@ class RunFolder:
   def name(self) -> str:
     return self.path.name
 
-  def identity(self) -> dict[str, Any] | None:
+  def read_record(self) -> dict[str, Any] | None:
     """Read run.json; None for a new folder. Raises UserError where it is damaged."""
     try:
       return paths.read_json(self.path / 'run.json')
@@ -84,14 +84,14 @@ class RunFolder:
 
   def fingerprint(self, name: str) -> str:
     """Return a fingerprint that run.json records, e.g. 'tokenizer'; '' where it has none."""
-    return (self.identity() or {}).get('fingerprints', {}).get(name, '')
+    return (self.read_record() or {}).get('fingerprints', {}).get(name, '')
 
   def is_done(self) -> bool:
     return (self.status() or {}).get('state') == 'done'
 
   def check_config(self, config: dict[str, Any]) -> None:
     """Raises UserError, naming the fields, where the folder was written by another config."""
-    known = self.identity()
+    known = self.read_record()
     if known is not None:
       self.compare(known['config'], config)
 
@@ -112,7 +112,7 @@ class RunFolder:
       notes: kept beside them, not compared.
     """
     self.check_config(config)
-    known = self.identity()
+    known = self.read_record()
     if known is None:
       known = {'config': config, 'fingerprints': fingerprints, **(notes or {}), 'commands': []}
     self.check_fingerprints(fingerprints)
@@ -132,7 +132,7 @@ class RunFolder:
 
   def tokenizer(self) -> Tokenizer:
     """The tokenizer with which the model learned. Raises UserError where the folder keeps none, or another one."""
-    known = self.identity() or {}
+    known = self.read_record() or {}
     note = known.get('tokenizer')
     if note is None:
       raise UserError(
@@ -145,7 +145,7 @@ class RunFolder:
 
   def check_fingerprints(self, fingerprints: dict[str, Any]) -> None:
     """Raises UserError, naming it, where one of these is known and is not the one that the run began with."""
-    known = (self.identity() or {'fingerprints': {}})['fingerprints']
+    known = (self.read_record() or {'fingerprints': {}})['fingerprints']
     for name, value in fingerprints.items():
       if known.get(name, value) != value:
         raise UserError(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdjax.config import MeshConfig
@@ -22,7 +22,6 @@ from kdjax.runtime import backend
 
 AXES = ('replica', 'fsdp', 'tensor')
 BATCH_AXES = ('replica', 'fsdp')
-BATCH = P(BATCH_AXES)  # rows of a batch, [B, ...]
 
 # A parameter's path -> its spec; the first match counts. Stacked blocks have the layer axis first, never sharded. `values`: in int8.
 RULES = (
@@ -92,6 +91,16 @@ def local_bytes(shapes, shardings) -> int:
 def path_name(path) -> str:
   """A key path of a nested dict as 'a/b/c'."""
   return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path)
+
+
+def n_row_shards(mesh: Mesh | AbstractMesh) -> int:
+  """How many parts the rows of a batch are divided into."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def abstract(shapes, shardings):
+  """A tree of ShapeDtypeStructs with these shardings."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def param_shardings(params, mesh: Mesh, layout: str = 'student'):

@@ -21,7 +21,7 @@ from kdjax.data.wanted import Origin
 from kdjax.errors import UserError
 from kdjax.models import build
 from kdjax.models.decoder import compute_dtype
-from kdjax.runs.checkpoint import Checkpoints, steps_in
+from kdjax.runs.checkpoint import read_checkpoints, steps_in
 from kdjax.runs.folder import RunFolder
 from kdjax.runs.metrics import Progress
 from kdjax.runtime import distributed, preemption
@@ -353,7 +353,7 @@ class _Models:
         if self._job.teacher and key.startswith(f'{self._job.teacher.path}@')
       }
       self._loaded = kept
-      arm = (run.identity() or {}).get('config', {}).get('arm')
+      arm = (run.read_record() or {}).get('config', {}).get('arm')
       like = self._job.config.teacher.model if arm == 'teacher' else self._job.config.student.model
       model, params, *_ = frozen.load_teacher(run, dtype, self._mesh, step, like)
       self._loaded[name] = Scored(build(frozen.restrict_tokens(model.config, vocab_size)), params)
@@ -361,11 +361,8 @@ class _Models:
 
 
 def _step(run: RunFolder, step: int) -> int:
-  saves = Checkpoints(run.checkpoints, read_only=True)
-  try:
+  with read_checkpoints(run.checkpoints) as saves:
     return frozen.choose_step(run, saves, step)
-  finally:
-    saves.close()
 
 
 def _vocab_size(eval_set: EvalSet | ChoiceSet) -> int:

@@ -39,7 +39,7 @@ def score_requests(
   """
   rows = [row for i, request in enumerate(requests) for row in _rows(i, *request, window)]
   logprob_Q, tokens_Q, missed_Q = (np.zeros(len(requests)) for _ in range(3))
-  for batch in _batches(rows, window, batch_size, mesh.shape['replica'] * mesh.shape['fsdp']):
+  for batch in _batches(rows, window, batch_size, sharding.n_row_shards(mesh)):
     values = jax.device_get(_token_values(model.model, model.params, place(batch, mesh)))
     real = batch.labels_RxL >= 0
     request = np.broadcast_to(batch.doc_R[:, None], real.shape)[real]

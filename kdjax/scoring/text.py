@@ -58,7 +58,7 @@ def score_documents(
   temperatures = jnp.asarray(temperatures, jnp.float32)
   n = store.n_docs
   sums: dict[str, np.ndarray] = {}
-  multiple = mesh.shape['replica'] * mesh.shape['fsdp']
+  multiple = sharding.n_row_shards(mesh)
   batch_size = -(-batch_size // multiple) * multiple
   for batch in windows.batches(windows.rows(store, window, stride), batch_size, multiple):
     placed = place(batch, mesh)

@@ -29,9 +29,8 @@ from kdjax.config import Config, fields
 from kdjax.data.corpus import Corpus
 from kdjax.data.wanted import Origin
 from kdjax.errors import OwnedError, StoreUnavailable, UserError
-from kdjax.runs import folder as run
 from kdjax.runs.checkpoint import steps_in
-from kdjax.runs.folder import Heartbeat, RunFolder
+from kdjax.runs.folder import BEAT, Heartbeat, RunFolder
 from kdjax.runtime import distributed, preemption
 from kdjax.scoring import job as evaluation
 from kdjax.scoring import results
@@ -136,7 +135,7 @@ def job_states(folder: paths.Path, jobs: Sequence[Job], timeout: float) -> list[
   late = [k for k, job in enumerate(jobs) if found[k] == 'stopped' and _heartbeat(folder, job)]
   before = [_heartbeat(folder, jobs[k]) for k in late]
   if late:
-    time.sleep(3 * run.BEAT)
+    time.sleep(3 * BEAT)
   for k, heartbeat in zip(late, before, strict=True):
     if _heartbeat(folder, jobs[k]) != heartbeat:
       found[k] = job_state(folder, jobs[k], math.inf)

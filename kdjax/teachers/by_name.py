@@ -16,7 +16,7 @@ from kdjax.config import Config, ModelConfig
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
 from kdjax.models import Model
-from kdjax.runs.checkpoint import Checkpoints
+from kdjax.runs.checkpoint import read_checkpoints
 from kdjax.runs.folder import RunFolder
 from kdjax.storage import paths
 from kdjax.teachers import frozen, huggingface
@@ -55,14 +55,14 @@ class OpenModel:
 def open_model(path: str, mesh: Mesh, step: int = 0, separator: str = '') -> OpenModel:
   """The model of a run's folder, or of Hugging Face's, which is read where it is. Raises UserError where it is neither."""
   folder = RunFolder(path)
-  if folder.identity() is None and not paths.is_remote(path):
+  if folder.read_record() is None and not paths.is_remote(path):
     source = huggingface.Source(path, separator)
     if step:
       raise UserError(f'{path} is a Hugging Face folder: it has no steps; leave --step out')
     params = frozen.cast(source.load(mesh), 'auto', mesh, 'student')
     return OpenModel(source.model, params, source.tokenizer, source.path.name, imported=True)
   model, params, step, _ = frozen.load_teacher(folder, 'auto', mesh, step)
-  known = (folder.identity() or {})['config']
+  known = (folder.read_record() or {})['config']
   window = known.get('data', {}).get('seq_len', 0)
   return OpenModel(model, params, folder.tokenizer(), folder.name, step, window, 'imported' in known)
 
@@ -128,12 +128,9 @@ def load_weights(folder: RunFolder, model: Model, mesh: Mesh) -> Any:
 
 def identify_weights(folder: RunFolder) -> str:
   """Tells a run's newest weights from all others."""
-  saves = Checkpoints(folder.checkpoints, read_only=True)
-  try:
+  with read_checkpoints(folder.checkpoints) as saves:
     step = frozen.choose_step(folder, saves)
     return f'{saves.fingerprint(step)}@{step}'
-  finally:
-    saves.close()
 
 
 def _imported(source: huggingface.Source, config: Config) -> RunFolder:

@@ -16,7 +16,7 @@ from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
 from kdjax.models import Model, build, flops
 from kdjax.models.quantized import quantize
-from kdjax.runs.checkpoint import Checkpoints
+from kdjax.runs.checkpoint import Checkpoints, read_checkpoints
 from kdjax.runs.folder import RunFolder
 from kdjax.runtime import backend, sharding
 from kdjax.storage import paths
@@ -63,7 +63,7 @@ def match_student(teacher: ModelConfig, student: ModelConfig) -> ModelConfig:
 
 def build_model(folder: RunFolder, like: ModelConfig | None = None) -> Model:
   """The model that a run's folder holds, run as `like` says (attention, remat, ...). Raises UserError where it is no run's folder."""
-  identity = folder.identity()
+  identity = folder.read_record()
   if identity is None:
     if not folder.path.is_dir():
       raise UserError(
@@ -130,11 +130,8 @@ def load_teacher(
 
 def saved_fingerprint(folder: RunFolder, step: int) -> str:
   """Return the fingerprint of a step's weights as they were saved: older checkpoints keep the fingerprint of their version."""
-  saves = Checkpoints(folder.checkpoints, read_only=True)
-  try:
+  with read_checkpoints(folder.checkpoints) as saves:
     return saves.fingerprint(step)
-  finally:
-    saves.close()
 
 
 def load_saved(
@@ -142,15 +139,11 @@ def load_saved(
 ) -> tuple[Model, Any, int]:
   """(model, weights as they were saved, step)."""
   model = build_model(folder, like)
-  saves = Checkpoints(folder.checkpoints, read_only=True)
-  try:
+  with read_checkpoints(folder.checkpoints) as saves:
     step = choose_step(folder, saves, step)
-    abstract = model.abstract()
-    shardings = sharding.param_shardings(abstract, mesh, layout)
-    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    shapes = model.abstract()
+    placed = sharding.abstract(shapes, sharding.param_shardings(shapes, mesh, layout))
     return model, saves.restore_params(step, placed), step
-  finally:
-    saves.close()
 
 
 def to_dtype(params, dtype: str):

@@ -83,7 +83,9 @@ def train_cohort(cohort: Cohort, mesh: Mesh) -> None:
 def _unfinished(cohort: Cohort) -> Cohort:
   """The cohort without the members that are done: they are never trained again because another one is missing."""
   done = [
-    m.folder.is_done() and m.folder.identity() is not None and (m.folder.checkpoints / str(cohort.total_steps)).is_dir()
+    m.folder.is_done()
+    and m.folder.read_record() is not None
+    and (m.folder.checkpoints / str(cohort.total_steps)).is_dir()
     for m in cohort.members
   ]
   done = distributed.from_first_process(done)
@@ -108,7 +110,7 @@ def _abstract(cohort: Cohort, mesh: Mesh) -> tuple[TrainState, ...]:
   for member in cohort.members:
     shapes = jax.eval_shape(functools.partial(init_state, cohort.recipe, member.alpha), jax.random.key(cohort.seed))
     placed = state_shardings(cohort.recipe, shapes, mesh)
-    abstract.append(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed))
+    abstract.append(sharding.abstract(shapes, placed))
   return tuple(abstract)
 
 

@@ -40,7 +40,7 @@ def check_models(
   config: Config, mesh: Mesh, student: Model, teacher: Model | None, teacher_learns: bool = True
 ) -> None:
   """The same for models that are made already; `teacher_learns`: the teacher's own training is part of what is to fit."""
-  data_parallel = mesh.shape['replica'] * mesh.shape['fsdp']
+  data_parallel = sharding.n_row_shards(mesh)
   sections: dict[str, tuple[TeacherConfig | StudentConfig, Model]] = {'student': (config.student, student)}
   if teacher is not None:
     sections['teacher'] = (config.teacher, teacher)

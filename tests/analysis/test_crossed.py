@@ -534,24 +534,3 @@ def test_checkpoint_noise_covers_where_documents_alone_do_not():
     noise = [crossed.checkpoint_noise(rng.normal(size=5)) for _ in range(2)]
     found.append(crossed.with_checkpoint_noise(plain[-1], noise, n=5))
   assert covered(plain, 0.0) < 0.5 and covered(found, 0.0) >= 0.93
-
-
-@pytest.mark.parametrize(('documents', 'weights'), [((80,), None), ((60, 80, 100), (0.5, 0.5, -1.0))])
-def test_the_bootstrap_agrees_where_there_are_many_seeds(documents, weights):
-  sets = grid(np.random.default_rng(21), 40, documents, 'equal', kind='equal')
-  found = crossed_effect(sets, weights)
-  low, high = crossed.bootstrap_interval(sets, weights)
-  assert high - low == pytest.approx(found.high - found.low, rel=0.15)
-  assert (low + high) / 2 == pytest.approx(found.estimate, abs=0.15 * found.error)
-  assert crossed.bootstrap_interval(sets, weights) == (low, high) != crossed.bootstrap_interval(sets, weights, seed=1)
-
-
-def test_the_bootstrap_draws_the_same_seeds_for_all_sets():
-  shift_Sx1 = np.random.default_rng(22).normal(size=(12, 1))
-  sets = [Paired(sign * shift_Sx1 + np.zeros(5), np.ones(5)) for sign in (1, -1)]
-  np.testing.assert_allclose(crossed.bootstrap_interval(sets), 0, atol=1e-12)
-
-
-def test_the_bootstrap_refuses_few_seeds():
-  with pytest.raises(ValueError, match='over 9 seeds'):
-    crossed.bootstrap_interval([Paired(np.zeros((9, 5)), np.ones(5))])

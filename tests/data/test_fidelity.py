@@ -162,7 +162,7 @@ def test_no_bits_per_byte_of_rewritten_text(tmp_path):
   }
   config = tiny.config(tmp_path, **fields)
   folder = train.run(config, progress=False)
-  facts = (RunFolder(folder / 'students/baseline').identity() or {})['facts']
+  facts = (RunFolder(folder / 'students/baseline').read_record() or {})['facts']
   assert facts['text_lost']['changed'] > 0.05 and facts['text_lost']['lost'] == 0
   text, rows = (folder / 'table.txt').read_text(), pd.read_csv(folder / 'results.csv')
   assert 'bits/token (perplexity)' in text and 'bits/byte' not in text and 'xz' not in text

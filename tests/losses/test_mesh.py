@@ -32,7 +32,7 @@ def mesh_of(shape):
 def place(mesh, x, w, xt, wt, labels):
   """As in training: rows over (replica, fsdp), heads by the parameters' rules."""
   head = lambda w: sharding.param_shardings({'head': {'kernel': w}}, mesh)['head']['kernel']
-  rows = NamedSharding(mesh, sharding.BATCH)
+  rows = NamedSharding(mesh, jax.P(sharding.BATCH_AXES))
   x, xt, labels = (jax.device_put(a, rows) for a in (x, xt, labels))
   return x, jax.device_put(w, head(w)), xt, jax.device_put(wt, head(wt)), labels
 

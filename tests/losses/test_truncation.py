@@ -41,7 +41,7 @@ def dense(student_BxTxV, teacher_BxTxV, loss):
 
 def fused(student_BxTxV, teacher_BxTxV, loss, mesh=None):
   """Return the same for the fused loss in float32: the logits are the hidden states, and the head is the identity."""
-  place = lambda x: x if mesh is None else jax.device_put(x, NamedSharding(mesh, sharding.BATCH))
+  place = lambda x: x if mesh is None else jax.device_put(x, NamedSharding(mesh, jax.P(sharding.BATCH_AXES)))
   weights = jnp.asarray(WEIGHTS, jnp.float32)
   f = jax.jit(
     jax.value_and_grad(

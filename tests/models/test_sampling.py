@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kdjax.errors import UserError
 from kdjax.models import build
-from kdjax.models.sampling import CHUNK, GREEDY, Sampling, _draw, _read, filter_logits, generate, stream
+from kdjax.models.sampling import CHUNK, Sampling, _draw, _read, filter_logits, generate, stream
 from tests.teachers.huggingface.folders import MODELS, random_params
 
 NEVER = 259  # a token that stops
@@ -42,7 +42,7 @@ def whole(model, params, prompt, n) -> list[int]:
 def test_greedy_text_is_that_of_a_model_without_a_cache(model_and_params):
   model, params = model_and_params
   prompts = [[256, 5, 9], [256], list(range(100, 123))]
-  got = generate(model, params, prompts, 40, GREEDY, stop_id=NEVER)
+  got = generate(model, params, prompts, 40, Sampling(0.0), stop_id=NEVER)
   for prompt, row in zip(prompts, got, strict=True):
     expected = whole(model, params, prompt, 40)
     expected = expected[: expected.index(NEVER)] if NEVER in expected else expected
@@ -77,7 +77,7 @@ def test_what_leaves_one_token_is_greedy(sampling, llama):
   model, params = llama
   prompts = [[256, 1, 2, 3]]
   assert generate(model, params, prompts, 20, sampling, stop_id=NEVER) == generate(
-    model, params, prompts, 20, GREEDY, stop_id=NEVER
+    model, params, prompts, 20, Sampling(0.0), stop_id=NEVER
   )
 
 
@@ -114,10 +114,10 @@ def test_top_k_and_then_top_p_by_the_letter(logits, top_k, top_p):
 
 def test_a_row_ends_at_the_stop_token_and_all_end_together(llama):
   model, params = llama
-  free = generate(model, params, [[256, 5, 9]], 60, GREEDY, stop_id=-1)[0]
+  free = generate(model, params, [[256, 5, 9]], 60, Sampling(0.0), stop_id=-1)[0]
   stop = free[20]
-  assert generate(model, params, [[256, 5, 9]], 60, GREEDY, stop_id=stop)[0] == free[: free.index(stop)]
-  chunks = list(stream(model, params, [[256, 5, 9]], 60, GREEDY, stop_id=stop))
+  assert generate(model, params, [[256, 5, 9]], 60, Sampling(0.0), stop_id=stop)[0] == free[: free.index(stop)]
+  chunks = list(stream(model, params, [[256, 5, 9]], 60, Sampling(0.0), stop_id=stop))
   assert sum(chunk.shape[1] for chunk in chunks) <= (free.index(stop) // CHUNK + 1) * CHUNK
   assert (np.concatenate(chunks, axis=1)[0, free.index(stop) :] == stop).all()
 
@@ -125,9 +125,9 @@ def test_a_row_ends_at_the_stop_token_and_all_end_together(llama):
 def test_any_of_several_tokens_ends_a_row(llama):
   model, params = llama
   prompts = [[256, 5, 9], [256, 7], [256, 100, 3]]
-  free = generate(model, params, prompts, 40, GREEDY, stop_id=NEVER)
+  free = generate(model, params, prompts, 40, Sampling(0.0), stop_id=NEVER)
   stops = (free[0][12], free[1][5], 999)
-  got = generate(model, params, prompts, 40, GREEDY, stop_id=stops)
+  got = generate(model, params, prompts, 40, Sampling(0.0), stop_id=stops)
   for row, whole in zip(got, free, strict=True):
     first = min((whole.index(stop) for stop in stops if stop in whole), default=len(whole))
     assert row == whole[:first]
@@ -136,7 +136,7 @@ def test_any_of_several_tokens_ends_a_row(llama):
 
 @pytest.mark.parametrize('n', [1, CHUNK, CHUNK + 1, 37])
 def test_no_more_tokens_than_asked_for(n, llama):
-  assert len(generate(*llama, [[256]], n, GREEDY, stop_id=-1)[0]) == n
+  assert len(generate(*llama, [[256]], n, Sampling(0.0), stop_id=-1)[0]) == n
 
 
 def test_few_programs_serve_all_lengths(llama):
@@ -144,17 +144,17 @@ def test_few_programs_serve_all_lengths(llama):
   _read.clear_cache()
   _draw.clear_cache()
   for n in range(1, 33):
-    generate(model, params, [[256] * n], 16, GREEDY, stop_id=-1)
+    generate(model, params, [[256] * n], 16, Sampling(0.0), stop_id=-1)
   assert (_read._cache_size(), _draw._cache_size()) == (2, 2)
 
 
 def test_a_text_up_to_the_models_length_whatever_the_padding(llama):
   model, params = llama
-  assert len(generate(model, params, [[256] * 100], 28, GREEDY, stop_id=-1)[0]) == 28
+  assert len(generate(model, params, [[256] * 100], 28, Sampling(0.0), stop_id=-1)[0]) == 28
   with pytest.raises(
     UserError, match=r'100 tokens of prompt and 29 to follow are more than the model can see at once \(128\)'
   ):
-    generate(model, params, [[256] * 100], 29, GREEDY, stop_id=-1)
+    generate(model, params, [[256] * 100], 29, Sampling(0.0), stop_id=-1)
 
 
 def test_what_means_nothing_is_refused(llama):

@@ -10,7 +10,7 @@ import pytest
 
 from kdjax import convert, generate, harness
 from kdjax.config import MeshConfig
-from kdjax.models.sampling import GREEDY
+from kdjax.models.sampling import Sampling
 from kdjax.runtime import sharding
 from kdjax.teachers import by_name, huggingface
 from kdjax.teachers.huggingface import Source
@@ -109,7 +109,7 @@ def test_generation_stops_at_the_end_token(folder):
   ids = continued(folder)
   opened = by_name.open_model(str(folder), one_device())
   assert ids[-1] in opened.tokenizer.stop_ids and 4 < len(ids) < 40
-  text = ''.join(generate.texts(opened, PROMPT, 40, GREEDY, 0))
+  text = ''.join(generate.texts(opened, PROMPT, 40, Sampling(0.0), 0))
   assert text == PROMPT + opened.tokenizer.decode(ids[:-1])
 
 
@@ -119,7 +119,7 @@ def test_each_of_several_end_tokens_stops(tmp_path):
     ids = continued(made)
     assert ids[-1] == end and len(ids) < 40
     opened = by_name.open_model(str(made), one_device())
-    text = ''.join(generate.texts(opened, PROMPT, 40, GREEDY, 0))
+    text = ''.join(generate.texts(opened, PROMPT, 40, Sampling(0.0), 0))
     assert text == PROMPT + opened.tokenizer.decode(ids[:-1])
 
 

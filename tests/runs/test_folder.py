@@ -254,7 +254,7 @@ def test_a_damaged_identity_is_refused_with_one_line(folder, damage):
   folder.record({'a': 1}, {})
   (folder.path / 'run.json').write_bytes(damage)
   with pytest.raises(UserError, match=r'run\.json is damaged .*delete it and status\.json') as e:
-    folder.identity()
+    folder.read_record()
   assert '\n' not in str(e.value)
 
 
@@ -298,7 +298,7 @@ def test_another_config_is_refused_by_the_names_of_its_fields(folder):
 def test_another_fingerprint_is_refused_by_name_and_a_new_one_is_kept(folder):
   folder.record({}, {'data': 'a'})
   folder.record({}, {'data': 'a', 'init': 'i'})
-  assert folder.identity()['fingerprints'] == {'data': 'a', 'init': 'i'}
+  assert folder.read_record()['fingerprints'] == {'data': 'a', 'init': 'i'}
   with pytest.raises(UserError, match=r'the data is not the one the run began with \(a, now b\)'):
     folder.record({}, {'data': 'b'})
   with pytest.raises(UserError, match='the init is not'):
@@ -308,7 +308,7 @@ def test_another_fingerprint_is_refused_by_name_and_a_new_one_is_kept(folder):
 def test_every_start_is_recorded_with_its_command_versions_and_commit(folder):
   for _ in range(2):
     folder.record({}, {}, {'facts': {'tokens': 3}})
-  identity = folder.identity()
+  identity = folder.read_record()
   assert identity['facts'] == {'tokens': 3}
   assert len(identity['commands']) == 2
   command = identity['commands'][1]

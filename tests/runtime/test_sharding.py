@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kdjax.config import MeshConfig, checks
+from kdjax.config import MeshConfig, TeacherConfig, fields
 from kdjax.errors import UserError
 from kdjax.runtime import sharding
 from tests import small
@@ -35,7 +35,7 @@ def test_a_layout_that_the_mesh_does_not_divide_is_refused_by_both_axes():
 
 
 def test_the_configs_layouts_are_those_that_there_are():
-  assert checks.CHOICES['teacher.layout'] == sharding.LAYOUTS
+  assert fields.choices(TeacherConfig, 'layout') == sharding.LAYOUTS
 
 
 def test_a_parameter_that_no_rule_matches_is_refused_by_name():

@@ -40,7 +40,7 @@ def killed(here, times: int, progress: int = 0) -> None:
 
 
 def test_a_job_whose_clock_is_off_is_running_while_its_heart_beats(tmp_path, monkeypatch):
-  monkeypatch.setattr(runner.run, 'BEAT', 0.1)
+  monkeypatch.setattr(runner, 'BEAT', 0.1)
   jobs = [types.SimpleNamespace(id=id) for id in ('beats', 'silent', 'ahead', 'done')]
   status = lambda id, state, late: write_json(
     tmp_path / 'jobs' / id / 'status.json', {'state': state, 'heartbeat': time.time() - late}

@@ -66,7 +66,7 @@ def test_the_pilot_is_written_down_before_the_main_cells_start(grid, folder):
   pilot = pilots.read_outcome(folder, grid)
   for group in [g for phase, found in runner.phases(grid, folder) if phase != 'pilot' for g in found]:
     for cell in group.cells:
-      assert runner.cell_folder(folder, cell).identity()['commands'][0]['time'] > pilot['time']
+      assert runner.cell_folder(folder, cell).read_record()['commands'][0]['time'] > pilot['time']
 
 
 def test_the_pilot_keeps_its_whole_curve_and_chooses_the_least(grid, folder):
@@ -189,7 +189,7 @@ def test_arms_share_weights_and_data_with_their_baseline(grid, folder):
   for _, groups in runner.phases(grid, folder):
     for group in groups:
       for cell, base in zip(group.cells, group.baseline, strict=group.kind != 'baseline'):
-        mine, theirs = (runner.cell_folder(folder, c).identity()['fingerprints'] for c in (cell, base))
+        mine, theirs = (runner.cell_folder(folder, c).read_record()['fingerprints'] for c in (cell, base))
         assert all(mine[name] == theirs[name] for name in ('data', 'init', 'tokenizer'))
 
 

@@ -78,7 +78,7 @@ def load_refused(folder, step=0) -> str:
 
 def copy(run, folder, change) -> RunFolder:
   """A folder whose run.json is the run's, changed."""
-  identity = json.loads(json.dumps(run.identity()))
+  identity = json.loads(json.dumps(run.read_record()))
   change(identity)
   folder.mkdir()
   (folder / 'run.json').write_text(json.dumps(identity))

@@ -43,7 +43,7 @@ def test_a_run_writes_one_line_a_step_checkpoints_and_what_it_is(undisturbed):
     assert {'loss', 'ce', 'grad_norm', 'learning_rate', 'alpha', 'tokens', 'skipped'} <= records[0].keys()
     assert [r['step'] for r in records if 'validation_ce' in r] == [5, 10, 12]
     assert RunFolder(student).status()['step'] == tiny.STEPS
-    identity = RunFolder(student).identity()
+    identity = RunFolder(student).read_record()
     assert {'data', 'tokenizer', 'init'} <= identity['fingerprints'].keys()
     assert identity['config']['arm'] == student.name
   assert commands.leaves(students(undisturbed)[0])['step'] == tiny.STEPS

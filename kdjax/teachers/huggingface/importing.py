@@ -97,7 +97,7 @@ class Source:
       'model': config,
       'imported': {'from': self.path.name, 'architecture': self.family.name, 'version': self._version()},
     }
-    known = folder.identity()
+    known = folder.read_record()
     if known is None:
       there = folder.path.iterdir() if folder.path.exists() else ()
       its_own = all(_LEFT_BY_AN_IMPORT.fullmatch(path.name) for path in there)

@@ -152,7 +152,7 @@ def test_tables_padded_to_different_sizes_train_together(padded, tmp_path):
   experiment = train.run(config(tmp_path, big, teacher=big, init=small), progress=False)
   run = RunFolder(experiment / 'students/distilled')
   assert vocabulary(run) == (259, 384)
-  assert (run.identity() or {})['config']['target'].endswith('@0/259')
+  assert (run.read_record() or {})['config']['target'].endswith('@0/259')
   assert 'bits/byte' in (experiment / 'table.txt').read_text()
   # When the teacher is scored, its tokens beyond the tokenizer are masked too.
   known = json.loads((experiment / 'evaluation.json').read_text())
@@ -188,7 +188,7 @@ def test_a_table_without_a_row_for_padding_trains_students_without_one(fields, t
   experiment = train.run(config(tmp_path, folder, **dict.fromkeys(fields, folder)), progress=False)
   run = RunFolder(experiment / 'students/distilled')
   assert vocabulary(run)[0] == 259 and run.tokenizer().vocab_size == 260
-  known = run.identity() or {}
+  known = run.read_record() or {}
   assert known['tokenizer']['roles'] == {
     'separator': '<s>', 'end': '</s>', 'begin': '<s>', 'padding': '[PAD]', 'stops': ['</s>']
   }  # fmt: skip
