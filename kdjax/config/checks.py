@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kdjax.config import fields
-from kdjax.config.schema import Config, DataConfig, EvalConfig, StudentConfig, TeacherConfig
+from kdjax.config.schema import Config, DataConfig, EvalConfig, TrainingConfig
 
 MAX_STEPS = 10_000_000
 LONGEST_NAME = 150  # bytes; a whole file name has at most 255
@@ -119,7 +119,7 @@ def set_problems(evals: EvalConfig) -> Iterator[str]:
       yield f'eval.tasks.{name}: must name a file of JSON lines, got {path!r}'
 
 
-def section_problems(name: str, section: TeacherConfig | StudentConfig, data: DataConfig) -> Iterator[str]:
+def section_problems(name: str, section: TrainingConfig, data: DataConfig) -> Iterator[str]:
   optimizer, model = section.optimizer, section.model
   if model.n_kv_heads > 0 and model.n_heads % model.n_kv_heads:
     yield f'{name}.model.n_kv_heads: {model.n_kv_heads} does not divide {name}.model.n_heads = {model.n_heads}'

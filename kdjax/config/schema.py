@@ -159,21 +159,27 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherConfig:
-  """The teacher: trained here from this section, or read from `run`."""
+class TrainingConfig:
+  """How a model is trained: what the teacher's section and the student's have in common."""
 
   model: ModelConfig = ModelConfig()
-  run: str = field('', 'folder of a finished run or of a Hugging Face model, which then decides the model')
-  step: int = field(0, 'which checkpoint of `run`; 0: the last', unit='steps', at_least=0)
-  seed: int = field(42, **SEED)
+  seed: int = field(42, 'of the weights and the order of the batches', **SEED)
   tokens: int = field(1_000_000, 'training tokens', unit='tokens')
-  trunk: tuple[int, ...] = field(
-    (), 'token budgets of one longer run of which `tokens` is a checkpoint, un-annealed; (): a run of its own'
-  )
   batch_size: int = field(8, 'a step, over all devices', unit='sequences', above=0)
   microbatches: int = field(1, 'parts of a batch whose gradients are summed', above=0, result=False)
   slice: tuple[float, float] = field((0.0, 1.0), 'share of the training documents, from and to')
   optimizer: OptimizerConfig = OptimizerConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig(TrainingConfig):
+  """The teacher: trained here from this section, or read from `run`."""
+
+  run: str = field('', 'folder of a finished run or of a Hugging Face model, which then decides the model')
+  step: int = field(0, 'which checkpoint of `run`; 0: the last', unit='steps', at_least=0)
+  trunk: tuple[int, ...] = field(
+    (), 'token budgets of one longer run of which `tokens` is a checkpoint, un-annealed; (): a run of its own'
+  )
   dtype: str = field(
     'auto',
     "of its weights in the student's step; auto: bfloat16 on accelerators, float32 on CPU",
@@ -195,10 +201,10 @@ class TeacherConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class StudentConfig:
+class StudentConfig(TrainingConfig):
   """The student: the baseline (alpha = 0), the distilled one and the controls differ in nothing but their targets."""
 
-  model: ModelConfig = ModelConfig()
+  seed: int = field(43, 'of the weights and the order of the batches', **SEED)
   init: str = field(
     '', 'start from the weights of this run or Hugging Face folder; empty: fresh ones', implied='', since='0.2'
   )
@@ -207,12 +213,6 @@ class StudentConfig:
   arms: tuple[str, ...] = field(
     ('baseline', 'distilled', 'unigram'), 'students of a run', choices=('baseline', 'distilled', 'unigram')
   )
-  seed: int = field(43, **SEED)
-  tokens: int = field(1_000_000, 'training tokens', unit='tokens')
-  batch_size: int = field(8, 'a step, over all devices', unit='sequences', above=0)
-  microbatches: int = field(1, 'parts of a batch whose gradients are summed', above=0, result=False)
-  slice: tuple[float, float] = field((0.0, 1.0), 'share of the training documents, from and to')
-  optimizer: OptimizerConfig = OptimizerConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,6 +360,6 @@ def fingerprint(value: Any, length: int = 12) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
-def n_steps(section: TeacherConfig | StudentConfig, data: DataConfig) -> int:
+def n_steps(section: TrainingConfig, data: DataConfig) -> int:
   """Optimizer steps that spend `section.tokens`."""
   return max(1, round(section.tokens / (section.batch_size * data.seq_len)))

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from kdjax import config as config_lib
-from kdjax.config import Config, StudentConfig, TeacherConfig
+from kdjax.config import Config, TrainingConfig
 from kdjax.errors import UserError
 from kdjax.models import flops
 from kdjax.sweeps import cells as cells_lib
@@ -119,7 +119,7 @@ def estimate_cost(grid: GridConfig, job: Job) -> Cost:
   return total
 
 
-def _n_checkpoints(config: Config, section: TeacherConfig | StudentConfig) -> int:
+def _n_checkpoints(config: Config, section: TrainingConfig) -> int:
   """Return the most checkpoints that a run keeps: the newest, and one per period."""
   period = config.checkpoint.keep_period
   return config.checkpoint.keep + (config_lib.n_steps(section, config.data) // period if period else 0)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from kdjax.config import fingerprint
+from kdjax.config import Config, TrainingConfig, fingerprint, n_steps
 from kdjax.data.batches import BatchStream, Windows
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.losses import AlphaState
@@ -33,37 +33,46 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Cohort:
-  """Everything that `fit` needs."""
+  """Everything that training needs.
+
+  Attributes:
+    title: in logs and the progress bar.
+    section: the config's section, teacher or student, that the members are trained by.
+    keep_steps: steps whose checkpoints are never deleted.
+    fingerprints: of the data, the tokenizer and the teacher's weights.
+    initial: returns the weights to begin with; None: fresh ones.
+    facts: for run.json and the table.
+  """
 
   title: str
+  config: Config
+  section: TrainingConfig
   members: tuple[Member, ...]
   recipe: Recipe
   teacher: Teacher
-  seed: int
   stream: BatchStream
   validation: Windows
-  total_steps: int
-  checkpoint_every: int
-  eval_every: int
-  eval_batches: int
-  keep: int
-  keep_period: int
-  keep_minutes: float
-  keep_steps: tuple[int, ...]  # and these checkpoints for good
-  local: str  # where each host keeps checkpoints of its own; '': none
-  local_every: int
-  max_skipped: int
-  heartbeat_timeout: float
+  keep_steps: tuple[int, ...]
   fingerprints: dict[str, str]
   tokenizer: Tokenizer
-  initial: Callable[[], Any] | None = None  # the weights to begin with; None: fresh ones
-  facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # for run.json and the table
-  threads: int = 2
-  prefetch: int = 4
+  facts: dict[str, Any]
+  initial: Callable[[], Any] | None = None
   progress: bool = True
-  trackers: tuple[str, ...] = ('tensorboard',)
   profile: Window | None = None
+
+  @property
+  def total_steps(self) -> int:
+    return n_steps(self.section, self.config.data)
+
+  @property
+  def checkpoint_every(self) -> int:
+    return self.config.checkpoint.every or max(1, self.total_steps // 10)
+
+  @property
+  def eval_every(self) -> int:
+    return self.config.eval.every or max(1, self.total_steps // 10)
 
   def saves_at(self, step: int) -> bool:
     """Return whether a checkpoint is due at a step. `keep_period` need not be a multiple of `checkpoint_every`."""
-    return step in self.keep_steps or any(n and step % n == 0 for n in (self.checkpoint_every, self.keep_period))
+    every = (self.checkpoint_every, self.config.checkpoint.keep_period)
+    return step in self.keep_steps or any(n and step % n == 0 for n in every)

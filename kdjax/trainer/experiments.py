@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -25,6 +25,7 @@ from kdjax.config import (
   ModelConfig,
   StudentConfig,
   TeacherConfig,
+  TrainingConfig,
   fields,
 )
 from kdjax.data.batches import BatchStream, Windows
@@ -73,15 +74,16 @@ def experiment_identity(config: Config) -> dict[str, Any]:
 
 
 def run_identity(
-  config: Config, section: TeacherConfig | StudentConfig, model: ModelConfig, arm: str, teacher: str, init: str = ''
+  config: Config, section: TrainingConfig, model: ModelConfig, arm: str, teacher: str, init: str = ''
 ) -> dict[str, Any]:
   """What defines one model's training run: the value that run.json keeps and compares. `init`: the weights that it begins with, if not fresh.
 
   The baseline's and the teacher's do not depend on the loss's KD part, so that configs which differ there share them.
   """
   target = TARGETS.get(arm, 'none')
-  learns = isinstance(section, StudentConfig) and target != 'none'
-  loss = _arm_loss(config, learns)
+  alpha, schedule, loss = 0.0, AlphaSchedule(), _arm_loss(config, learns=False)
+  if isinstance(section, StudentConfig) and target != 'none':
+    alpha, schedule, loss = section.alpha, section.alpha_schedule, _arm_loss(config, learns=True)
   identity = {
     'arm': arm,
     'model': fields.identity(model),
@@ -90,8 +92,8 @@ def run_identity(
     'slice': list(section.slice),
     'optimizer': fields.identity(section.optimizer) | schedule_identity(section, config.data),
     'target': {'teacher': teacher, 'unigram': 'unigram'}.get(target, 'none'),
-    'alpha': section.alpha if learns else 0.0,  # type: ignore[union-attr]
-    'alpha_schedule': fields.identity(section.alpha_schedule if learns else AlphaSchedule()),  # type: ignore[union-attr]
+    'alpha': alpha,
+    'alpha_schedule': fields.identity(schedule),
     'loss': fields.identity(loss) | nucleus_identity(loss),
   }
   return identity | ({'init': init} if init else {})
@@ -102,7 +104,7 @@ def nucleus_identity(loss: LossConfig) -> dict[str, str]:
   return {'nucleus': 'tempered'} if loss.teacher_top_p < 1 and loss.temperature != 1 else {}
 
 
-def schedule_identity(section: TeacherConfig | StudentConfig, data: DataConfig) -> dict[str, str]:
+def schedule_identity(section: TrainingConfig, data: DataConfig) -> dict[str, str]:
   """Return a mark for runs whose learning rates differ from older versions, because warm-up and decay exceed the run; empty otherwise."""
   return {'phases': 'fitted'} if phases_overrun(section.optimizer, config_lib.n_steps(section, data)) else {}
 
@@ -143,7 +145,8 @@ def train_teacher(config: Config, corpus: Corpus, folder: RunFolder | None, mesh
   model, identity = _teacher(config, corpus)
   section = trained_section(config.teacher)
   members = [_member(config, corpus, section, folder, identity, 'teacher')]
-  loop.train_cohort(_cohort(config, section, 'teacher', corpus, model, members, progress=progress), mesh)
+  cohort = _cohort(config, section, corpus, model, members)
+  loop.train_cohort(dataclasses.replace(cohort, progress=progress), mesh)
 
 
 def train_students(
@@ -160,44 +163,52 @@ def train_students(
   section = config.student
   n_tokens = by_name.student_vocab_size(config, corpus.tokenizer)
   model = build(frozen.set_vocabulary(section.model, corpus.tokenizer, 'student', n_tokens))
-  targets = {TARGETS[arm.name] for arm in arms}
-  teacher_model, teacher, fingerprints, name = None, Teacher(), {}, ''
-  if teacher_folder and 'teacher' in targets:
-    teacher_model, params, step, weights = frozen.load_teacher(
-      teacher_folder,
-      config.teacher.dtype,
-      mesh,
-      frozen.teacher_step(config),
-      config.teacher.model,
-      config.teacher.layout,
-    )
-    name = f'{weights}@{step}'
-    if teacher_model.config.vocab_size > model.config.vocab_size:  # part of its distribution is cut off
-      name += f'/{model.config.vocab_size}'
-    teacher_model, params = frozen.fit_to_student(teacher_model, params, model.config, mesh, config.teacher.layout)
-    teacher = Teacher(params)
-    fingerprints['teacher'] = weights
-  if 'unigram' in targets:
-    log_probs = frozen.unigram_log_probs(_windows(config, section, corpus), model.config.padded_vocab_size)
-    teacher = teacher._replace(unigram_V=jax.device_put(log_probs, NamedSharding(mesh, P('tensor'))))
+  supervision = _load_supervision(config, corpus, model, {TARGETS[arm.name] for arm in arms}, teacher_folder, mesh)
   initial, init = None, ''
   if section.init:
     begun_with = by_name.import_run(section.init, config, mesh)
     init = by_name.identify_weights(begun_with)
     initial = functools.partial(by_name.load_weights, begun_with, model, mesh)
-  members = [
-    _member(
-      arm.config,
-      corpus,
-      arm.config.student,
-      arm.folder,
-      run_identity(arm.config, arm.config.student, model.config, arm.name, name, init),
-      arm.label,
+  members = []
+  for arm in arms:
+    identity = run_identity(arm.config, arm.config.student, model.config, arm.name, supervision.name, init)
+    members.append(_member(arm.config, corpus, arm.config.student, arm.folder, identity, arm.label))
+  cohort = _cohort(config, section, corpus, model, members, supervision)
+  loop.train_cohort(dataclasses.replace(cohort, profile=profile, initial=initial, progress=progress), mesh)
+
+
+class _Supervision(NamedTuple):
+  """What students learn from besides text.
+
+  Attributes:
+    model: of the teacher; None without one.
+    name: tells the teacher's distributions apart: its weights, their step, and the student's vocabulary if that cuts part of it off.
+    weights: their fingerprint.
+  """
+
+  model: Model | None = None
+  teacher: Teacher = Teacher()
+  name: str = ''
+  weights: str = ''
+
+
+def _load_supervision(
+  config: Config, corpus: Corpus, student: Model, targets: set[str], folder: RunFolder | None, mesh: Mesh
+) -> _Supervision:
+  supervision = _Supervision()
+  if folder and 'teacher' in targets:
+    section = config.teacher
+    model, params, step, weights = frozen.load_teacher(
+      folder, section.dtype, mesh, frozen.teacher_step(config), section.model, section.layout
     )
-    for arm in arms
-  ]
-  cohort = _cohort(config, section, 'student', corpus, model, members, teacher_model, teacher, fingerprints, progress)
-  loop.train_cohort(dataclasses.replace(cohort, profile=profile, initial=initial), mesh)
+    cut = f'/{student.config.vocab_size}' if model.config.vocab_size > student.config.vocab_size else ''
+    model, params = frozen.fit_to_student(model, params, student.config, mesh, section.layout)
+    supervision = _Supervision(model, Teacher(params), f'{weights}@{step}{cut}', weights)
+  if 'unigram' in targets:
+    log_probs = frozen.unigram_log_probs(_windows(config, config.student, corpus), student.config.padded_vocab_size)
+    placed = jax.device_put(log_probs, NamedSharding(mesh, P('tensor')))
+    supervision = supervision._replace(teacher=supervision.teacher._replace(unigram_V=placed))
+  return supervision
 
 
 def record_config(config: Config, folder: paths.Path) -> dict[str, Any]:
@@ -213,7 +224,7 @@ def record_origin(corpus: Corpus, folder: paths.Path) -> dict[str, str]:
 def _member(
   config: Config,
   corpus: Corpus,
-  section: TeacherConfig | StudentConfig,
+  section: TrainingConfig,
   folder: RunFolder,
   identity: dict[str, Any],
   label: str,
@@ -248,44 +259,32 @@ def cohort_key(config: Config) -> Config:
 
 def _cohort(
   config: Config,
-  section: TeacherConfig | StudentConfig,
-  name: str,
+  section: TrainingConfig,
   corpus: Corpus,
   model: Model,
   members: list[Member],
-  teacher_model: Model | None = None,
-  teacher: Teacher = Teacher(),
-  fingerprints: dict[str, str] | None = None,
-  progress: bool = True,
+  supervision: _Supervision = _Supervision(),
 ) -> Cohort:
-  """The cohort of a section of the config, whose `name` is 'teacher' or 'student'."""
+  """The cohort of models that a section of the config trains."""
+  name = 'teacher' if isinstance(section, TeacherConfig) else 'student'
   total = config_lib.n_steps(section, config.data)
   windows = _windows(config, section, corpus)
   stream = BatchStream(windows, section.batch_size, section.seed)
   _warn_of_epochs(name, section, stream, total)
   targets = tuple(TARGETS.get(member.config['arm'], 'none') for member in members)
+  fingerprints = {'data': stream.fingerprint, 'tokenizer': corpus.tokenizer.fingerprint}
   return Cohort(
     title=name if len(members) == 1 else f'{len(members)} {name}s',
+    config=config,
+    section=section,
     members=tuple(members),
-    recipe=make_recipe(config, section, model, targets, teacher_model),
-    teacher=teacher,
-    seed=section.seed,
+    recipe=make_recipe(config, section, model, targets, supervision.model),
+    teacher=supervision.teacher,
     stream=stream,
     validation=Windows(corpus.validation, config.data.seq_len, mask_documents=config.data.mask_documents),
-    total_steps=total,
-    checkpoint_every=config.checkpoint.every or max(1, total // 10),
-    eval_every=config.eval.every or max(1, total // 10),
-    eval_batches=config.eval.every_batches,
-    keep=config.checkpoint.keep,
-    keep_period=config.checkpoint.keep_period,
-    keep_minutes=config.checkpoint.keep_minutes,
-    local=config.checkpoint.local,
-    local_every=config.checkpoint.local_every,
     keep_steps=trunk_steps(config) if name == 'teacher' else (),
-    max_skipped=config.max_skipped,
-    heartbeat_timeout=config.heartbeat_timeout,
+    fingerprints=fingerprints | ({'teacher': supervision.weights} if supervision.weights else {}),
     tokenizer=corpus.tokenizer,
-    fingerprints={'data': stream.fingerprint, 'tokenizer': corpus.tokenizer.fingerprint, **(fingerprints or {})},
     facts={
       'parameters': model.n_params,
       'non_embedding': flops.count_params(model.config).non_embedding,
@@ -296,16 +295,12 @@ def _cohort(
       'xz9_bits_per_byte': corpus.xz9_bits_per_byte,
       **({'text_lost': corpus.losses} if corpus.losses else {}),
     },
-    threads=config.data.threads,
-    prefetch=config.data.prefetch,
-    progress=progress,
-    trackers=config.trackers,
   )
 
 
 def make_recipe(
   config: Config,
-  section: TeacherConfig | StudentConfig,
+  section: TrainingConfig,
   model: Model,
   targets: tuple[str, ...],
   teacher_model: Model | None = None,
@@ -339,7 +334,7 @@ def _arm_loss(config: Config, learns: bool) -> LossConfig:
   return config.loss if learns else LossConfig(z_loss=config.loss.z_loss)
 
 
-def _windows(config: Config, section: TeacherConfig | StudentConfig, corpus: Corpus) -> Windows:
+def _windows(config: Config, section: TrainingConfig, corpus: Corpus) -> Windows:
   data = config.data
   return Windows(corpus.train, data.seq_len, section.slice, data.distinct_tokens, data.mask_documents)
 
@@ -366,7 +361,7 @@ def _roles(tokenizer: str) -> Roles:
   return Tokenizer.from_file(tokenizer).roles
 
 
-def _warn_of_epochs(name: str, section: TeacherConfig | StudentConfig, stream: BatchStream, total: int) -> None:
+def _warn_of_epochs(name: str, section: TrainingConfig, stream: BatchStream, total: int) -> None:
   epochs = total / stream.steps_per_epoch
   if epochs > 1 and jax.process_index() == 0:
     log.warning(

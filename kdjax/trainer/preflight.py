@@ -6,7 +6,7 @@ import math
 import jax
 from jax.sharding import Mesh
 
-from kdjax.config import Config, StudentConfig, TeacherConfig
+from kdjax.config import Config, TrainingConfig
 from kdjax.data.corpus import Corpus
 from kdjax.errors import UserError
 from kdjax.models import Model, build
@@ -41,7 +41,7 @@ def check_models(
 ) -> None:
   """The same for models that are made already; `teacher_learns`: the teacher's own training is part of what is to fit."""
   data_parallel = sharding.n_row_shards(mesh)
-  sections: dict[str, tuple[TeacherConfig | StudentConfig, Model]] = {'student': (config.student, student)}
+  sections: dict[str, tuple[TrainingConfig, Model]] = {'student': (config.student, student)}
   if teacher is not None:
     sections['teacher'] = (config.teacher, teacher)
   sizes = {}

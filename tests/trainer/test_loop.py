@@ -18,7 +18,7 @@ from kdjax.runs.folder import RunFolder
 from kdjax.runs.metrics import MetricWriter, read_metrics
 from kdjax.runtime.preemption import Preempted
 from kdjax.storage.paths import write_json
-from kdjax.trainer import loop
+from kdjax.trainer import loop, reporting
 from kdjax.trainer.loop import calls
 from tests import commands, tiny
 from tests.cohorts import assert_same_runs, at_step, fit, interrupted, students
@@ -92,11 +92,11 @@ def test_what_a_validation_takes_is_in_no_rate(home, tmp_path, monkeypatch):
 
     return call
 
-  validation = loop._validation
+  validation = loop.make_validation
   monkeypatch.setattr(metrics.time, 'perf_counter', lambda: now)
-  monkeypatch.setattr(loop, 'Clock', Prompt)
+  monkeypatch.setattr(reporting, 'Clock', Prompt)
   monkeypatch.setattr(loop, 'make_step', slow_step)
-  monkeypatch.setattr(loop, '_validation', slow_validation)
+  monkeypatch.setattr(loop, 'make_validation', slow_validation)
   fit(home, tmp_path / 'r', **{'checkpoint.every': 99, 'eval.every': 6, 'steps_per_call': 1})
   records = read_metrics(students(tmp_path / 'r')[0])
   rates = {r['step']: r['tokens_per_second'] for r in records if 'tokens_per_second' in r}
