@@ -1,4 +1,4 @@
-// Makes some writes to files below FAULTS_BELOW fail or wait, for benchmarks/faults.py: LD_PRELOAD=faults.so.
+// Makes some writes to files below FAULTS_BELOW fail or wait, for python -m benchmarks.faults: LD_PRELOAD=faults.so.
 // FAULTS_FIRST and FAULTS_COUNT: which writes, counted from 1 in each process; FAULTS_ERRNO: with which error, or 0: wait FAULTS_MS milliseconds.
 #define _GNU_SOURCE
 #include <dlfcn.h>

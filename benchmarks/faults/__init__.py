@@ -1,0 +1,1 @@
+"""Faults against tiny runs: python -m benchmarks.faults"""
