@@ -12,7 +12,7 @@ import pandas as pd
 from kdjax.analysis.crossed import Effect, Paired, crossed_effect
 from kdjax.data import fidelity
 from kdjax.errors import UserError
-from kdjax.runs.checkpoint import differ
+from kdjax.runs.checksums import differ
 from kdjax.runs.folder import RunFolder
 from kdjax.scoring import job as jobs
 from kdjax.scoring import results

@@ -36,7 +36,8 @@ from jax.sharding import PartitionSpec as P
 from kdjax import machine
 from kdjax.config import fingerprint
 from kdjax.errors import UserError
-from kdjax.runs.checkpoint import FORMAT, checksums
+from kdjax.runs.checkpoint import FORMAT
+from kdjax.runs.checksums import checksums
 from kdjax.runs.state import TrainState
 from kdjax.runtime import distributed
 from kdjax.storage import paths
@@ -305,7 +306,7 @@ def _array(i: int, leaf: Any, parts: dict[str, np.ndarray], gives: list[int | No
 
   stack = jax.make_array_from_callback((len(devices), *block), NamedSharding(mesh, P(mesh.axis_names)), given)
   moved = tuple(moves.items()) if any(place != to for place, to in moves.items()) else ()
-  # One after the other, as in checkpoint.checksums.
+  # One after the other, as in checksums.checksums.
   taken = jax.jit(functools.partial(_sum_of_given, sharding=leaf.sharding, moves=moved), out_shardings=leaf.sharding)
   return jax.block_until_ready(taken(stack))
 

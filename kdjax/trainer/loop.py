@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from kdjax.config import fingerprint
 from kdjax.data.batches import local_rows, to_global
-from kdjax.runs.checkpoint import CheckpointDamaged, Checkpoints, Restored, params_fingerprint
+from kdjax.runs.checkpoint import CheckpointDamaged, Checkpoints, Restored
+from kdjax.runs.checksums import params_fingerprint
 from kdjax.runs.folder import Heartbeat, claim_all
 from kdjax.runs.goodput import Session, goodput
 from kdjax.runs.local_checkpoint import LocalCheckpoints

@@ -46,7 +46,7 @@ def make_validation(cohort: Cohort, mesh: Mesh) -> Callable[[Any], jax.Array]:
     return ce / count
 
   jitted = jax.jit(mean_ce)
-  # Waited for: one model after the other, as in checkpoint.checksums.
+  # Waited for: one model after the other, as in checksums.checksums.
   return lambda params: jax.block_until_ready(jitted(params, batches))
 
 

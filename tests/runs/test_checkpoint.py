@@ -12,7 +12,8 @@ import pytest
 
 from kdjax.errors import TrainingError, UserError
 from kdjax.runs import checkpoint as checkpoint_lib
-from kdjax.runs.checkpoint import CheckpointDamaged, Checkpoints, checksums, differ, params_fingerprint
+from kdjax.runs.checkpoint import CheckpointDamaged, Checkpoints
+from kdjax.runs.checksums import checksums, differ, params_fingerprint
 from kdjax.runs.state import TrainState
 from kdjax.runtime import sharding
 from kdjax.trainer.step import state_shardings

@@ -18,7 +18,8 @@ from kdjax.losses import alpha_state
 from kdjax.models import build
 from kdjax.models.quantized import Int8
 from kdjax.programs.hlo import Program
-from kdjax.runs.checkpoint import Checkpoints, params_fingerprint
+from kdjax.runs.checkpoint import Checkpoints
+from kdjax.runs.checksums import params_fingerprint
 from kdjax.runs.folder import RunFolder
 from kdjax.runtime import sharding
 from kdjax.runtime.sharding import path_name

@@ -8,7 +8,7 @@ import pytest
 from kdjax.config import LossConfig
 from kdjax.losses import alpha_at
 from kdjax.programs import hlo
-from kdjax.runs.checkpoint import checksums
+from kdjax.runs.checksums import checksums
 from kdjax.runtime import sharding
 from kdjax.trainer import step as step_lib
 from kdjax.trainer.step import Teacher

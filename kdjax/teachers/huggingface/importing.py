@@ -15,7 +15,8 @@ from kdjax import machine
 from kdjax.data.tokenizer import Tokenizer
 from kdjax.errors import UserError
 from kdjax.models import build, flops
-from kdjax.runs.checkpoint import Checkpoints, params_fingerprint
+from kdjax.runs.checkpoint import Checkpoints
+from kdjax.runs.checksums import params_fingerprint
 from kdjax.runs.folder import Heartbeat, RunFolder, claim_all
 from kdjax.runtime import sharding
 from kdjax.storage import paths
