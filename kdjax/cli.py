@@ -202,7 +202,7 @@ def _reporting() -> Iterator[None]:
 
 
 def _unraisable(what: Any) -> None:
-  """Leaves out what TensorStore's threads print, once for each file, when a save has failed for lack of space."""
+  """Leave out what TensorStore's threads print, once for each file, when a save has failed for lack of space."""
   if str(what.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(what)
 

@@ -80,7 +80,7 @@ def watch(workdir: paths.Path, mesh: Mesh, patience: float = PATIENCE) -> None:
   Args:
     patience: seconds to wait for heartbeats that have stopped or not yet started, whatever the status.
 
-  Raises TrainingError where they stay away longer.
+  Raises TrainingError if they stay away longer.
   """
   job = find_job(workdir)
   corpus = _corpus(job)

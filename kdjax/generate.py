@@ -57,7 +57,7 @@ def models(path: str) -> list[tuple[str, str]]:
 def texts(
   opened: by_name.OpenModel, prompt: str, max_tokens: int, sampling: Sampling, seed: int, special: bool = False
 ) -> Iterator[str]:
-  """Yields the prompt and then what follows it, piece by piece, as soon as a piece is whole characters."""
+  """Yield the prompt and then what follows it, piece by piece, as soon as a piece is whole characters."""
   tokenizer = opened.tokenizer
   ids = prompt_ids(opened, prompt, special)
   yield prompt

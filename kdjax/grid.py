@@ -110,7 +110,7 @@ def run(
 
 
 def elsewhere(grid: GridConfig, folder: paths.Path, args: argparse.Namespace, argv: Sequence[str]) -> None:
-  """Starts runners on other machines. Raises UserError for what cannot be started, TrainingError where runners failed."""
+  """Start runners on other machines. Raises UserError for what cannot be started, TrainingError where runners failed."""
   if args.cell or args.shard:
     raise UserError(
       f'--executor={args.executor}: its runners share out all that is missing; leave --cell and --shard out'

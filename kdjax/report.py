@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load_grid(folder: paths.Path) -> GridConfig:
-  """The config that a grid's folder keeps. Raises UserError where it is no grid's."""
+  """The config that a grid's folder keeps. Raises UserError if it is no grid's."""
   known = read_json(folder / 'grid.json')
   if known is None:
     raise UserError(f'{folder} is no grid: it has no grid.json; python -m kdjax.grid run prints the folder of a grid')
@@ -79,7 +79,7 @@ def load_grid(folder: paths.Path) -> GridConfig:
 
 
 def write_report(grid: GridConfig, folder: paths.Path, tables: Tables) -> str:
-  """Writes the report; returns what the terminal shows."""
+  """Write the report; return what the terminal shows."""
   out = folder / 'report'
   out.mkdir(exist_ok=True)
   for name, table in (('effects', tables.effects), ('contrasts', tables.contrasts), ('teachers', tables.teachers)):

@@ -53,7 +53,7 @@ def run(
   progress: bool = True,
   profile: profiling.Window | None = None,
 ) -> paths.Path:
-  """Trains, evaluates and prints; returns the experiment's folder."""
+  """Train, evaluate and print; return the experiment's folder."""
   backend.devices()
   trackers.check_trackers(config.trackers)
   config = by_name.adopt_models(config)

@@ -76,7 +76,7 @@ class Scores:
     return pilots.read_outcome(self.folder, self.grid)
 
   def has(self, groups: Iterable[Group]) -> bool:
-    """Whether every cell of the groups, and of their baselines, has been scored."""
+    """Return whether every cell of the groups, and of their baselines, has been scored."""
     return all(cell.id in self._files for group in groups for cell in (*group.cells, *group.baseline))
 
   def sets(self, cell: Cell) -> dict[str, str]:
@@ -110,7 +110,7 @@ class Scores:
     return measure.sizes(self.documents(cell.id, name))
 
   def measured(self, cell: Cell, name: str, measure: Measure) -> bool:
-    """Whether the set has anything to measure: an older evaluation lacks some columns, a small set some bins."""
+    """Return whether the set has anything to measure: an older evaluation lacks some columns, a small set some bins."""
     table = self.documents(cell.id, name)
     return measure.column in table and measure.sizes(table).sum() > 0
 
@@ -119,7 +119,7 @@ class Scores:
   ) -> Paired:
     """left - right on one set; each side is a list of groups' cells, averaged. Paired by seed and document.
 
-    Raises UserError where the two were scored on other documents, or must not be compared.
+    Raises UserError if the two were scored on other documents, or must not be compared.
     """
     first, other = left[0][0], right[0][0]
     mine, theirs = self.documents(first.id, name), self.documents(other.id, name)
@@ -149,7 +149,7 @@ class Scores:
     return [abs(coefficient) * noise(run) for run, coefficient in coefficients.items()], n
 
   def check_comparable(self, left: Cell, right: Cell, free: set[str]) -> None:
-    """Raises UserError, naming the field, where two runs differ in more than what their comparison is about.
+    """Raise UserError, naming the field, if two runs differ in more than what their comparison is about.
 
     Shown, not said: tokens, optimiser, schedule, batch order, initial weights, from what each run recorded.
     """

@@ -68,7 +68,7 @@ def write_table(folder: paths.Path, step: int = 0) -> str:
 
 
 def load_cells(job: jobs.Job) -> Cells:
-  """The text sets' cells of the folder's newest evaluation. Raises UserError where there is none, or runs must not be compared."""
+  """The text sets' cells of the folder's newest evaluation. Raises UserError if there is none, or runs must not be compared."""
   return _apart(_load(job))[0]
 
 
@@ -118,7 +118,7 @@ def _apart(cells: Cells) -> tuple[Cells, Cells]:
 
 
 def check_comparable(runs: list[RunFolder]) -> None:
-  """Raises UserError, naming the field, where two arms did not see the same data in the same order from the same weights."""
+  """Raise UserError, naming the field, if two arms did not see the same data in the same order from the same weights."""
   for run in runs:
     if run.read_record() is None:
       raise UserError(f'{run.path} has no run.json: nobody knows what it is; start the run again with the same command')

@@ -24,7 +24,7 @@ def default(config: Any = Config()) -> ml_collections.ConfigDict:
 
 
 def set_model(section: ml_collections.ConfigDict, model: ModelConfig) -> None:
-  """Puts a named model into a config's `teacher` or `student` section."""
+  """Put a named model into a config's `teacher` or `student` section."""
   section.model = ml_collections.ConfigDict(as_dict(model))
 
 
@@ -42,7 +42,7 @@ def parse_arg(arg: str | None, **known: tuple[str, ...]) -> dict[str, str]:
 
 
 def override(config: ml_collections.ConfigDict, overrides: Mapping[str, str], kind: type = Config) -> list[str]:
-  """Applies `{'student.alpha': '0.4'}` in place; returns the problems instead of raising at the first."""
+  """Apply `{'student.alpha': '0.4'}` in place; return the problems instead of raising at the first."""
   problems = []
   fields = dict(leaves(kind, ''))
   for key, text in overrides.items():

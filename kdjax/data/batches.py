@@ -137,7 +137,7 @@ class BatchStream:
   def iterate(
     self, calls: Sequence[tuple[int, int]], size: int, rows: Sequence[int] | np.ndarray, threads: int, prefetch: int
   ) -> Iterator[dict[str, np.ndarray]]:
-    """Reads ahead: for each call (first step, n steps) int32[size, len(rows), T] arrays; what follows the n is padding.
+    """Read ahead: for each call (first step, n steps) int32[size, len(rows), T] arrays; what follows the n is padding.
 
     Args:
       calls: (first step, number of steps n <= size) of each item.

@@ -54,7 +54,7 @@ _OTHERS = ('vocab.json', 'vocab.txt', 'tokenizer_config.json')
 def to_json(path: pathlib.Path) -> str:
   """The text of a tokenizer.json that gives the ids of a `.model` or `.tiktoken` file, or of a folder with such files in it.
 
-  Raises UserError where transformers is not installed, or can make nothing of it.
+  Raises UserError if transformers is not installed, or can make nothing of it.
   """
   try:
     if path.suffix == '.tiktoken':

@@ -138,7 +138,7 @@ class HfSplit:
 
 
 def _hub_answers() -> bool:
-  """Whether the hub can be reached: the library itself would try for half a minute."""
+  """Return whether the hub can be reached: the library itself would try for half a minute."""
   endpoint = urllib.parse.urlparse(os.environ.get('HF_ENDPOINT', 'https://huggingface.co'))
   with contextlib.suppress(OSError), socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=5):
     return True

@@ -83,7 +83,7 @@ class Roles:
 
   @property
   def closes(self) -> bool:
-    """Whether documents in a store have their own end token."""
+    """Return whether documents in a store have their own end token."""
     return self.end != self.separator
 
   @property

@@ -119,7 +119,7 @@ def signature(source: str) -> str:
 def mixture(source: str) -> list[tuple[str, float]]:
   """The parts that are to be mixed, and their weights; the whole source with weight 1 where none is given.
 
-  Raises UserError where some have a weight and some do not, or it is 0.
+  Raises UserError if some have a weight and some do not, or it is 0.
   """
   names, weights = _parsed(source)
   return list(zip(names, weights, strict=True)) if weights else [(source, 1.0)]

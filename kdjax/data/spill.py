@@ -40,7 +40,7 @@ class Spill:
     return len(self._where)
 
   def take(self, docs: Sequence[str]) -> bool:
-    """Takes up the group of these documents, if it is there and whole."""
+    """Take up the group of these documents, if it is there and whole."""
     name = self._name(docs)
     try:
       about = files.read_sealed(self._folder / f'{name}.json')
@@ -58,7 +58,7 @@ class Spill:
     return True
 
   def add(self, docs: Sequence[str], tokens: Sequence[np.ndarray], n_bytes: Sequence[int], cut: Sequence[bool]) -> None:
-    """Writes a group."""
+    """Write a group."""
     name = self._name(docs)
     joined = np.concatenate(tokens, dtype=self._dtype, casting='unsafe') if len(tokens) != 1 else tokens[0]
     joined = joined.astype(self._dtype, copy=False)

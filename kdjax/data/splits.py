@@ -7,7 +7,7 @@ from kdjax.storage import files
 
 
 def split_documents(found: dict[str, int], shares: dict[str, float], rest: str, seed: int) -> dict[str, dict[str, int]]:
-  """Splits documents by a hash: each named share of them, and the rest; each split in the order of a second hash."""
+  """Split documents by a hash: each named share of them, and the rest; each split in the order of a second hash."""
   splits: dict[str, dict[str, int]] = {name: {} for name in (*shares, rest)}
   for doc in sorted(found, key=lambda doc: (_uniform(doc, seed, 'order'), doc)):
     u = _uniform(doc, seed, 'split')

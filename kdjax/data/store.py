@@ -80,7 +80,7 @@ class TokenStore:
 
   @classmethod
   def open(cls, folder: str | os.PathLike) -> 'TokenStore':
-    """Opens a store and checks what can be checked at once.
+    """Open a store and check what can be checked at once.
 
     Raises:
       StoreDamaged: a file is missing, truncated or changed.
@@ -211,7 +211,7 @@ def write_store(
   tokenizer: Tokenizer,
   extra_meta: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes a store; it appears under its name when it is whole and checked, or not at all.
+  """Write a store; it appears under its name when it is whole and checked, or not at all.
 
   Args:
     folder: must not exist yet.
@@ -336,7 +336,7 @@ def _check_ids(doc_id: str, tokens: np.ndarray, tokenizer: Tokenizer) -> None:
 
 
 def _blocks(streams: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-  """Cuts a stream into blocks of `BLOCK` tokens; the last one is shorter."""
+  """Cut a stream into blocks of `BLOCK` tokens; the last one is shorter."""
   pending, n = [], 0
   for stream in streams:
     pending.append(stream)

@@ -88,7 +88,7 @@ class Tokenizer:
 
   @property
   def keeps_text(self) -> bool:
-    """Whether the tokenizer's design guarantees that every text can be decoded from its tokens."""
+    """Return whether the tokenizer's design guarantees that every text can be decoded from its tokens."""
     return self._text.keeps_text
 
   @property
@@ -163,7 +163,7 @@ class Tokenizer:
 
   @classmethod
   def load(cls, folder: str | os.PathLike) -> 'Tokenizer':
-    """Reads what `save` wrote; `StoreDamaged` if it has changed since."""
+    """Read what `save` wrote; `StoreDamaged` if it has changed since."""
     folder = pathlib.Path(folder)
     meta = read_sealed(folder / _META)
     if meta['kind'] == 'bytes':
@@ -176,7 +176,7 @@ class Tokenizer:
     return tokenizer
 
   def save(self, folder: str | os.PathLike) -> None:
-    """Writes the tokenizer into a folder, which is made if need be. Other libraries can read its `tokenizer.json`."""
+    """Write the tokenizer into a folder, which is made if need be. Other libraries can read its `tokenizer.json`."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if self._model_json is None:
@@ -253,7 +253,7 @@ class Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-  """Trains a lossless byte-level BPE; the same texts and size give the same tokenizer.
+  """Train a lossless byte-level BPE; the same texts and size give the same tokenizer.
 
   Args:
     texts: a stream; only the counts of its words are held in memory.

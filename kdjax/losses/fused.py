@@ -191,7 +191,7 @@ _losses.defvjp(_losses_forward, _losses_backward)
 
 
 def _on_mesh(scan, static: _Static, models, operands, specs):
-  """Runs `scan` on this device, or each device's share of it under shard_map."""
+  """Run `scan` on this device, or each device's share of it under shard_map."""
   if static.mesh is None:
     return scan(static, models, operands)
   in_specs, out_specs = specs(models, operands, scan)
@@ -370,7 +370,7 @@ def _fit_vocabulary(targets: Targets, vocab_size: int, width: int) -> Targets:
   """Targets with the student's number of columns: those beyond are cut off, missing padding is added.
 
   Columns are all that can be seen here: that both sides have the same tokens is for the caller to know (kdjax/train.py compares the
-  tokenizers' fingerprints and the sizes). Raises UserError where the teacher has fewer columns than there are tokens.
+  tokenizers' fingerprints and the sizes). Raises UserError if the teacher has fewer columns than there are tokens.
   """
   leaves, tree = jax.tree.flatten(targets)
   axes = jax.tree.leaves(targets.vocab_axis)

@@ -262,7 +262,7 @@ class Model:
 
 
 def build(config: ModelConfig) -> Model:
-  """Raises UserError where the config does not make a model."""
+  """Raise UserError if the config does not make a model."""
   return Model(config)
 
 
@@ -305,7 +305,7 @@ def rope_angles(position_T, frequencies):
 
 
 def rotate(x_BxTxHxK, angles_TxK):
-  """Turns dimension i against dimension i + K/2 by the position's angle: Hugging Face's half-rotation, in float32."""
+  """Turn dimension i against dimension i + K/2 by the position's angle: Hugging Face's half-rotation, in float32."""
   x = x_BxTxHxK.astype(jnp.float32)
   first, second = jnp.split(x, 2, axis=-1)
   turned = jnp.concatenate([-second, first], axis=-1)

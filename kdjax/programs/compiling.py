@@ -100,7 +100,7 @@ class Report:
 
 
 def compile_step(config: Config, slice_: Slice, vocab_size: int = 0) -> Report:
-  """Compiles the step that `train` would run for the config's students on the slice.
+  """Compile the step that `train` would run for the config's students on the slice.
 
   Args:
     vocab_size: tokens of a model whose config leaves them to the tokenizer.

@@ -101,7 +101,7 @@ def parse_slice(text: str, slices: int = 1) -> Slice:
 
 
 def slice_devices(slice_: Slice) -> list[jax.Device]:
-  """The slice's devices, for the compiler alone: none of them is here. Raises UserError where there is no compiler for it."""
+  """The slice's devices, for the compiler alone: none of them is here. Raises UserError if there is no compiler for it."""
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   kwargs: dict[str, Any] = {'num_slices': slice_.slices} if slice_.slices > 1 else {}

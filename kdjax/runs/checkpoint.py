@@ -87,7 +87,7 @@ class Checkpoints:
     return steps_in(self.folder)
 
   def save(self, step: int, state: TrainState, fingerprints: dict[str, str]) -> None:
-    """Starts a save; the device arrays may be donated once this returns. Overwrites a damaged checkpoint of the same step."""
+    """Start a save; the device arrays may be donated once this returns. Overwrites a damaged checkpoint of the same step."""
     self._save(step, _items(state), fingerprints)
 
   def save_params(self, step: int, params, fingerprints: dict[str, str]) -> None:
@@ -111,7 +111,7 @@ class Checkpoints:
       raise _not_written(self.folder, e) from None
 
   def set_aside_after(self, step: int) -> None:
-    """Renames later checkpoints, to <step>.damaged: a run goes on from `step`, and what did not verify must not pass for one of the
+    """Rename later checkpoints, to <step>.damaged: a run resumes from `step`, and what did not verify must not pass for one of the
     newest to keep. Nothing is deleted: it may be the disk's fault, and for a moment."""
     self.wait()
     later = [other for other in self.steps() if other > step]
@@ -285,7 +285,7 @@ def _describe(item) -> dict[str, list]:
 
 
 def _check_shapes(described: dict[str, list] | None, wanted, where: str) -> None:
-  """Raises UserError where a sound checkpoint is of another architecture or dtype."""
+  """Raise UserError if a sound checkpoint is of another architecture or dtype."""
   described = described or {}
   leaves = named_leaves(wanted)
   for name in sorted(leaves.keys() | described.keys()):

@@ -61,7 +61,7 @@ class RunFolder:
     return self.path.name
 
   def read_record(self) -> dict[str, Any] | None:
-    """Read run.json; None for a new folder. Raises UserError where it is damaged."""
+    """Read run.json; None for a new folder. Raises UserError if it is damaged."""
     try:
       return paths.read_json(self.path / 'run.json')
     except UserError as e:
@@ -90,13 +90,13 @@ class RunFolder:
     return (self.status() or {}).get('state') == 'done'
 
   def check_config(self, config: dict[str, Any]) -> None:
-    """Raises UserError, naming the fields, where the folder was written by another config."""
+    """Raise UserError, naming the fields, if the folder was written by another config."""
     known = self.read_record()
     if known is not None:
       self.compare(known['config'], config)
 
   def compare(self, known: dict[str, Any], config: dict[str, Any]) -> None:
-    """Raises UserError, naming the fields, where this folder's config is not `config`."""
+    """Raise UserError, naming the fields, if this folder's config is not `config`."""
     different = list(_differences(known, json.loads(json.dumps(config)), ''))
     if different:
       raise UserError(
@@ -104,7 +104,7 @@ class RunFolder:
       )
 
   def record(self, config: dict[str, Any], fingerprints: dict[str, Any], notes: dict[str, Any] | None = None) -> None:
-    """Writes run.json; on a later start refuses fingerprints that differ and notes the new command.
+    """Write run.json; on a later start, refuse fingerprints that differ and note the new command.
 
     Args:
       config: what defines the run; compared.
@@ -131,7 +131,7 @@ class RunFolder:
     return tokenizer.note()
 
   def tokenizer(self) -> Tokenizer:
-    """The tokenizer with which the model learned. Raises UserError where the folder keeps none, or another one."""
+    """The tokenizer with which the model learned. Raises UserError if the folder keeps none, or another one."""
     known = self.read_record() or {}
     note = known.get('tokenizer')
     if note is None:
@@ -144,7 +144,7 @@ class RunFolder:
     return found
 
   def check_fingerprints(self, fingerprints: dict[str, Any]) -> None:
-    """Raises UserError, naming it, where one of these is known and is not the one that the run began with."""
+    """Raise UserError, naming it, if one of these is known and is not the one that the run began with."""
     known = (self.read_record() or {'fingerprints': {}})['fingerprints']
     for name, value in fingerprints.items():
       if known.get(name, value) != value:
@@ -154,7 +154,7 @@ class RunFolder:
         )
 
   def claim(self, timeout: float) -> None:
-    """Makes this process the folder's owner.
+    """Make this process the folder's owner.
 
     An owner is alive if its heartbeat changes, or if its process is visible from here and running. Raises OwnedError if the owner is alive;
     for an owner on another host or in another container, waits up to `timeout` seconds for its heartbeat to stop. If several processes claim
@@ -188,7 +188,7 @@ class RunFolder:
     return self._owner()[1].get('token') == self._token
 
   def check_owner(self) -> None:
-    """Raises TrainingError where another process has taken the folder over. Called before each checkpoint."""
+    """Raise TrainingError if another process has taken the folder over. Called before each checkpoint."""
     if self.writes and not self.owns():
       raise TrainingError(f'{self.path}: another trainer has taken this folder over; this one stops without writing')
 
@@ -235,7 +235,7 @@ class RunFolder:
 
 
 def claim_all(folders: Sequence[RunFolder], timeout: float) -> None:
-  """Makes this process the owner of all of them, or of none: raises OwnedError where one has a live owner."""
+  """Make this process the owner of all of them, or of none. Raises OwnedError if one has a live owner."""
   for k, folder in enumerate(folders):
     try:
       folder.claim(timeout)

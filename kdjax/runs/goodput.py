@@ -50,7 +50,7 @@ class Session:
     return before
 
   def keep(self, step: int) -> None:
-    """Writes down that all up to `step` is done."""
+    """Write down that all up to `step` is done."""
     self.turn_to(self._activity)
     known = {'begin': self._begin, 'end': self._since, 'first': self._first, 'last': step, 'seconds': self._seconds}
     for file in self._files:

@@ -1,13 +1,13 @@
-"""Local checkpoints: between those that a run's folder keeps, each process writes what its own devices hold to its own host's disk or memory.
+"""Local checkpoints: between those in the run's folder, each process writes what its own devices hold to its host's disk or memory.
 
-A save is as fast as that disk, so it may come often; what a lost host, slice or process costs is then few steps. Which of them can be gone on
-from: one of which each part of the state is on some host, sound. A process reads what its host has, whichever process wrote it: a launcher that
-starts all again may have placed them otherwise, and the devices send each part to where it belongs. Data parallel replicas hold the same parts,
-so that a host which lost its disk gets its part from another replica; with a single replica every host must have its own still. Where that fails
-(another mesh, another number of processes, damage), the run goes on from its folder's newest checkpoint.
+A save is as fast as that disk, so saves can be frequent, and a lost host, slice or process costs few steps. A local checkpoint is usable if every
+shard survives on some host. A process reads what its host has, whichever process wrote it: a launcher may place restarted processes on other
+hosts, and the devices then exchange shards. Data parallel replicas hold the same shards, so a host that lost its disk gets its shards from another
+replica; with a single replica, every host must still have its own. If that fails (another mesh, another number of processes, damage), the run
+resumes from the newest checkpoint in its folder.
 
-Each process writes a safetensors file of its own; the whole is verified as other checkpoints are. (Orbax's own emergency checkpoints are marked
-as not to be used, and its asynchronous saves are the work of all processes together: managers of single processes wait for one another's signals.)
+Each process writes its own safetensors file; the whole is verified like other checkpoints. (Orbax's own emergency checkpoints are marked as not
+to be used, and its asynchronous saves need all processes: managers of single processes wait for one another's signals.)
 """
 
 import concurrent.futures
@@ -50,7 +50,7 @@ States = tuple[TrainState, ...]
 
 
 class LocalCheckpoints:
-  """A cohort's. To be made, and called, by all processes.
+  """The local checkpoints of a cohort. All processes create it and call its methods.
 
   Args:
     folder: on this host; each process has a folder of its own in it.
@@ -75,13 +75,13 @@ class LocalCheckpoints:
       self.folder.mkdir(parents=True, exist_ok=True)
       tempfile.TemporaryFile(dir=self.folder).close()
     except OSError as e:
-      told = f'checkpoint.local: {self.folder} cannot be written ({e.strerror or e}); name a folder of each host, as /dev/shm/kdjax'
+      message = f'checkpoint.local: {self.folder} cannot be written ({e.strerror or e}); name a folder of each host, as /dev/shm/kdjax'
       if e.errno not in NO_ROOM:
-        raise UserError(told) from None
-      log.warning(told)
+        raise UserError(message) from None
+      log.warning(message)
 
   def save(self, step: int, states: States) -> None:
-    """Starts a save; the arrays may be donated once this returns. A disk that is full does not end the run."""
+    """Start a save; the arrays may be donated once this returns. A full disk does not end the run."""
     # Of one process a save may be whole and of another not: what was there before goes once it is whole on all.
     failed = distributed.on_any_process(not self.wait())
     if self._last is not None:
@@ -96,7 +96,7 @@ class LocalCheckpoints:
       safetensors.numpy.save_file({name: part.view(_bits(part.dtype)) for name, part in parts.items()}, file, about)
 
   def wait(self) -> bool:
-    """Until the save under way is written; whether it could be."""
+    """Wait until the current save is written; return whether it succeeded."""
     writing, self._writing = self._writing, None
     try:
       if writing:
@@ -116,7 +116,7 @@ class LocalCheckpoints:
     return None
 
   def _restored(self, step: int, written_by: set[int]) -> States | None:
-    """The states of a step, verified, of the processes whose files of it are on this host, and of those of the other hosts."""
+    """Read and verify the states of a step from the files on this host and on the others."""
     has = [process in written_by and self._fits(process, step) for process in range(jax.process_count())]
     gives = _gives(_of_each(np.asarray(has)))
     giver = gives[jax.process_index()]
@@ -142,11 +142,11 @@ class LocalCheckpoints:
     return states
 
   def forget_all_but(self, step: int) -> None:
-    """Deletes this host's checkpoints of other steps: the run goes on from there. The earlier are of no more use, and it will come by the later."""
+    """Delete this host's checkpoints of other steps: the run resumes from there. The earlier ones are no longer needed, and it will reach the later ones again."""
     self._delete(lambda other: other != step)
 
   def clear(self) -> None:
-    """Deletes them all: the run is done."""
+    """Delete them all: the run is done."""
     self.wait()
     for folder in self._home.glob('*'):
       if self._cleans(folder.name):
@@ -168,7 +168,7 @@ class LocalCheckpoints:
     return sorted((int(path.parent.name), int(path.stem)) for path in files)
 
   def _cleans(self, folder: str) -> bool:
-    """Whether that process's files here are this one's to delete: its own, and as the first on this host those of processes now elsewhere."""
+    """Return whether that process's files here are this one's to delete: its own, and as the first on this host those of processes now elsewhere."""
     me, process = jax.process_index(), int(folder) if folder.isdigit() else -1
     return process == me or (process >= 0 and process not in self._here and me == self._here[0])
 
@@ -182,7 +182,7 @@ class LocalCheckpoints:
     return self._home / str(process) / f'{step}.safetensors'
 
   def _fits(self, process: int, step: int) -> bool:
-    """Whether a file is of this run."""
+    """Return whether a file is of this run."""
     try:
       with safetensors.safe_open(self._file(process, step), framework='np') as file:
         return (file.metadata() or {}).get('identity') == self._identity
@@ -233,7 +233,7 @@ def _layout(abstract: States) -> list:
 
 
 def _parts(states: States) -> dict[str, np.ndarray]:
-  """Copies on the host of all that this process's devices hold, each part once."""
+  """Return copies on the host of all that this process's devices hold, each part once."""
   parts = {}
   for i, leaf in enumerate(jax.tree.leaves(states)):
     for shard in leaf.addressable_shards:
@@ -270,7 +270,7 @@ def _gives(has_PxP: np.ndarray) -> list[int | None]:
 
 
 def _is_whole(abstract: States, gives: list[int | None]) -> bool:
-  """Whether all parts are given."""
+  """Return whether all parts are given."""
   for i, leaf in enumerate(jax.tree.leaves(abstract)):
     places = _places(i, leaf)
     if {part for device, part in places.items() if device.process_index in gives} != set(places.values()):

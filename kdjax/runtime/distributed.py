@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_environment(joins: bool, environment: Mapping[str, str], addresses: Sequence[str]) -> None:
-  """Raises UserError where the environment describes a slice that this machine cannot be of: the TPU runtime would wait for it for ever.
+  """Raise UserError if the environment describes a slice that this machine cannot be of: the TPU runtime would wait for it for ever.
 
   Args:
     joins: whether this process joins others (--distributed, --coordinator).
@@ -174,12 +174,12 @@ def _gather_texts(text: str, size: int = 4096) -> list[str]:
 
 
 def is_lost(error: Exception) -> bool:
-  """Whether an error is what a process gets where another one of its job is gone."""
+  """Return whether an error is what a process gets where another one of its job is gone."""
   return jax.distributed.is_initialized() and LOST.search(str(error)) is not None
 
 
 def first_process_first(work: Callable[[], T]) -> T:
-  """Runs `work` on process 0, then on the others, which find on a shared disk what it made (and on a disk of their own make it again)."""
+  """Run `work` on process 0, then on the others, which find on a shared disk what it made (and on a disk of their own make it again)."""
   if jax.process_count() == 1:
     return work()
   result, error = None, None

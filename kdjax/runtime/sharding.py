@@ -45,7 +45,7 @@ _ROWS: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar('rows', 
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None, flags: str = '--config.mesh.*') -> Mesh:
-  """A (replica, fsdp, tensor) mesh over all devices. Raises UserError where the shape does not fit their number; `flags` set it."""
+  """A (replica, fsdp, tensor) mesh over all devices. Raises UserError if the shape does not fit their number; `flags` set it."""
   devices = backend.devices() if devices is None else devices
   shape = [config.replica, config.fsdp, config.tensor]
   known = math.prod(n for n in shape if n > 0)
@@ -172,7 +172,7 @@ def mesh_in_use() -> jax.sharding.AbstractMesh | None:
 
 
 def constrain(x_BxTxD):
-  """Keeps hidden states sharded by rows: without this an embedding sharded over `fsdp` replicates the batch."""
+  """Keep hidden states sharded by rows: without this an embedding sharded over `fsdp` replicates the batch."""
   if mesh_in_use() is None:
     return x_BxTxD
   return jax.lax.with_sharding_constraint(x_BxTxD, P(rows_in_use(), *(None,) * (x_BxTxD.ndim - 1)))

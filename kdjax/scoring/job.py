@@ -79,7 +79,7 @@ class Job:
 
 
 def find_job(workdir: paths.Path) -> Job:
-  """What a folder holds: an experiment, or one run. Raises UserError where it is neither."""
+  """What a folder holds: an experiment, or one run. Raises UserError if it is neither."""
   experiment = read_json(workdir / 'experiment.json')
   if experiment is not None:
     if not {'resolved', 'teacher', 'students'} <= experiment.keys():
@@ -162,7 +162,7 @@ def file_name(step: int = 0) -> str:
 
 
 def _common_step(job: Job) -> int:
-  """The newest step of which every student has a checkpoint. Raises UserError where there is none."""
+  """The newest step of which every student has a checkpoint. Raises UserError if there is none."""
   steps = [steps_in(run.checkpoints) for run in job.students]
   common = set.intersection(*map(set, steps))
   if not common:
@@ -180,7 +180,7 @@ def score_missing(
   progress: bool = True,
   sets: Collection[str] | None = None,
 ) -> list['Task']:
-  """Scores those (run, step) on those sets that have no result file yet; returns all, in order.
+  """Score those (run, step) on those sets that have no result file yet; return all, in order.
 
   Args:
     sets: names of text sets and of downstream tasks; None: all but VALIDATION.

@@ -38,7 +38,7 @@ def bits_per_byte(table: pd.DataFrame, column: str = 'nll') -> float:
 
 
 def read_result(file: paths.Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-  """(per-document table, metadata). Raises UserError where the file is damaged."""
+  """(per-document table, metadata). Raises UserError if the file is damaged."""
   try:
     arrow = pq.read_table(io.BytesIO(paths.read_bytes(file)))
     table, known = arrow.to_pandas(), json.loads(arrow.schema.metadata[b'kdjax'])

@@ -138,7 +138,7 @@ def _add(
   n_docs: int,
   difficulty_V: np.ndarray | None,
 ) -> None:
-  """Adds a batch's scored tokens to its documents' sums."""
+  """Add a batch's scored tokens to its documents' sums."""
   real = batch.labels_RxL >= 0
   doc = np.broadcast_to(batch.doc_R[:, None], real.shape)[real]
 

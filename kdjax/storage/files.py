@@ -59,12 +59,12 @@ def canonical_json(value: Any) -> bytes:
 
 
 def write_sealed(path: pathlib.Path, value: dict) -> None:
-  """Writes `value` with its own checksum, so that `read_json` sees any changed bit."""
+  """Write `value` with its own checksum, so that `read_sealed` notices any changed bit."""
   path.write_bytes(canonical_json({**value, 'checksum': digest(canonical_json(value), 16)}))
 
 
 def read_sealed(path: pathlib.Path) -> dict:
-  """Reads what `write_json` wrote.
+  """Read what `write_sealed` wrote.
 
   Raises:
     StoreDamaged: the file is missing or differs by a single bit from what was written.
@@ -105,7 +105,7 @@ def describe_files(folder: pathlib.Path, names: list[str]) -> dict[str, dict]:
 
 
 def check_files(folder: pathlib.Path, files: dict[str, dict], hash_up_to: int | None = None) -> None:
-  """Compares a folder's files with what `describe` saw.
+  """Compare a folder's files with what `describe_files` saw.
 
   Args:
     hash_up_to: files larger than this many bytes are compared by size only; None: every file is hashed.
@@ -136,7 +136,7 @@ def link_or_copy(source: pathlib.Path, target: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def building(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """Gives a temporary sibling to write into and renames it to `folder` once the block has ended well.
+  """Yield a temporary sibling to write into; rename it to `folder` once the block has ended well.
 
   Everything is flushed to disk before the rename, so a kill or a power cut leaves either the whole folder or none. If
   the block raises, the temporary folder is removed. What killed builders left behind is removed first.
@@ -211,7 +211,7 @@ def _alive(folder: pathlib.Path) -> Iterator[None]:
 
 
 def discard(folder: pathlib.Path) -> None:
-  """Removes a folder so that no half of it is ever seen under its own name."""
+  """Remove a folder so that no half of it is ever seen under its own name."""
   trash = _temporary_name(folder)
   with contextlib.suppress(FileNotFoundError):  # another process was faster
     os.rename(folder, trash)
@@ -238,7 +238,7 @@ def _temporary_sibling(folder: pathlib.Path) -> tuple[pathlib.Path, int]:
 
 
 def _lock(descriptor: int) -> bool:
-  """Whether the lock was free, and is ours now. The kernel frees it when its holder dies, in whatever way."""
+  """Return whether the lock was free, and is ours now. The kernel frees it when its holder dies, in whatever way."""
   try:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:

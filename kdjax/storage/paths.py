@@ -99,7 +99,7 @@ def resolve_from(folder: str, path: str | os.PathLike) -> str:
 
 
 def runs_path(path: str | os.PathLike) -> Path:
-  """A folder of runs, or of one. Raises UserError where it is in a store that can hold none."""
+  """A folder of runs, or of one. Raises UserError if it is in a store that can hold none."""
   scheme, separator, _ = os.fspath(path).partition('://')
   if separator and scheme not in RUNS:
     raise UserError(
@@ -116,7 +116,7 @@ def absolute(path: str | os.PathLike) -> Path:
 
 
 def relative(path: str | os.PathLike, folder: str | os.PathLike) -> str:
-  """`path` as seen from `folder`, as os.path.relpath has it. A path of another store is kept whole: `under` understands both."""
+  """`path` as seen from `folder`, as os.path.relpath has it. A path of another store is kept whole: `resolve` understands both."""
   one, other = expand(path), expand(folder)
   if _store(one) != _store(other):
     return one if is_remote(one) else os.path.abspath(one)
@@ -194,7 +194,7 @@ def write_json(path: str | os.PathLike, value: Any, durable: bool = True) -> Non
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
-  """The file's value; None where it is missing. Raises UserError where it is damaged."""
+  """The file's value; None where it is missing. Raises UserError if it is damaged."""
   try:
     value = parse_json(read_bytes(path))
     if not isinstance(value, dict):
@@ -215,7 +215,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def create(path: str | os.PathLike, text: str) -> None:
-  """Writes a file that must not exist: of several that try at one moment one succeeds, and the others get a FileExistsError."""
+  """Write a file that must not exist: of several that try at one moment one succeeds, and the others get a FileExistsError."""
   opened = fsspec.open(os.fspath(path), 'xb') if is_remote(path) else open(path, 'xb')  # noqa: SIM115 - closed below
   with opened as file:
     file.write(text.encode())

@@ -201,7 +201,7 @@ def _product(
 
 
 def _wanted(grid: GridConfig, setting: Setting, source: Source, alpha: float, seed: int | None = None) -> bool:
-  """Whether the filters leave a cell; without a seed (pilot and validated cells have seeds of their own) they say nothing of seeds."""
+  """Return whether the filters leave a cell; without a seed (pilot and validated cells have seeds of their own) they say nothing of seeds."""
   axes = axes_of(setting, source, alpha, seed)
   included = not grid.include or any(matches(text, axes, unknown=True) for text in grid.include)
   return included and not any(matches(text, axes, unknown=False) for text in grid.exclude)

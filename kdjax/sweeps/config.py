@@ -257,7 +257,7 @@ def _problems_with(base: Config, name: str, value: Any) -> Iterable[str]:
 
 
 def matches(text: str, axes: dict[str, object], unknown: bool) -> bool:
-  """Whether a cell's axes fit a filter: conditions joined by '&', the values of one by '|'; numbers are compared as numbers.
+  """Return whether a cell's axes fit a filter: conditions joined by '&', the values of one by '|'; numbers are compared as numbers.
 
   `unknown` is what a condition on an axis of value None counts as.
   """

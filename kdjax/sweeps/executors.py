@@ -96,7 +96,7 @@ def slurm_script(work: Work) -> str:
 
 
 def check_executor(executor: str, folder: paths.Path) -> None:
-  """Raises UserError where it cannot be used here; to be asked before anything is written."""
+  """Raise UserError if it cannot be used here; to be asked before anything is written."""
   if executor == 'ray' and importlib.util.find_spec('ray') is None:
     raise UserError("--executor=ray: Ray is not installed; pip install 'kdjax[ray]'")
   if executor == 'slurm' and shutil.which('sbatch') is None:
@@ -106,7 +106,7 @@ def check_executor(executor: str, folder: paths.Path) -> None:
 
 
 def submit_to_slurm(work: Work, runners: int, options: Sequence[str]) -> str:
-  """Submits the array; returns what sbatch says."""
+  """Submit the array; return what sbatch prints."""
   (work.folder / 'runners').mkdir(parents=True, exist_ok=True)
   script = work.folder / 'runners' / 'job.sh'
   paths.write_text(script, slurm_script(work))
@@ -119,7 +119,7 @@ def submit_to_slurm(work: Work, runners: int, options: Sequence[str]) -> str:
 
 
 def run_on_ray(work: Work, runners: int, per_runner: Mapping[str, float], address: str = '') -> None:
-  """Runs on a Ray cluster until all is done. Raises TrainingError where a runner failed, UserError where there is no cluster or no room.
+  """Run on a Ray cluster until all is done. Raises TrainingError if a runner failed, UserError where there is no cluster or no room.
 
   Each runner is a task with a process of its own. Ray starts one again whose process or node was lost; the grid's folder, and this checkout
   at this path, must be seen by every node.

@@ -16,7 +16,7 @@ def format_count(n: float) -> str:
 
 
 def format_exact_count(n: float) -> str:
-  """Format a whole count exactly: like `count` if that is exact, else with more digits: 1_543_420 -> '1.54342M'."""
+  """Format a whole count exactly: like `format_count` if that is exact, else with more digits: 1_543_420 -> '1.54342M'."""
   for unit, size in UNITS:
     if n >= size and n == int(n):
       digits = (decimal.Decimal(int(n)) / size).normalize()

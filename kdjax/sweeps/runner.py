@@ -65,7 +65,7 @@ def grid_identity(grid: GridConfig) -> dict[str, Any]:
 
 
 def claim_grid(folder: paths.Path, grid: GridConfig) -> None:
-  """Writes grid.json, or refuses a folder that holds another grid."""
+  """Write grid.json, or refuse a folder that holds another grid."""
   known = read_json(folder / 'grid.json')
   if known is not None:
     RunFolder(folder).compare(fields.without_implied(known['identity'], GridConfig), grid_identity(grid))
@@ -170,7 +170,7 @@ class Runner:
   progress: bool = True
 
   def run(self, wanted: Wanted = everything) -> list[Job]:
-    """Does what is wanted (and the teachers that it needs) and missing, phase after phase; returns the jobs that failed."""
+    """Compute what is wanted and missing, with the teachers that it needs, phase after phase; return the jobs that failed."""
     failed: dict[str, Job] = {}
     self._phase(_of_pilot, wanted, failed)
     if cells_lib.pilot_groups(self.grid) and not self._agreed((self.folder / pilots.FILE).exists()):
@@ -206,7 +206,7 @@ class Runner:
         time.sleep(POLL)
 
   def _try(self, job: Job, failed: dict[str, Job]) -> bool:
-    """Whether the job was ours to do; its failure is kept beside it, and the others go on."""
+    """Return whether the job was ours to do. A failure is recorded in the job's folder, and the others continue."""
     here = RunFolder(self.folder / 'jobs' / job.id)
     if not self._claims(here):
       return False
@@ -250,7 +250,7 @@ class Runner:
     return sum(max(steps_in(folder.checkpoints), default=0) for folder in folders)
 
   def _do(self, job: Job) -> dict[str, Any]:
-    """Trains and scores; returns run -> step -> set -> result file, relative to the grid's folder."""
+    """Train and score; return run -> step -> set -> result file, relative to the grid's folder."""
     with jax.set_mesh(self.mesh):
       teacher = experiments.teacher_folder(job.config, self.corpus)
       if not job.cells:
@@ -295,7 +295,7 @@ class Runner:
     return len({'main': self.grid.seed, 'validated': self.grid.validated_seed}.get(job.phase, ())) == 1
 
   def _choose(self) -> None:
-    """Writes down what the pilot chose. The first of several runners to get here says it; the content is the same for all."""
+    """Write down what the pilot chose. The first of several runners to get here says it; the content is the same for all."""
     scores = read_scores(self.grid, self.folder)
     curves: dict[str, dict[str, float]] = {}
     for group in cells_lib.pilot_groups(self.grid):

@@ -1,6 +1,6 @@
 """Models that a config names by their folder: `teacher.run` and `student.init`.
 
-A folder of a run is used where it is. One of Hugging Face is imported once, into `<runs>/imported`, and from then on is a run like any other.
+The folder of a run is used in place. A Hugging Face folder is imported once, into `<runs>/imported`; the result is a run like any other.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ log = logging.getLogger('kdjax')
 
 @dataclasses.dataclass(frozen=True)
 class OpenModel:
-  """A model that is ready to run: its weights in the dtype in which the device computes."""
+  """A model that is ready to run, with its weights in the dtype in which the device computes."""
 
   model: Model
   params: Any
@@ -34,11 +34,11 @@ class OpenModel:
   name: str
   step: int = 0
   trained_window: int = 0  # tokens; 0: unknown
-  imported: bool = False  # not trained here: its tokenizer puts before a text what it does, and no more
+  imported: bool = False  # from a Hugging Face folder: a text begins with what its own tokenizer adds, and nothing else
 
   @property
   def prefix_id(self) -> int:
-    """The token that an empty text begins with: the separator, or for imported models the begin or else the end token, as in transformers."""
+    """The token that an empty text begins with: the separator; for imported models the begin token, or else the end token, as in transformers."""
     known = self.tokenizer
     if not self.imported:
       return known.separator_id
@@ -53,7 +53,7 @@ class OpenModel:
 
 
 def open_model(path: str, mesh: Mesh, step: int = 0, separator: str = '') -> OpenModel:
-  """The model of a run's folder, or of Hugging Face's, which is read where it is. Raises UserError where it is neither."""
+  """Open the model of a run's folder or of a Hugging Face folder, in place. Raises UserError if it is neither."""
   folder = RunFolder(path)
   if folder.read_record() is None and not paths.is_remote(path):
     source = huggingface.Source(path, separator)
@@ -68,7 +68,7 @@ def open_model(path: str, mesh: Mesh, step: int = 0, separator: str = '') -> Ope
 
 
 def adopt_models(config: Config) -> Config:
-  """The config with the models of the folders that it names: what they are is not for the config to say, only how they are run."""
+  """Replace the models of a config by those of the folders that it names. Fields that change no result, and dtypes, stay the config's."""
   for name, path in (('teacher', config.teacher.run), ('student', config.student.init)):
     if path:
       section = getattr(config, name)
@@ -91,7 +91,7 @@ def student_vocab_size(config: Config, tokenizer: Tokenizer) -> int:
 
 
 def check_named_run(path: str, field: str, config: Config, tokenizer: Tokenizer, step: int = 0) -> RunFolder:
-  """The folder of the run that a path names, or that it will be imported into. Raises UserError where it does not go with the corpus."""
+  """Return the folder of the run that a path names, or into which it will be imported. Raises UserError if it does not fit the corpus."""
   if not huggingface.is_folder(path):
     folder = RunFolder(path)
     frozen.check_teacher_run(folder, field, tokenizer, step)
@@ -110,7 +110,7 @@ def check_named_run(path: str, field: str, config: Config, tokenizer: Tokenizer,
 
 
 def import_run(path: str, config: Config, mesh: Mesh) -> RunFolder:
-  """The folder of the run that a path names, imported first if need be."""
+  """Return the folder of the run that a path names; import it first if it is a Hugging Face folder."""
   if not huggingface.is_folder(path):
     return RunFolder(path)
   source = huggingface.Source(path, config.data.separator)
@@ -120,14 +120,14 @@ def import_run(path: str, config: Config, mesh: Mesh) -> RunFolder:
 
 
 def load_weights(folder: RunFolder, model: Model, mesh: Mesh) -> Any:
-  """A run's newest weights as those of `model`: on the mesh, in its param_dtype."""
+  """Load a run's newest weights for `model`: on the mesh, in its param_dtype."""
   params = frozen.load_saved(folder, mesh, like=model.config)[1]
   dtype = jnp.dtype(model.config.param_dtype)
   return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def identify_weights(folder: RunFolder) -> str:
-  """Tells a run's newest weights from all others."""
+  """Return a text that identifies a run's newest weights: their fingerprint and step."""
   with read_checkpoints(folder.checkpoints) as saves:
     step = frozen.choose_step(folder, saves)
     return f'{saves.fingerprint(step)}@{step}'

@@ -1,4 +1,4 @@
-"""The teacher's treatment: trained once, found again by fingerprint, loaded read-only in a dtype of its own."""
+"""Find, load and cast teachers. A teacher is trained once, found again by fingerprint, and loaded read-only in its own dtype."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from kdjax.runs.folder import RunFolder
 from kdjax.runtime import backend, sharding
 from kdjax.storage import paths
 
-# Fields of a model that change its speed and memory but not what it computes: no run's folder keeps them.
+# Fields of a model that change its speed and memory but not what it computes. The folder of a run does not record them.
 RUN_AS = fields.names(ModelConfig, lambda declared: not declared.result)
 FREE = fields.names(ModelConfig, lambda declared: declared.precision or not declared.result)
 
@@ -62,7 +62,10 @@ def match_student(teacher: ModelConfig, student: ModelConfig) -> ModelConfig:
 
 
 def build_model(folder: RunFolder, like: ModelConfig | None = None) -> Model:
-  """The model that a run's folder holds, run as `like` says (attention, remat, ...). Raises UserError where it is no run's folder."""
+  """Build the model of a run's folder, with the fields of `like` that change no result (attention, remat, ...).
+
+  Raises UserError if it is not the folder of a run.
+  """
   identity = folder.read_record()
   if identity is None:
     if not folder.path.is_dir():
@@ -81,7 +84,7 @@ def build_model(folder: RunFolder, like: ModelConfig | None = None) -> Model:
 
 
 def choose_step(folder: RunFolder, saves: Checkpoints, step: int = 0) -> int:
-  """The step asked for, else the newest. Raises UserError where it is not there."""
+  """Return the requested step, or the newest if `step` is 0. Raises UserError if there is no such checkpoint."""
   steps = saves.steps()
   if not steps:
     raise UserError(f'{folder.path} has no checkpoint yet; train it first, or name another folder')
@@ -91,7 +94,7 @@ def choose_step(folder: RunFolder, saves: Checkpoints, step: int = 0) -> int:
 
 
 def teacher_step(config: Config) -> int:
-  """Which checkpoint of its run a config's teacher is; 0: the newest."""
+  """Return which checkpoint of its run is the config's teacher; 0: the newest."""
   section = config.teacher
   if section.run:
     return section.step
@@ -99,7 +102,7 @@ def teacher_step(config: Config) -> int:
 
 
 def check_teacher_run(folder: RunFolder, field: str, tokenizer: Tokenizer, step: int = 0) -> None:
-  """Raises UserError where the run that a config's `field` names learned from another tokenizer, or is not finished."""
+  """Raise UserError if the run that a config's `field` names was trained with another tokenizer, or is not finished."""
   build_model(folder)
   check_tokenizer(f'{field} = {folder.path}', folder.fingerprint('tokenizer') or None, tokenizer)
   if not step and not folder.is_done():
@@ -109,7 +112,7 @@ def check_teacher_run(folder: RunFolder, field: str, tokenizer: Tokenizer, step:
 
 
 def check_tokenizer(what: str, known: str | None, tokenizer: Tokenizer) -> None:
-  """Raises UserError where a model learned with another tokenizer than the corpus's: the content counts, not the name."""
+  """Raise UserError if a model was trained with another tokenizer than the corpus's. Contents are compared, not names."""
   if known != tokenizer.fingerprint:
     raise UserError(
       f"{what} learned with another tokenizer (fingerprint {known}, the student's is {tokenizer.fingerprint}); "
@@ -120,9 +123,9 @@ def check_tokenizer(what: str, known: str | None, tokenizer: Tokenizer) -> None:
 def load_teacher(
   folder: RunFolder, dtype: str, mesh: Mesh, step: int = 0, like: ModelConfig | None = None, layout: str = 'student'
 ) -> tuple[Model, Any, int, str]:
-  """(model run as `like` says, weights on the mesh by `layout`, step, fingerprint of the weights as they were saved).
+  """Load a teacher and cast its weights: (model, weights on the mesh by `layout`, step, fingerprint of the weights as saved).
 
-  Raises UserError where there is no such checkpoint or it does not verify.
+  Raises UserError if there is no such checkpoint or it does not verify.
   """
   model, params, step = load_saved(folder, mesh, step, like, layout)
   return model, cast(params, dtype, mesh, layout), step, saved_fingerprint(folder, step)
@@ -137,7 +140,7 @@ def saved_fingerprint(folder: RunFolder, step: int) -> str:
 def load_saved(
   folder: RunFolder, mesh: Mesh, step: int = 0, like: ModelConfig | None = None, layout: str = 'student'
 ) -> tuple[Model, Any, int]:
-  """(model, weights as they were saved, step)."""
+  """Load (model, weights in the dtype in which they were saved, step)."""
   model = build_model(folder, like)
   with read_checkpoints(folder.checkpoints) as saves:
     step = choose_step(folder, saves, step)
@@ -147,7 +150,7 @@ def load_saved(
 
 
 def to_dtype(params, dtype: str):
-  """Weights as the teacher's `dtype` says: 'auto' is bfloat16 on accelerators and float32 on CPU; 'int8' that, with the matrices rounded."""
+  """Cast weights. 'auto' is bfloat16 on accelerators and float32 on CPU; 'int8' is 'auto' with the matrices rounded."""
   wide = 'float32' if backend.name() == 'cpu' else 'bfloat16'
   if dtype == 'int8':
     return quantize(params, wide)
@@ -155,11 +158,11 @@ def to_dtype(params, dtype: str):
 
 
 def cast(params, dtype: str, mesh: Mesh, layout: str):
-  """The same, on the mesh by `layout`."""
+  """Cast weights on the mesh, sharded by `layout`."""
   convert = functools.partial(to_dtype, dtype=dtype)
   wanted = jax.eval_shape(convert, params)
   if dtype != 'int8' and all(jax.tree.leaves(jax.tree.map(lambda x, w: x.dtype == w.dtype, params, wanted))):
-    return params  # it lies there already
+    return params  # nothing to cast
   return jax.jit(convert, out_shardings=sharding.param_shardings(wanted, mesh, layout))(params)
 
 
@@ -187,9 +190,9 @@ def _resize(tables, n_rows: int):
 
 
 def unigram_log_probs(windows: Windows, padded_vocab_size: int, max_tokens: int = COUNTED_TOKENS) -> np.ndarray:
-  """Log-probabilities [V] of the training tokens' frequencies, one added to each: the teacher that is no model.
+  """Return log-probabilities [V] of the training tokens' frequencies, with one added to each count: the unigram teacher.
 
-  Counted over the first `max_tokens` of the student's own slice.
+  They are counted over the first `max_tokens` of the student's own slice.
   """
   first, last = windows.range
   counts = 1 + windows.store.counts(padded_vocab_size, first, min(last, first + max_tokens))
@@ -197,6 +200,6 @@ def unigram_log_probs(windows: Windows, padded_vocab_size: int, max_tokens: int 
 
 
 def locate_teacher(runs: str, model: Model, identity: str) -> RunFolder:
-  """Where a teacher trained by its config lives: shared by all configs that ask for the same one. Named by non-embedding parameters."""
+  """Return the folder of a teacher that a config trains. Configs that describe the same teacher share it; its name has its non-embedding parameters."""
   millions = flops.count_params(model.config).non_embedding / 1e6
   return RunFolder(paths.runs_path(runs) / 'teachers' / f'{millions:.3g}M-{identity}')

@@ -60,7 +60,7 @@ class Arm:
 
 
 def experiment_identity(config: Config) -> dict[str, Any]:
-  """What an experiment's results depend on: the config less its name, places, speeds and schedules of saving."""
+  """Return what an experiment's results depend on: the config without names, places, speeds and saving."""
   kept = {name: fields.identity(getattr(config, name)) for name in ('teacher', 'student', 'loss')}
   kept['data'] = _data_identity(config)
   kept['student']['arms'] = sorted(config.student.arms)
@@ -76,7 +76,7 @@ def experiment_identity(config: Config) -> dict[str, Any]:
 def run_identity(
   config: Config, section: TrainingConfig, model: ModelConfig, arm: str, teacher: str, init: str = ''
 ) -> dict[str, Any]:
-  """What defines one model's training run: the value that run.json keeps and compares. `init`: the weights that it begins with, if not fresh.
+  """Return what defines one model's training run: run.json records it and later starts compare it. `init`: the initial weights, if not fresh.
 
   The baseline's and the teacher's do not depend on the loss's KD part, so that configs which differ there share them.
   """
@@ -110,20 +110,20 @@ def schedule_identity(section: TrainingConfig, data: DataConfig) -> dict[str, st
 
 
 def teacher_key(config: Config) -> str:
-  """Tells teachers' training runs apart before a tokenizer is known; checkpoints of one trunk are of one run."""
+  """Return a hash that identifies a teacher's training run before a tokenizer is known. Checkpoints of one trunk are of one run."""
   section = trained_section(config.teacher)
   return config_lib.fingerprint(run_identity(config, section, section.model, 'teacher', ''), 8)
 
 
 def student_key(config: Config, arm: str) -> str:
-  """The same for students."""
+  """Return a hash that identifies a student's training run."""
   teacher = f'{teacher_key(config)}@{frozen.teacher_step(config)}' if TARGETS[arm] == 'teacher' else ''
   section = config.student
   return config_lib.fingerprint(run_identity(config, section, section.model, arm, teacher, section.init), 8)
 
 
 def teacher_folder(config: Config, corpus: Corpus) -> RunFolder | None:
-  """The teacher's run folder: the one that the config names, or where its own teacher is or will be. None where no arm has one."""
+  """Return the teacher's run folder: the one that the config names, or where its own teacher is or will be. None if no arm has a teacher."""
   section = config.teacher
   if 'distilled' not in config.student.arms:
     return None
@@ -136,7 +136,7 @@ def teacher_folder(config: Config, corpus: Corpus) -> RunFolder | None:
 
 
 def train_teacher(config: Config, corpus: Corpus, folder: RunFolder | None, mesh: Mesh, progress: bool = True) -> None:
-  """Trains the config's own teacher, or imports the one it names, if it is not there yet."""
+  """Train the config's own teacher, or import the one it names, unless that is done."""
   if folder is None:
     return
   if config.teacher.run:
@@ -157,7 +157,7 @@ def train_students(
   progress: bool = True,
   profile: Window | None = None,
 ) -> None:
-  """Trains a cohort of students side by side on the same batches. Their configs may differ in `student.alpha` and its schedule alone."""
+  """Train a cohort of students side by side on the same batches. Their configs may differ in `student.alpha` and its schedule alone."""
   config = arms[0].config
   assert all(cohort_key(arm.config) == cohort_key(config) for arm in arms), 'these students are no cohort'
   section = config.student

@@ -1,7 +1,7 @@
 """The training loop of a cohort: students that share architecture, data and teacher, each with its own folder and checkpoints.
 
 The host only dispatches: it fetches the metrics of a call after the next one has been dispatched, so the device never waits for it.
-Where a run may start: its newest checkpoint that verifies, else from scratch.
+A run starts from its newest checkpoint that verifies, else from scratch.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ log = logging.getLogger('kdjax')
 
 
 def train_cohort(cohort: Cohort, mesh: Mesh) -> None:
-  """Trains the cohort to its last step, from wherever it stands. Returns at once where it is done.
+  """Train the cohort to its last step, from its newest checkpoint. Returns at once if it is done.
 
   Raises:
     TrainingError: too many non-finite steps in a row, a folder taken over, a checkpoint that could not be written.
@@ -90,7 +90,7 @@ class _Run:
 
 
 def _unfinished(cohort: Cohort) -> Cohort:
-  """The cohort without the members that are done: they are never trained again because another one is missing."""
+  """The cohort without the members that are done. They are not trained again when another one is missing."""
   done = [
     m.folder.is_done()
     and m.folder.read_record() is not None
@@ -104,7 +104,7 @@ def _unfinished(cohort: Cohort) -> Cohort:
 
 
 def calls(start: int, total: int, size: int, *every: int, at: Sequence[int] = ()) -> list[tuple[int, int]]:
-  """(first step, number of steps) of each call from `start` to `total`, cut at the multiples of each of `every` and at the steps `at`."""
+  """Plan calls: (first step, number of steps) of each from `start` to `total`, cut at multiples of each of `every` and at the steps `at`."""
   out = []
   while start < total:
     ends = [total, start + size] + [(start // e + 1) * e for e in every if e] + [step for step in at if step > start]
@@ -149,14 +149,16 @@ def _start(run: _Run, abstract: tuple[TrainState, ...]) -> tuple[tuple[TrainStat
 
 
 def _restore(run: _Run, abstract: tuple[TrainState, ...]) -> list[Restored] | None:
-  """Every member's state at the newest step of which all have a checkpoint, in their folders or on the hosts, that verifies; None where no
-  step has been saved by all."""
+  """Restore every member's state at the newest step of which all have a checkpoint that verifies, in their folders or on the hosts.
+
+  Returns None if no step has been saved by all.
+  """
   cohort, saves, local = run.cohort, run.saves, run.local
   common = set.intersection(*(set(save.steps()) for save in saves))
   upto, damaged = _recorded(cohort) if local else 0, None
   for step in (*sorted(common, reverse=True), 0):
     if local and (kept := local.restore(step, upto)):
-      log.info('%s: goes on from the local checkpoint of step %d', cohort.title, kept[1])
+      log.info('%s: resumes from the local checkpoint of step %d', cohort.title, kept[1])
       return [Restored(state, kept[1]) for state in kept[0]]
     try:
       found = [save.verified(one, cohort.fingerprints, {step}) for save, one in zip(saves, abstract, strict=True)]
@@ -173,7 +175,7 @@ def _restore(run: _Run, abstract: tuple[TrainState, ...]) -> list[Restored] | No
 
 
 def _recorded(cohort: Cohort) -> int:
-  """The last step that all members' metrics have: a run that went on from a later one would lack some."""
+  """The last step that is in all members' metrics: a run resumed from a later step would miss some."""
   files = [member.folder.path for member in cohort.members if member.folder.writes]
   last = [max((int(record['step']) for record in read_metrics(path)), default=0) for path in files]
   return distributed.of_first_process([min(last, default=0)])[0]

@@ -18,7 +18,7 @@ log = logging.getLogger('kdjax')
 
 
 def check_run(config: Config, corpus: Corpus, mesh: Mesh) -> None:
-  """Raises UserError for a model that cannot be made, or does not fit the mesh: before the first one is trained, not after."""
+  """Raise UserError for a model that cannot be made, or does not fit the mesh: before the first one is trained, not after."""
   if config.student.init:  # before its vocabulary is looked at: that another tokenizer is meant is what is to be told
     by_name.check_named_run(config.student.init, 'student.init', config, corpus.tokenizer)
   n_tokens = by_name.student_vocab_size(config, corpus.tokenizer)
@@ -74,7 +74,7 @@ def check_models(
 
 
 def check_memory(config: Config, mesh: Mesh, student: Model, teacher: Model | None, limit: int = 0) -> None:
-  """Raises UserError where what stays in memory all the time is more than a device has (`limit` bytes; 0: as the device says, if it does).
+  """Raise UserError if what stays in memory all the time is more than a device has (`limit` bytes; 0: as the device says, if it does).
 
   Activations come on top: `python -m kdjax.aot` knows them.
   """

@@ -49,7 +49,7 @@ class Recipe(NamedTuple):
 
 
 def init_state(recipe: Recipe, alpha: AlphaState, key: jax.Array, params=None) -> TrainState:
-  """A student before its first step: fresh, the same weights for the same key on any mesh, or with the weights that are given."""
+  """Return a student before its first step, with the given weights or fresh ones, which are the same for the same key on any mesh."""
   params = recipe.student.init(key) if params is None else params
   zero = jnp.zeros((), jnp.int32)
   return TrainState(params, recipe.optimizer.init(params), zero, alpha, zero, zero)
@@ -186,7 +186,7 @@ def _teacher_hidden(recipe: Recipe, teacher: Teacher, tokens_BxT, segment_ids_Bx
 
 
 def _update(recipe: Recipe, state: TrainState, gradients, sums, rate):
-  """The optimizer's step, or none where the loss or a gradient is not finite."""
+  """Apply the optimizer's update, or skip it if the loss or a gradient is not finite."""
   norm = optax.global_norm(gradients)
   finite = jnp.isfinite(norm) & jnp.isfinite(sums['loss'])
   updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)

@@ -21,7 +21,7 @@ from kdjax.trainer.step import state_shardings
 from tests import commands, several, small
 from tests.cohorts import assert_same_runs, at_step, fit, students
 
-GOES_ON = 'goes on from the local checkpoint of step'
+RESUMES = 'resumes from the local checkpoint of step'
 
 
 class Crash(Exception):
@@ -69,7 +69,7 @@ def test_a_run_goes_on_from_its_newest_local_checkpoint_bit_identically(
   home, undisturbed, cut_off, fields, caplog, tmp_path
 ):
   told = go_on(caplog, home, cut_off, **fields)
-  assert f'{GOES_ON} 8' in told
+  assert f'{RESUMES} 8' in told
   assert_same_runs(cut_off, undisturbed)
   assert not list((tmp_path / 'local').iterdir())  # a run that is done leaves none
 
@@ -80,7 +80,7 @@ def test_a_checkpoint_of_the_folder_is_gone_on_from_where_it_is_newer(
   for step in (6, 8):
     path = file_of(tmp_path, step)
     path.rename(path.with_stem(str(step - 4)))
-  assert GOES_ON not in go_on(caplog, home, cut_off, **fields)
+  assert RESUMES not in go_on(caplog, home, cut_off, **fields)
   assert_same_runs(cut_off, undisturbed)
 
 
@@ -123,14 +123,14 @@ def test_one_that_is_damaged_is_passed_over(home, undisturbed, cut_off, fields, 
   assert damaged != file.read_bytes()
   file.write_bytes(damaged)
   told = go_on(caplog, home, cut_off, **fields)
-  assert f'{GOES_ON} 6' in told
+  assert f'{RESUMES} 6' in told
   assert 'passing over local checkpoint 8' in told
   assert_same_runs(cut_off, undisturbed)
 
 
 def test_those_of_a_run_that_was_deleted_are_not_gone_on_from(home, undisturbed, cut_off, fields, caplog):
   shutil.rmtree(cut_off)
-  assert GOES_ON not in go_on(caplog, home, cut_off, **fields)
+  assert RESUMES not in go_on(caplog, home, cut_off, **fields)
   assert_same_runs(cut_off, undisturbed)
 
 
@@ -141,14 +141,14 @@ def test_those_of_a_run_that_was_deleted_and_begun_again_are_not_gone_on_from(
   shutil.rmtree(cut_off)
   go_down(home, cut_off, fields, monkeypatch, 9)
   file_of(tmp_path, 8).write_bytes(old)  # of a host that was not there meanwhile
-  assert f'{GOES_ON} 6' in go_on(caplog, home, cut_off, **fields)
+  assert f'{RESUMES} 6' in go_on(caplog, home, cut_off, **fields)
   assert_same_runs(cut_off, undisturbed)
 
 
 def test_no_step_is_missing_from_the_metrics(home, undisturbed, cut_off, fields, caplog):
   metrics = students(cut_off)[1] / 'metrics.jsonl'  # as a start without that host has left it
   metrics.write_text(''.join(metrics.read_text().splitlines(keepends=True)[:7]))
-  assert f'{GOES_ON} 6' in go_on(caplog, home, cut_off, **fields)
+  assert f'{RESUMES} 6' in go_on(caplog, home, cut_off, **fields)
   assert_same_runs(cut_off, undisturbed)
 
 
@@ -160,7 +160,7 @@ def test_where_the_folder_s_newest_is_damaged_the_local_ones_before_it_are_tried
   for student in students(tmp_path / 'r'):
     shutil.rmtree(student / 'checkpoints' / '10' / 'params')
   told = go_on(caplog, home, tmp_path / 'r', **fields)
-  assert 'passing over checkpoint 10' in told and f'{GOES_ON} 8' in told
+  assert 'passing over checkpoint 10' in told and f'{RESUMES} 8' in told
   assert_same_runs(tmp_path / 'r', undisturbed)
 
 
@@ -171,7 +171,7 @@ def test_rates_are_told_where_every_call_ends_with_a_local_checkpoint(home, tmp_
 
 
 def test_without_local_checkpoints_the_folder_s_is_gone_on_from(home, undisturbed, cut_off, caplog):
-  assert GOES_ON not in go_on(caplog, home, cut_off)
+  assert RESUMES not in go_on(caplog, home, cut_off)
   assert_same_runs(cut_off, undisturbed)
 
 
@@ -409,7 +409,7 @@ def test_several_processes_go_on_from_what_is_left_of_their_local_checkpoints(
   processes = start(n, config, workdir, *(hosts[host] for host in placed))
   several.done(*processes)
   told = commands.errors(processes[0])
-  assert (GOES_ON in told) == whole
+  assert (RESUMES in told) == whole
   assert whole or 'is on no host here' in told
   undisturbed, _ = several.experiment(home, tmp_path / 'u', **several.LONG | {'student.tokens': 60 * 8 * 16, **mesh})
   several.done(*several.start(n, undisturbed, tmp_path / 'u' / 'run'))

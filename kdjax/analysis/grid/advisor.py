@@ -305,7 +305,7 @@ def _doubts(usable: list[Option], within: list[Option]) -> list[str]:
 
 
 def _surely_helps(ranked: list[Option]) -> bool:
-  """Whether the first's gain is above 0 in a band that holds for all at once, as the best of many must be asked."""
+  """Return whether the first's gain is above 0 in a band that holds for all at once, as the best of many must be asked."""
   draws, gains = np.stack([option.draws for option in ranked]), np.array([option.gain for option in ranked])
   errors = np.maximum(draws.std(axis=1), 1e-12)
   highest = ((draws - gains[:, None]) / errors[:, None]).max(axis=0)

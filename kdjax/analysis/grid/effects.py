@@ -39,7 +39,7 @@ class Tables:
 
 
 def build_tables(grid: GridConfig, folder: paths.Path) -> Tables:
-  """Raises UserError where runs must not be compared, or nothing has been scored."""
+  """Raise UserError if runs must not be compared, or nothing has been scored."""
   scores = Scores(grid, folder)
   groups = [group for phase, found in runner.phases(grid, folder) if phase != 'pilot' for group in found]
   ready = [group for group in groups if scores.has([group])]

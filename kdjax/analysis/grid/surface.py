@@ -105,7 +105,7 @@ def fit_surface(
     draws: refits behind the intervals. Each redraws the effects from their errors and reweights the teachers (a Bayesian bootstrap
       over teachers: with three or four of them, drawing with replacement would lose a whole end of the axis).
 
-  Raises UserError where there are no such effects.
+  Raises UserError if there are no such effects.
   """
   frame, notes = _select(effects, set_name)
   cells, rng = _cells(frame, teacher_losses or {}), np.random.default_rng(0)
@@ -221,7 +221,7 @@ def _distinct(values: np.ndarray) -> int:
 
 
 def _covered(surface: Surface, x: np.ndarray) -> np.ndarray:
-  """Whether points are among the data: sizes and tokens in the hull of those seen together, alpha in the range seen."""
+  """Return whether points are among the data: sizes and tokens in the hull of those seen together, alpha in the range seen."""
   seen, alphas = np.unique(surface.cells.x[:, :ALPHA].round(6), axis=0), surface.cells.x[:, ALPHA]
   hull = np.vstack([seen.T, np.full(len(seen), 100.0)])  # the last row: weights that sum to one, nearly exactly
   places, back = np.unique(x[:, :ALPHA].round(6), axis=0, return_inverse=True)

@@ -25,7 +25,7 @@ def export(
   origin: dict[str, Any] | None = None,
   trained_here: bool = True,
 ) -> families.Family:
-  """Writes config.json, safetensors files and the tokenizer into a new folder, which appears whole or not at all.
+  """Write config.json, safetensors files and the tokenizer into a new folder, which appears whole or not at all.
 
   Args:
     dtype: of the weights in the files: float32 | bfloat16 | float16.

@@ -137,7 +137,7 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
 
 
 def read_config(values: Mapping[str, Any], where: str = 'config.json') -> tuple[Family, ModelConfig]:
-  """What a config.json describes. Raises UserError, naming the field, where the decoder cannot be that."""
+  """What a config.json describes. Raises UserError, naming the field, if the decoder cannot be that."""
   family = family_of(values, where)
   known = {**family.defaults, **values}
   for name, what in _BEYOND.items():
@@ -193,7 +193,7 @@ def _gemma_scales(known: Mapping[str, Any], d_model: int, head_dim: int, where: 
 def write_config(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
   """(family, config.json) of a model: of the first family whose config.json, read again, is that model.
 
-  Raises UserError where there is none, with what the nearest one lacks.
+  Raises UserError if there is none, with what the nearest one lacks.
   """
   nearest: list[str] | None = None
   for family in FAMILIES.values():

@@ -28,7 +28,7 @@ STEP = 0  # of the one checkpoint: nothing was trained here
 
 
 def is_folder(path: str | os.PathLike) -> bool:
-  """Whether a path is a Hugging Face folder, rather than a run's."""
+  """Return whether a path is a Hugging Face folder, rather than a run's."""
   folder = paths.runs_path(path)
   return (folder / 'config.json').exists() and not (folder / 'run.json').exists()
 
@@ -88,9 +88,9 @@ class Source:
     return weights.load_weights(self.tensors, self.model, self.family, shardings)
 
   def import_into(self, folder: RunFolder, mesh: Mesh, timeout: float = 30) -> None:
-    """Makes the folder the one of a finished run with these weights. What an import that was cut off has left is replaced.
+    """Make the folder the one of a finished run with these weights. What an import that was cut off has left is replaced.
 
-    Raises UserError where anything else is in the folder.
+    Raises UserError if anything else is in the folder.
     """
     config = dataclasses.asdict(self.model.config)
     identity = {

@@ -109,7 +109,7 @@ class Tensors:
     return 'bfloat16' if set(self.dtypes.values()) == {'BF16'} else 'float32'
 
   def check(self, model: Model, family: Family) -> None:
-    """Raises UserError, listing them, where tensors are missing, too many, or of another shape or dtype than the model's."""
+    """Raise UserError, listing them, where tensors are missing, too many, or of another shape or dtype than the model's."""
     config, where = model.config, str(self.folder)
     leaves = _leaves(model.abstract())
     wanted = {
@@ -156,7 +156,7 @@ def load_weights(tensors: Tensors, model: Model, family: Family, shardings) -> A
 
 
 def save_weights(params, model: Model, family: Family, folder: pathlib.Path, dtype: str, max_bytes: int) -> None:
-  """Writes the parameters as safetensors files of at most `max_bytes` (a tensor is never cut), with an index where there are several."""
+  """Write the parameters as safetensors files of at most `max_bytes` (a tensor is never cut), with an index where there are several."""
   leaves, cast_to = _leaves(params), jnp.dtype(dtype)
   tensors = [
     (name, path, place, layer, math.prod(shape) * cast_to.itemsize)
@@ -183,7 +183,7 @@ def save_weights(params, model: Model, family: Family, folder: pathlib.Path, dty
 
 
 def _check_tied(tensors: Tensors, config: ModelConfig, n_rows: int = 8192) -> None:
-  """Raises UserError where a tied model's files have a head that is not the embedding: transformers would use it."""
+  """Raise UserError if a tied model's files have a head that is not the embedding: transformers would use it."""
   head, embedding = _WHOLE['head/kernel'], _WHOLE['embed/embedding']
   if not config.tied or head not in tensors.shapes:
     return
