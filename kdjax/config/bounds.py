@@ -34,5 +34,5 @@ def _loss_range_problems(loss: Any) -> Iterator[str]:
   k = float(loss.teacher_top_k)
   if k < 0 or (k > 1 and not k.is_integer()):
     yield f'teacher_top_k: must be 0 (all), a share in (0, 1) or a whole number, got {k:g}'
-  if loss.kd == 'hard_label' and (loss.teacher_top_k or loss.teacher_top_p < 1 or loss.temperature != 1):
-    yield 'kd: hard_label has no temperature, top-k or top-p; leave them at their defaults'
+  if loss.divergence == 'hard_label' and (loss.teacher_top_k or loss.teacher_top_p < 1 or loss.temperature != 1):
+    yield 'divergence: hard_label has no temperature, top-k or top-p; leave them at their defaults'

@@ -25,6 +25,7 @@ class Meta:
     implied: the value that earlier versions used before the field existed. At this value it is not part of an identity, so earlier runs
       keep theirs.
     since: the version that added such a field.
+    formerly: an earlier name, which configs may still use and identities keep.
     precision: it is the number format of a model's weights or computation, which a folder of weights does not decide.
     corpus: what a corpus depends on it for: 'documents', 'tokenizer', 'caps' or 'sets'; '': nothing.
   """
@@ -39,6 +40,7 @@ class Meta:
   result: bool = True
   implied: Any = ABSENT
   since: str = ''
+  formerly: str = ''
   precision: bool = False
   corpus: str = ''
 
@@ -76,8 +78,19 @@ def identity(section: Any) -> dict[str, Any]:
       if not value:  # a section without such fields
         continue
     if declared.result and (declared.implied is ABSENT or value != declared.implied):
-      kept[each.name] = value
+      kept[declared.formerly or each.name] = value
   return kept
+
+
+def former_names(kind: type, prefix: str = '') -> dict[str, str]:
+  """Map each former dotted name of a config's fields to the name of today."""
+  found: dict[str, str] = {}
+  for each in dataclasses.fields(kind):
+    if dataclasses.is_dataclass(each.default):
+      found |= former_names(type(each.default), f'{prefix}{each.name}.')
+    elif meta(each).formerly:
+      found[prefix + meta(each).formerly] = prefix + each.name
+  return found
 
 
 def without_implied(known: Mapping[str, Any], section: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import logging
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,9 +11,11 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from kdjax.config import checks
+from kdjax.config import checks, fields
 from kdjax.config.schema import Config, ModelConfig, as_dict
 from kdjax.errors import ConfigError
+
+log = logging.getLogger('kdjax')
 
 T = typing.TypeVar('T')
 LARGEST = sys.float_info.max
@@ -44,14 +47,17 @@ def parse_arg(arg: str | None, **known: tuple[str, ...]) -> dict[str, str]:
 def override(config: ml_collections.ConfigDict, overrides: Mapping[str, str], kind: type = Config) -> list[str]:
   """Apply `{'student.alpha': '0.4'}` in place; return the problems instead of raising at the first."""
   problems = []
-  fields = dict(leaves(kind, ''))
+  known, former = dict(leaves(kind, '')), fields.former_names(kind)
   for key, text in overrides.items():
-    annotation = fields.get(key)
+    if key in former:
+      log.warning('note: --config.%s is called --config.%s now', key, former[key])
+      key = former[key]
+    annotation = known.get(key)
     parent, _, leaf = key.rpartition('.')
-    if annotation is None and str(fields.get(parent)).startswith('dict'):
+    if annotation is None and str(known.get(parent)).startswith('dict'):
       annotation = str  # a mapping's values are free: --config.eval.ood.NAME=SOURCE
     if annotation is None:
-      problems.append(f'--config.{key}: no such field{_nearest(key, fields)}')
+      problems.append(f'--config.{key}: no such field{_nearest(key, known)}')
       continue
     try:
       value = _parse(text, annotation)
@@ -103,6 +109,7 @@ def leaves(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
 def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
   """The dataclass of a section; a field that is wrong adds a problem and keeps its default."""
   hints = typing.get_type_hints(cls)
+  values = _with_names_of_today(cls, values)
   known = {field.name for field in dataclasses.fields(cls)}
   problems += [f'{prefix}{key}: no such field{_nearest(key, known)}' for key in values if key not in known]
   built = {}
@@ -123,6 +130,18 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str
   except ConfigError as e:  # a section that checks itself
     problems += [f'{prefix}{problem.removeprefix(f"{cls.__name__}.")}' for problem in e.problems]
     return cls()
+
+
+def _with_names_of_today(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+  """A section's values, those under a former name under the name of today, unless that has another value than its default."""
+  renamed = dict(values)
+  for each in dataclasses.fields(cls):
+    former = fields.meta(each).formerly
+    if former in renamed:
+      value = renamed.pop(former)
+      if renamed.get(each.name, each.default) == each.default:
+        renamed[each.name] = value
+  return renamed
 
 
 def _convert(value: Any, annotation: Any) -> Any:

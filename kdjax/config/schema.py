@@ -135,7 +135,12 @@ class LossConfig:
   Raises ConfigError for a field out of range.
   """
 
-  kd: str = field('forward_kl', 'the divergence', choices=('forward_kl', 'hard_label'))
+  divergence: str = field(
+    'forward_kl',
+    'between the distributions of teacher and student',
+    choices=('forward_kl', 'hard_label'),
+    formerly='kd',
+  )
   temperature: float = field(1.0, 'T, of the teacher and the student in the KD term', above=0)
   mixing: str = field(
     'normalised',

@@ -99,7 +99,7 @@ def _loss_and_sums(student_BxTxV, labels_BxT, weights_BxT, alpha, teacher_BxTxV,
 
 def _kd(student_BxTxV, teacher_BxTxV, lse_BxT, loss: LossConfig):
   """Compute the KD term of each token, [B, T]; `lse_BxT` normalises the student at temperature 1."""
-  if loss.kd == 'hard_label':  # CE to the teacher's argmax; tokens that tie share it
+  if loss.divergence == 'hard_label':  # CE to the teacher's argmax; tokens that tie share it
     best = teacher_BxTxV == teacher_BxTxV.max(-1, keepdims=True)
     return lse_BxT - jnp.sum(jnp.where(best, student_BxTxV, 0), axis=-1) / best.sum(-1)
   s_BxTxV, t_BxTxV = student_BxTxV / loss.temperature, teacher_BxTxV / loss.temperature

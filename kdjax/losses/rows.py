@@ -55,7 +55,7 @@ def mask_padding(logits_CxV, vocab: Vocab):
 
 def teacher_rows(t_CxV, loss: LossConfig, vocab: Vocab, diagnostics: bool = True) -> TeacherRows:
   """What a chunk's losses need of the teacher, from its logits [C, V] (or [1, V]: the same for each token)."""
-  hard = loss.kd == 'hard_label'
+  hard = loss.divergence == 'hard_label'
   temp = 1.0 if hard else loss.temperature
   t_CxV = mask_padding(t_CxV, vocab)
   m_C = t_CxV.max(-1)
@@ -96,7 +96,7 @@ def mixed_rows(
   ce_weight, kd_weight = mixing_weights(alpha, loss, teacher is not None)
   s_CxV = mask_padding(s_CxV, vocab)
   m_C = s_CxV.max(-1)
-  distils = teacher is not None and loss.kd == 'forward_kl'
+  distils = teacher is not None and loss.divergence == 'forward_kl'
   eT_CxV, e1_CxV = _exponentials(s_CxV - m_C[:, None], temp if distils else 1.0)
   y_C, has_y_C = _local(labels_C, vocab, s_CxV.shape[-1])
   stats = {'m': m_C, 's1': e1_CxV.sum(-1)}

@@ -237,7 +237,7 @@ WRONG = [
   ('loss__teacher_top_k', -1.0, 'loss.teacher_top_k'),
   ('loss__teacher_top_p', 0.0, 'loss.teacher_top_p'),
   ('loss__teacher_top_p', 1.5, 'loss.teacher_top_p'),
-  ('loss__kd', 'reverse', "loss.kd: unknown value 'reverse'; known: forward_kl, hard_label"),
+  ('loss__divergence', 'reverse', "loss.divergence: unknown value 'reverse'; known: forward_kl, hard_label"),
   ('loss__mixing', 'sum', 'loss.mixing: unknown value'),
   ('loss__rest', 'drop', 'loss.rest: unknown value'),
   ('loss__z_loss', -1.0, 'loss.z_loss'),
@@ -351,7 +351,7 @@ def test_an_evaluation_window_longer_than_the_models_limit_is_refused():
   'change', [{'loss__temperature': 2.0}, {'loss__teacher_top_k': 5.0}, {'loss__teacher_top_p': 0.9}]
 )
 def test_hard_labels_have_no_temperature_and_no_top_k(change):
-  assert 'hard_label' in problem(loss__kd='hard_label', **change)
+  assert 'hard_label' in problem(loss__divergence='hard_label', **change)
 
 
 def test_warm_up_and_decay_fit_into_the_run():

@@ -113,6 +113,19 @@ def test_a_field_at_the_value_that_earlier_versions_implied_is_in_no_identity():
     assert CONFIG[key][1].since, f'{key}: which version added it?'
 
 
+def test_a_former_name_is_accepted_with_a_note_and_kept_in_identities(caplog):
+  config = config_lib.default()
+  assert config_lib.override(config, {'loss.kd': 'hard_label'}) == []
+  assert 'note: --config.loss.kd is called --config.loss.divergence now' in caplog.text
+  in_a_file = config_lib.default()
+  in_a_file.loss.kd = 'hard_label'
+  for each in (config, in_a_file):
+    resolved = config_lib.resolve(each)
+    assert resolved.loss.divergence == 'hard_label'
+    assert fields.identity(resolved.loss)['kd'] == 'hard_label'
+  assert fields.former_names(GridConfig) == {'base.loss.kd': 'base.loss.divergence'}
+
+
 def test_an_identity_that_was_recorded_with_such_fields_equals_one_without():
   new = runner.grid_identity(GridConfig())
   recorded = new | {'declared_alpha': [], 'teacher_seed': 'shared', 'primary': list(grid_config.PRIMARY), 'cohort': 4}

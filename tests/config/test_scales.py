@@ -22,7 +22,7 @@ def test_the_paper_scale_is_the_papers_recipe(name):
   config = load(name, 'paper')
   assert config.data.seq_len == 8192
   assert not config.data.mask_documents
-  assert (config.loss.kd, config.loss.temperature, config.loss.mixing) == ('forward_kl', 1.0, 'normalised')
+  assert (config.loss.divergence, config.loss.temperature, config.loss.mixing) == ('forward_kl', 1.0, 'normalised')
   assert (config.loss.teacher_top_k, config.loss.teacher_top_p, config.loss.z_loss) == (0.0, 1.0, 0.0)
   assert (config.teacher.seed, config.student.seed) == (42, 43)
   for section in (config.teacher, config.student):

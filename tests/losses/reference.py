@@ -29,7 +29,7 @@ def kept(teacher_V, loss):
 
 
 def kd(student_V, teacher_V, loss):
-  if loss.kd == 'hard_label':
+  if loss.divergence == 'hard_label':
     return -log_softmax(student_V)[np.argmax(teacher_V)]
   t = loss.temperature
   p, q = np.exp(log_softmax(student_V / t)), np.exp(log_softmax(teacher_V / t))

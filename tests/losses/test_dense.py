@@ -23,7 +23,7 @@ KINDS = {
   'top-p': LossConfig(teacher_top_p=0.7, temperature=2.0),
   'top-p, other': LossConfig(teacher_top_p=0.7, rest='other', temperature=0.5),
   'both, other': LossConfig(teacher_top_k=4, teacher_top_p=0.8, rest='other', temperature=2.0),
-  'hard label': LossConfig(kd='hard_label'),
+  'hard label': LossConfig(divergence='hard_label'),
 }
 
 

@@ -34,8 +34,8 @@ KINDS = (
   {'mixing': 'ce_plus_alpha_kd', 'temperature': 2.0},
   {'mixing': 'one_minus_alpha_ce_plus_kd', 'temperature': 3.0},
   {'z_loss': 0.01, 'temperature': 1.7},
-  {'kd': 'hard_label'},
-  {'kd': 'hard_label', 'mixing': 'ce_plus_alpha_kd', 'z_loss': 0.01},
+  {'divergence': 'hard_label'},
+  {'divergence': 'hard_label', 'mixing': 'ce_plus_alpha_kd', 'z_loss': 0.01},
 )
 
 
@@ -93,7 +93,7 @@ def test_it_equals_the_dense_loss_in_float64(kind):
 
 @pytest.mark.parametrize('targets', ['unigram', 'logits'])
 @pytest.mark.parametrize(
-  'kind', [{'temperature': 2.0}, {'teacher_top_p': 0.7, 'rest': 'other'}, {'kd': 'hard_label'}], ids=str
+  'kind', [{'temperature': 2.0}, {'teacher_top_p': 0.7, 'rest': 'other'}, {'divergence': 'hard_label'}], ids=str
 )
 def test_it_equals_the_dense_loss_for_targets_that_are_no_model(kind, targets):
   compare_with_dense(LossConfig(**kind), targets)
@@ -171,7 +171,7 @@ def test_alpha_0_is_the_language_model_alone_bit_for_bit():
     {'temperature': 2.0},
     {'temperature': 3.0, 'mixing': 'ce_plus_alpha_kd'},
     {'temperature': 1.7, 'teacher_top_k': 4, 'rest': 'other', 'z_loss': 0.1},
-    {'kd': 'hard_label', 'z_loss': 0.1},
+    {'divergence': 'hard_label', 'z_loss': 0.1},
   )
   x, w, xt, wt, labels = problem(2, 37, 16, v=101)
   weights = masks(2, 37)[1]
@@ -199,7 +199,7 @@ def test_padding_of_the_vocabulary_is_never_given_mass():
   for kind in (
     {'temperature': 2.0},
     {'teacher_top_k': 0.3, 'teacher_top_p': 0.9, 'rest': 'other'},
-    {'kd': 'hard_label'},
+    {'divergence': 'hard_label'},
   ):
     f = value_and_grad(LossConfig(z_loss=0.1, **kind), None, 5, vocab_size=V)
     results = []
@@ -231,7 +231,7 @@ def test_another_vocabulary_is_an_error_that_names_both_sizes():
 
 
 @pytest.mark.parametrize(
-  'kind', [{'temperature': 2.0}, {'teacher_top_p': 0.7, 'rest': 'other'}, {'kd': 'hard_label'}], ids=str
+  'kind', [{'temperature': 2.0}, {'teacher_top_p': 0.7, 'rest': 'other'}, {'divergence': 'hard_label'}], ids=str
 )
 def test_tokens_of_weight_0_do_not_count_whatever_they_hold(kind):
   """Labels that are no token, a teacher or a student that is not finite there: nothing reaches the loss or any gradient."""

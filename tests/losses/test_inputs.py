@@ -86,8 +86,8 @@ def test_good_arguments_are_taken(call):
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'kd': 'reverse_kl'}, "LossConfig.kd: unknown value 'reverse_kl'; known: forward_kl, hard_label"),
-    ({'kd': None}, 'LossConfig.kd: unknown value None'),
+    ({'divergence': 'reverse_kl'}, "LossConfig.divergence: unknown value 'reverse_kl'; known: forward_kl, hard_label"),
+    ({'divergence': None}, 'LossConfig.divergence: unknown value None'),
     ({'mixing': 'sum'}, "LossConfig.mixing: unknown value 'sum'; known: normalised"),
     ({'rest': 'drop'}, "LossConfig.rest: unknown value 'drop'; known: renormalise, other"),
     ({'temperature': 0}, 'LossConfig.temperature: must be above 0, got 0'),
@@ -104,7 +104,10 @@ def test_good_arguments_are_taken(call):
     ({'z_loss': -1e-4}, 'LossConfig.z_loss: must be at least 0, got -0.0001'),
     ({'chunk_tokens': -1}, 'LossConfig.chunk_tokens: must be at least 0'),
     ({'chunk_tokens': 1.5}, 'LossConfig.chunk_tokens: expected a whole number, got 1.5'),
-    ({'kd': 'hard_label', 'temperature': 2.0}, 'LossConfig.kd: hard_label has no temperature, top-k or top-p'),
+    (
+      {'divergence': 'hard_label', 'temperature': 2.0},
+      'LossConfig.divergence: hard_label has no temperature, top-k or top-p',
+    ),
   ],
   ids=str,
 )
@@ -118,7 +121,7 @@ def test_a_loss_config_is_checked_when_it_is_built(fields, message):
 
 def test_a_loss_config_names_all_its_mistakes_and_takes_whole_numbers():
   with pytest.raises(ConfigError) as e:
-    LossConfig(kd='x', mixing='y', temperature=0, teacher_top_k=2.5, z_loss=-1)
+    LossConfig(divergence='x', mixing='y', temperature=0, teacher_top_k=2.5, z_loss=-1)
   assert len(e.value.problems) == 5
   assert LossConfig(temperature=2, teacher_top_k=3, teacher_top_p=1, z_loss=0) == LossConfig(
     2 and 'forward_kl', 2.0, teacher_top_k=3.0

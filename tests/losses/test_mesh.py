@@ -20,7 +20,7 @@ KINDS = (
   {'teacher_top_k': 0.2, 'rest': 'other'},
   {'teacher_top_p': 0.7, 'temperature': 2.0},
   {'teacher_top_k': 9, 'teacher_top_p': 0.8, 'rest': 'other', 'temperature': 0.5},
-  {'kd': 'hard_label'},
+  {'divergence': 'hard_label'},
 )
 name = 'x'.join
 

@@ -14,7 +14,7 @@ KINDS = (
   {'temperature': 1.7, 'mixing': 'ce_plus_alpha_kd'},
   {'teacher_top_k': 3, 'temperature': 2.0},
   {'teacher_top_p': 0.7, 'rest': 'other', 'temperature': 0.5},
-  {'kd': 'hard_label'},
+  {'divergence': 'hard_label'},
 )
 
 
@@ -55,7 +55,7 @@ def test_extreme_logits_give_finite_values_that_are_right(kind, scale):
   for i in range(C):
     s, t = np.asarray(student_CxV[i], np.float64), np.asarray(teacher_CxV[i], np.float64)
     np.testing.assert_allclose(terms['ce'][i], -reference.log_softmax(s)[labels_C[i]], rtol=1e-6, atol=1e-3)
-    if loss.rest != 'other' and loss.kd == 'forward_kl' and loss.teacher_top_k == 0:
+    if loss.rest != 'other' and loss.divergence == 'forward_kl' and loss.teacher_top_k == 0:
       t_T, s_T = reference.log_softmax(t / loss.temperature), reference.log_softmax(s / loss.temperature)
       exact = loss.temperature**2 * np.sum(np.exp(t_T) * (t_T - s_T))
       np.testing.assert_allclose(terms['kd'][i], exact, rtol=1e-5, atol=1e-5)
@@ -69,8 +69,8 @@ def test_a_teacher_that_is_certain_gives_finite_terms_and_the_gradient_of_a_labe
   terms, dz_CxV = rows(student_CxV, teacher_CxV, labels_C, 1.0, loss, Vocab(V))
   assert all(np.isfinite(x).all() for x in terms.values())
   t = loss.temperature
-  scale = t**2 if loss.kd == 'forward_kl' else 1
-  log_p_CxV = jax.nn.log_softmax(student_CxV / (t if loss.kd == 'forward_kl' else 1))
+  scale = t**2 if loss.divergence == 'forward_kl' else 1
+  log_p_CxV = jax.nn.log_softmax(student_CxV / (t if loss.divergence == 'forward_kl' else 1))
   np.testing.assert_allclose(terms['kd'], -scale * log_p_CxV[jnp.arange(C), labels_C], rtol=1e-5, atol=2e-3)
   np.testing.assert_allclose(terms['teacher_entropy'], 0, atol=1e-6)
   with_kd, without = dz_CxV, rows(student_CxV, teacher_CxV, labels_C, 0.0, loss, Vocab(V))[1]
@@ -117,7 +117,7 @@ def test_hard_labels_that_tie_share_the_mass():
   teacher_CxV = jnp.round(teacher_CxV / 4)
   best = np.asarray(teacher_CxV == teacher_CxV.max(-1, keepdims=True))
   assert best.sum(-1).max() > 1
-  terms, dz_CxV = rows(student_CxV, teacher_CxV, labels_C, 1.0, LossConfig(kd='hard_label'), Vocab(V))
+  terms, dz_CxV = rows(student_CxV, teacher_CxV, labels_C, 1.0, LossConfig(divergence='hard_label'), Vocab(V))
   q_CxV = best / best.sum(-1, keepdims=True)
   np.testing.assert_allclose(terms['kd'], -np.sum(q_CxV * jax.nn.log_softmax(student_CxV), -1), rtol=1e-5)
   np.testing.assert_allclose(dz_CxV, jax.nn.softmax(student_CxV) - q_CxV, atol=1e-6)

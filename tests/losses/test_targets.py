@@ -66,7 +66,7 @@ def test_a_model_as_targets_is_its_logits_as_targets():
 
 
 @pytest.mark.parametrize(
-  'kind', [{}, {'temperature': 2.0}, {'teacher_top_p': 0.6, 'rest': 'other'}, {'kd': 'hard_label'}], ids=str
+  'kind', [{}, {'temperature': 2.0}, {'teacher_top_p': 0.6, 'rest': 'other'}, {'divergence': 'hard_label'}], ids=str
 )
 def test_tokens_that_the_training_split_never_had_are_no_harm(kind):
   """Their log frequency is -inf: no mass, as for a frequency too small to count."""
