@@ -2,5 +2,5 @@
 
 Each part is a module with `cases(size)`: a dict from a case's name to a function that measures it and returns a JSON-able dict. Each part
 runs in a process of its own, so that no part inherits another's memory, and each case's result is appended to the results at once, so that
-an interrupted run keeps what it has. Add a part to PARTS in __main__.py, its rows to page.py.
+an interrupted run keeps what it has. Add a part to PARTS in results.py, its rows to page.py.
 """

@@ -17,10 +17,11 @@ import sys
 import time
 import traceback
 
+from benchmarks.device import page
+from benchmarks.device.results import PARTS, read
+
 DOCS = pathlib.Path(__file__).parents[2] / 'docs'
 RESULTS = DOCS / 'results' / 'device.jsonl'
-# part -> most seconds that it may take; the most valuable first. The last one has what the others leave of ALL.
-PARTS = {'correctness': 120, 'loss': 60, 'throughput': 150, 'resume': 80, 'liger': 30, 'main_job': 150}
 ALL = 470  # seconds
 # How much memory JAX takes of a GPU at the start of a part: nearly all, or only what it uses where other processes use the GPU too.
 NEARLY_ALL, AS_USED = {'XLA_PYTHON_CLIENT_MEM_FRACTION': '.92'}, {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
@@ -42,8 +43,6 @@ def main() -> None:
   if not args.report:
     run(args)
   if args.results == RESULTS:
-    from benchmarks.device import page
-
     print(page.write(args.results))
 
 
@@ -94,10 +93,6 @@ def record(results: pathlib.Path, part: str, case: str, result: dict, seconds: f
   with results.open('a') as file:
     file.write(f'{json.dumps(row)}\n')
   print(json.dumps(row), flush=True)
-
-
-def read(results: pathlib.Path) -> list[dict]:
-  return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
 if __name__ == '__main__':

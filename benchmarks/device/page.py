@@ -3,6 +3,8 @@
 import pathlib
 from collections.abc import Iterator
 
+from benchmarks.device.results import PARTS, read
+
 PAGE = pathlib.Path(__file__).parents[2] / 'docs' / 'DEVICE.md'
 GIB = 2**30
 # Largest acceptable value of a number in the correctness part. bfloat16 has 8 bits of precision: a relative error of 2^-8 = .004 a value.
@@ -13,8 +15,6 @@ BARS = {
 
 def write(results: pathlib.Path) -> str:
   """Write the page; return its text."""
-  from benchmarks.device.__main__ import PARTS, read
-
   rows = read(results)
   by_part = {part: [row for row in rows if row['part'] == part] for part in PARTS}
   text = TEXT.format(

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks.device import page
-from benchmarks.device.__main__ import PARTS, read
+from benchmarks.device.results import PARTS, read
 from tests import commands
 
 
