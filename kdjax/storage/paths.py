@@ -6,7 +6,9 @@ settled by `create`; what grows line by line is written beside (`Mirror`) and co
 """
 
 import contextlib
+import functools
 import glob
+import hashlib
 import json
 import os
 import pathlib
@@ -22,6 +24,7 @@ import fsspec
 import fsspec.config
 from etils.epath import Path
 
+from kdjax import machine
 from kdjax.errors import StoreUnavailable, UserError
 
 # The stores that can hold runs: Orbax writes arrays to no other. Text is read from any that fsspec knows.
@@ -151,25 +154,59 @@ def replacing(path: str | os.PathLike, durable: bool = True) -> Iterator[pathlib
   """
   file = Path(path)
   folder = pathlib.Path(tempfile.gettempdir() if is_remote(file) else file.parent)
-  temporary = folder / f'.{uuid.uuid4().hex[:8]}.{file.name}'  # some writers go by the suffix
+  temporary = folder / f'.{_here()}{os.getpid()}-{uuid.uuid4().hex[:8]}.{file.name}'  # some writers go by the suffix
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    yield temporary
-    if is_remote(file):
-      file.write_bytes(temporary.read_bytes())
-    else:
-      if durable:
-        flush(temporary)
-      os.replace(temporary, file)
-      if durable:
-        flush(folder)
-  except OSError as e:
-    if e.errno is not None:  # a store's own errors are text
-      e.filename = str(path)  # a full disk's error names no file
-    raise
+    with naming(path):
+      folder.mkdir(parents=True, exist_ok=True)
+      _remove_leftovers(folder, file.name)
+      yield temporary
+      if is_remote(file):
+        file.write_bytes(temporary.read_bytes())
+      else:
+        if durable:
+          flush(temporary)
+        os.replace(temporary, file)
+        if durable:
+          flush(folder)
   finally:
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+  """Give a local disk's errors the name of the file: those of an open file, as for a full or failing disk, have none."""
+  try:
+    yield
+  except OSError as e:
+    if e.errno is not None:  # a store's own errors are text
+      e.filename = str(path)
+    raise
+
+
+@functools.cache
+def _here() -> str:
+  """What begins the names of temporary files of processes that this one can see."""
+  return hashlib.sha256(f'{machine.name()} {machine.pid_namespace()}'.encode()).hexdigest()[:8] + '-'
+
+
+@functools.cache  # once a process: a heartbeat is written every other second
+def _remove_leftovers(folder: pathlib.Path, name: str) -> None:
+  """Remove temporary files for this file that killed processes of this machine have left."""
+  for path in folder.glob(f'.{_here()}*.{glob.escape(name)}'):
+    pid = path.name.split('-')[1]
+    if pid.isdigit() and not _is_alive(int(pid)):
+      path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except OSError:  # another user's
+    return True
+  return True
 
 
 def flush(path: str | os.PathLike) -> None:
@@ -217,11 +254,12 @@ def parse_json(text: str | bytes) -> Any:
 def create(path: str | os.PathLike, text: str) -> None:
   """Write a file that must not exist: of several that try at one moment one succeeds, and the others get a FileExistsError."""
   opened = fsspec.open(os.fspath(path), 'xb') if is_remote(path) else open(path, 'xb')  # noqa: SIM115 - closed below
-  with opened as file:
-    file.write(text.encode())
-  if not is_remote(path):
-    flush(path)
-    flush(pathlib.Path(path).parent)
+  with naming(path):
+    with opened as file:
+      file.write(text.encode())
+    if not is_remote(path):
+      flush(path)
+      flush(pathlib.Path(path).parent)
 
 
 def check_writable(folder: str | os.PathLike) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import gzip
 import lzma
 import os
@@ -455,3 +456,31 @@ def test_the_compiler_takes_a_tilde_for_its_figures(at_home, monkeypatch, capsys
   monkeypatch.setattr(compiling, 'compile_step', lambda *_: test_aot.report())
   aot.main(['--config=~/mine.py', '--topology=v6e-64', '--json=~/f'])
   assert paths.read_json(at_home / 'f')['chips'] == 64
+
+
+def test_what_a_killed_process_left_of_a_file_is_removed_by_the_next_that_writes_it(tmp_path):
+  script = 'import os, sys; from kdjax.storage import paths\nwith paths.replacing(sys.argv[1]) as file: file.write_text("half"); os._exit(9)'
+  file = tmp_path / 'results' / 'in-domain [1].parquet'
+  for name in (file, file.with_name('other.parquet')):
+    done = subprocess.run([sys.executable, '-c', script, name], env=commands.environment(), check=False)
+    assert done.returncode == 9
+  (leftover, other) = sorted(file.parent.iterdir(), key=lambda path: 'other' in path.name)
+  mine, pid, rest = leftover.name.split('-', 2)
+  alive = file.with_name(f'{mine}-{os.getpid()}-{rest}')
+  elsewhere = file.with_name(f'.00000000-{pid}-{rest}')
+  for path in (alive, elsewhere):
+    path.write_text('half')
+  paths.write_text(file, 'whole')
+  assert {path.name for path in file.parent.iterdir()} == {path.name for path in (file, other, alive, elsewhere)}
+  assert file.read_text() == 'whole'
+
+
+@pytest.mark.parametrize('write', [paths.write_text, paths.create])
+def test_a_failing_disks_error_names_the_file(tmp_path, monkeypatch, write):
+  def fsync(descriptor):
+    raise OSError(errno.EIO, 'Input/output error')
+
+  monkeypatch.setattr(paths.os, 'fsync', fsync)
+  with pytest.raises(OSError, match='Input/output error') as e:
+    write(tmp_path / 'file', 'text')
+  assert e.value.filename == str(tmp_path / 'file')
