@@ -106,7 +106,7 @@ def test_a_prompt_that_is_not_utf_8_is_one_line(tmp_path):
 
 OWNER = """
 import os, sys, time
-from kdjax.run import Heartbeat, RunFolder
+from kdjax.runs.folder import Heartbeat, RunFolder
 folder = RunFolder(sys.argv[1])
 folder.claim(5)
 with Heartbeat([folder], 9).beating():

@@ -18,7 +18,7 @@ from kdjax.runs.metrics import read_metrics
 
 CONFIG = """
 import ml_collections
-from kdjax import scales
+from kdjax.config import scales
 
 
 def get_config(arg=None):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from benchmarks.faults.case import ENDS, SAME, TIMEOUT, Case, Failure, check_line, fault
+from benchmarks.faults.case import ENDS, SAME, STOPS, TIMEOUT, Case, Failure, check_line, fault
 from kdjax.errors import FAILED, WRONG
 from tests import bucket, commands, tiny
 
@@ -63,7 +63,10 @@ def store_unavailable(case: Case) -> str:
     fetch = "import fsspec, sys; fsspec.filesystem('gs').get(sys.argv[1], sys.argv[2], recursive=True)"
     # In a process of its own: the emulator's address is an environment variable, and another case may have another emulator.
     subprocess.run(
-      [sys.executable, '-c', fetch, f'{home}/run/', str(case.run)], env=os.environ | environment, check=True
+      [sys.executable, '-c', fetch, f'{home}/run/', str(case.run)],
+      env=os.environ | environment,
+      check=True,
+      capture_output=True,
     )
   case.compare()
   return SAME
@@ -148,6 +151,9 @@ def grid_killed(case: Case) -> str:
   case.starts += 1
   last = commands.start(config, folder, 'run', module='kdjax.grid')
   (code,) = commands.finish(last, timeout=900)
+  if code == FAILED and 'its runner was killed 3 times in a row' in commands.errors(last):  # as it was
+    check_line(last, case.folder)
+    return STOPS
   if code:
     raise Failure(f'wrong end: {code}: {commands.errors(last)[-300:]}')
   cells = [sorted(p.name for p in (at / 'cells').iterdir()) for at in (folder, whole)]

@@ -273,7 +273,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, limit):
 KILLS = """
 import json, os, shutil, signal, sys
 import numpy as np
-from kdjax.data.files import StoreDamaged
+from kdjax.storage.files import StoreDamaged
 from kdjax.data.store import TokenStore, write_store
 from kdjax.data.tokenizer import Tokenizer
 

@@ -107,7 +107,7 @@ import jax, numpy as np
 from kdjax.config import MeshConfig
 from kdjax.errors import UserError
 from kdjax.models.attention import splash, xla
-from kdjax.sharding import make_mesh
+from kdjax.runtime.sharding import make_mesh
 from tests.models.test_attention import segments
 
 shapes = [(8, 128, heads, 64) for heads in (4, 2, 2)]

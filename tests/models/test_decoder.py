@@ -328,7 +328,7 @@ ON_A_MESH = """
 import jax, numpy as np
 from kdjax.config import MeshConfig
 from kdjax.models import build
-from kdjax.sharding import make_mesh, param_shardings
+from kdjax.runtime.sharding import make_mesh, param_shardings
 from tests.models.test_decoder import SEGMENTS, SMALL, random_tokens
 
 model = build(SMALL)

@@ -235,9 +235,9 @@ SAVE_FOREVER = """
 import os
 os.environ['JAX_PLATFORMS'] = 'cpu'
 import sys
-from kdjax.checkpoint import Checkpoints
+from kdjax.runs.checkpoint import Checkpoints
 from tests import small
-from tests.test_checkpoint import KNOWN, make_state, place
+from tests.runs.test_checkpoint import KNOWN, make_state, place
 saves = Checkpoints(sys.argv[1], keep=3)
 for step in range(2, 10000, 2):
   saves.save(step, place(make_state(step), small.mesh()), KNOWN)
@@ -586,9 +586,9 @@ import os
 os.environ['JAX_PLATFORMS'] = 'cpu'
 import resource, signal, sys
 from kdjax import cli
-from kdjax.checkpoint import Checkpoints
+from kdjax.runs.checkpoint import Checkpoints
 from tests import small
-from tests.test_checkpoint import KNOWN, make_state, place
+from tests.runs.test_checkpoint import KNOWN, make_state, place
 with cli.user_errors():
   saves = Checkpoints(sys.argv[1], keep=3)
   saves.save(2, place(make_state(2), small.mesh()), KNOWN)

@@ -17,7 +17,7 @@ from tests import commands
 CLAIM = """
 import sys, time
 from kdjax.errors import UserError
-from kdjax.run import Heartbeat, RunFolder
+from kdjax.runs.folder import Heartbeat, RunFolder
 folder = RunFolder(sys.argv[1])
 while time.time() < float(sys.argv[2]):
   pass

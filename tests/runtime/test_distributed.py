@@ -30,7 +30,7 @@ ROWS_OF_A_PROCESS = """
 import json, sys
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from kdjax import sharding
+from kdjax.runtime import sharding
 from kdjax.cli import load_config
 from kdjax.config import MeshConfig
 from kdjax.data.batches import BatchStream, Windows, local_rows, to_global
@@ -109,9 +109,9 @@ def test_eight_devices_train_and_score_as_one_does(home, alone, tmp_path):
 SAVE_AND_READ = """
 import logging, os, pathlib, sys
 import jax
-from kdjax.checkpoint import Checkpoints
+from kdjax.runs.checkpoint import Checkpoints
 from tests import small
-from tests.test_checkpoint import KNOWN, abstract, make_state, place
+from tests.runs.test_checkpoint import KNOWN, abstract, make_state, place
 port, process, folder, damage = sys.argv[1:]
 jax.distributed.initialize(f'127.0.0.1:{port}', 2, int(process))
 from jax.experimental.multihost_utils import sync_global_devices

@@ -31,7 +31,8 @@ except KeyboardInterrupt: say('interrupted'); sys.exit(7)
 except Stop: say('told'); sys.exit(8)
 """
 TRAINING = """
-from kdjax import cli, preemption
+from kdjax import cli
+from kdjax.runtime import preemption
 interrupts.begin()
 with cli.user_errors():
   with preemption.stop_signal() as asked:
@@ -81,7 +82,8 @@ def test_a_signal_after_the_work_does_not_change_the_exit_code():
   """The interpreter's exit takes a moment."""
   code = """
 import atexit
-from kdjax import cli, preemption
+from kdjax import cli
+from kdjax.runtime import preemption
 interrupts.begin()
 atexit.register(BODY)
 with cli.user_errors(resumable=True):

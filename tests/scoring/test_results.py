@@ -99,12 +99,12 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(file):
   script = f"""
 import pathlib, resource, signal
 from kdjax import cli
-from tests.evals.test_results import META, table
-from kdjax.evals import results
+from tests.scoring.test_results import META, table
+from kdjax.scoring import results
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 with cli.user_errors():
-  results.write(pathlib.Path({str(file)!r}), table(5000), META)
+  results.write_result(pathlib.Path({str(file)!r}), table(5000), META)
 """
   repo = pathlib.Path(__file__).parents[2]
   done = subprocess.run([sys.executable, '-c', script], cwd=repo, capture_output=True, text=True, check=False)

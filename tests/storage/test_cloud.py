@@ -15,7 +15,7 @@ from tests import bucket, commands, tiny
 from tests.runs import test_checkpoint
 
 pytest.importorskip('gcp_storage_emulator', reason='the emulator of an object store is in the [dev] extra')
-cloud_storage = pytest.importorskip('kdjax.storage.cloud', reason='the client of gs:// is in the [gcs] extra')
+cloud = pytest.importorskip('kdjax.storage.cloud', reason='the client of gs:// is in the [gcs] extra')
 
 
 @pytest.fixture(scope='module')
@@ -34,8 +34,8 @@ def folder(port, tmp_path):
 
 @pytest.fixture
 def impatient(monkeypatch):
-  monkeypatch.setattr(cloud_storage, 'PATIENCE', 1.0)
-  monkeypatch.setattr(cloud_storage.CloudStorage, '_unavailable', False)
+  monkeypatch.setattr(cloud, 'PATIENCE', 1.0)
+  monkeypatch.setattr(cloud.CloudStorage, '_unavailable', False)
 
 
 @pytest.mark.parametrize('status', [500, 502, 503, 504, 429, 408, 401])
@@ -57,10 +57,10 @@ def test_a_long_outage_is_an_error_of_its_own_and_the_next_request_does_not_wait
   for work in (lambda: paths.read_bytes(folder / 'a'), (folder / 'a').exists, lambda: list(folder.iterdir())):
     with pytest.raises(StoreUnavailable):
       work()
-  assert time.monotonic() - began < cloud_storage.PATIENCE
+  assert time.monotonic() - began < cloud.PATIENCE
   bucket.begin_outage(port, 0)
   paths.write_text(folder / 'a', 'text')
-  assert not cloud_storage.CloudStorage._unavailable
+  assert not cloud.CloudStorage._unavailable
 
 
 @pytest.mark.parametrize('status', [400, 403, 405])
@@ -122,8 +122,9 @@ def test_a_command_that_an_outage_ends_has_work_left(capsys):
 
 
 TRAIN = """
-from kdjax import cloud_storage, train
-cloud_storage.PATIENCE = {patience}
+from kdjax import train
+from kdjax.storage import cloud
+cloud.PATIENCE = {patience}
 train.main()
 """
 

@@ -102,7 +102,8 @@ BUILD = """
 import sys, time
 from kdjax import machine
 from kdjax.config import Config, DataConfig, EvalConfig
-from kdjax.data import corpus, files
+from kdjax.data import corpus
+from kdjax.storage import files
 machine.name = lambda: sys.argv[2]
 files._lock = lambda descriptor: True
 while time.time() < float(sys.argv[3]):

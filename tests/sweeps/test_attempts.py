@@ -18,9 +18,9 @@ from tests import commands
 
 KILLED = """
 import os, signal, sys
-from kdjax.grids import attempts
-from kdjax.run import RunFolder
-with attempts.counted(RunFolder(sys.argv[1]), lambda: 0):
+from kdjax.sweeps import attempts
+from kdjax.runs.folder import RunFolder
+with attempts.count_attempt(RunFolder(sys.argv[1]), lambda: 0):
   os.kill(os.getpid(), signal.SIGKILL)
 """
 

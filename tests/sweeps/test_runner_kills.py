@@ -159,7 +159,7 @@ def test_on_a_ray_cluster_a_worker_killed_in_mid_cell_changes_nothing(cluster, u
 
 POISON = """
 import os, signal
-from kdjax.grids import attempts, runner
+from kdjax.sweeps import attempts, runner
 do = runner.Runner._do
 def poisoned(self, job):
   if job.phase == 'pilot' and job.cells and job.cells[0].arm == 'distilled':
