@@ -142,7 +142,7 @@ def test_arms_that_are_not_paired_are_refused_naming_the_field(grid, folder, tmp
   group = next(g for g in groups(grid, folder) if g.kind == 'distilled')
   path = copy / 'cells' / group.cells[0].id / 'run.json'
   for field, change in (
-    ('init', lambda v: v['fingerprints'].update(init='other')),
+    ('init', lambda v: v['fingerprints'].update(init='2-other')),
     ('data', lambda v: v['fingerprints'].update(data='other')),
     ('tokens', lambda v: v['config'].update(tokens=1)),
     ('optimizer', lambda v: v['config']['optimizer'].update(learning_rate=9.0)),

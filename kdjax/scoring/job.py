@@ -140,7 +140,7 @@ def list_checkpoints(job: Job, step: int = 0) -> list[tuple[RunFolder, int]]:
 
 
 def is_of_step(file: str, step: int) -> bool:
-  """Check by its name (results.path) that a result file is of that step."""
+  """Check by its name (results.result_path) that a result file is of that step."""
   return f'-step{step}-' in file.rpartition('/')[2]
 
 

@@ -59,7 +59,7 @@ def test_the_students_of_a_cohort_are_runs_side_by_side(tmp_path, monkeypatch):
 )
 def test_what_wandb_itself_says_of_its_key_is_one_line_at_the_start(tmp_path, variables, says):
   """Runs in its own process: wandb reads the environment only once."""
-  code = 'from kdjax import trackers\nfrom kdjax.errors import UserError\ntry: trackers.check(["wandb"])\nexcept UserError as e: print(e)'
+  code = 'from kdjax.runs import trackers\nfrom kdjax.errors import UserError\ntry: trackers.check_trackers(["wandb"])\nexcept UserError as e: print(e)'
   clean = {name: value for name, value in os.environ.items() if not name.startswith('WANDB_')}
   done = subprocess.run(
     [sys.executable, '-c', code], env=clean | {'HOME': str(tmp_path), 'NETRC': str(tmp_path / 'netrc'), 'PYTHONPATH': str(REPO)} | variables,

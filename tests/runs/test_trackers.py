@@ -70,10 +70,11 @@ def test_trackers_do_not_define_a_run():
 
 
 def test_mistakes_are_said_before_the_training(monkeypatch, tmp_path):
-  for names in (('tensorbord',), ('csv', 'csv')):
-    assert 'trackers: must be different ones of tensorboard, csv, wandb' in ' '.join(
-      config_lib.problems(dataclasses.replace(Config(), trackers=names))
-    )
+  for names, said in (
+    (('tensorbord',), "trackers: unknown value 'tensorbord'; known: tensorboard, csv, wandb"),
+    (('csv', 'csv'), 'trackers: csv, csv names one twice'),
+  ):
+    assert list(config_lib.problems(dataclasses.replace(Config(), trackers=names))) == [said]
   assert not [p for p in config_lib.problems(dataclasses.replace(Config(), trackers=())) if 'trackers' in p]
   monkeypatch.setitem(sys.modules, 'wandb', None)
   with pytest.raises(UserError, match=r"wandb is not installed; run: pip install 'kdjax\[wandb\]'"):

@@ -49,6 +49,7 @@ def start(code: str, body: str) -> subprocess.Popen:
   process = subprocess.Popen(
     [sys.executable, '-c', STUCK + code.replace('BODY', body)],
     env=commands.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
   )  # fmt: skip
   assert process.stdout and process.stdout.readline() == 'ready\n', process.communicate()[1]
   return process
@@ -171,8 +172,9 @@ def test_a_signal_during_the_imports_of_a_command_is_one_line(slow_jax, command,
 def test_importing_the_package_in_another_program_changes_nothing(slow_jax):
   code = """
 import os, signal, sys
+before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 import kdjax.errors
-assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and 'MPLBACKEND' not in os.environ
+assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before and 'MPLBACKEND' not in os.environ
 assert not any(name.startswith(('jax', 'numpy', 'kdjax.runtime.interrupts')) for name in sys.modules)
 """
   env = {name: value for name, value in os.environ.items() if name != 'MPLBACKEND'}
