@@ -113,7 +113,7 @@ def test_setup_packs_the_tracked_files_that_are_there(project):
 
 PYTHON = """#!/usr/bin/env python3
 import json, pathlib, signal, sys, time
-home = pathlib.Path(__file__).parents[2]
+home = pathlib.Path(__file__).parents[1]
 with open(home / 'starts', 'a') as file:
   print(json.dumps(sys.argv[1:]), file=file)
 print('started', flush=True)
