@@ -114,7 +114,6 @@ def parse(
   )
   spec, overrides, rest = split_args(argv)
   args = parser.parse_args(rest)
-  spec = spec or args.config
   if spec is None:
     if overrides:
       raise ConfigError([f'--config.{next(iter(overrides))}: there is no --config=FILE to change'])

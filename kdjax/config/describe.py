@@ -2,7 +2,7 @@
 
 import dataclasses
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from kdjax.config import fields
@@ -16,7 +16,7 @@ WIDTH = 110
 def help_text(kind: type, prefix: str = '') -> str:
   """The fields whose dotted name begins with `prefix`, by section. Raises UserError if there are none."""
   lines = []
-  for section, name in _sections(kind):
+  for section, name in fields.sections(kind):
     shown = [each for each in _leaves(section) if f'{name}{each.name}'.startswith(prefix)]
     if not shown:
       continue
@@ -27,14 +27,14 @@ def help_text(kind: type, prefix: str = '') -> str:
         _details(each), WIDTH, initial_indent=' ' * 8, subsequent_indent=' ' * 8, break_on_hyphens=False
       )
   if not lines:
-    names = ', '.join(sorted({name.partition('.')[0] for _, name in _sections(kind)} - {''}))
+    names = ', '.join(sorted({name.partition('.')[0] for _, name in fields.sections(kind)} - {''}))
     raise UserError(f'--help-config: no field begins with {prefix!r}; sections: {names}')
   return '\n'.join(lines[1:])
 
 
 def markdown(kind: type, without: Sequence[str] = ()) -> str:
   """The fields as Markdown: a heading and a table for each section, but for those that are left out."""
-  sections = [(section, name) for section, name in _sections(kind) if name.partition('.')[0] not in without]
+  sections = [(section, name) for section, name in fields.sections(kind) if name.partition('.')[0] not in without]
   return '\n\n'.join(_markdown_section(section, name, kind) for section, name in sections) + '\n'
 
 
@@ -59,14 +59,6 @@ def format_value(value: Any) -> str:
   if value is dataclasses.MISSING:  # a dict's, by a factory
     return '...'
   return str(value)
-
-
-def _sections(kind: type, prefix: str = '') -> Iterator[tuple[type, str]]:
-  """(section, its prefix) of a config and all sections in it."""
-  yield kind, prefix
-  for each in dataclasses.fields(kind):
-    if dataclasses.is_dataclass(each.default):
-      yield from _sections(type(each.default), f'{prefix}{each.name}.')
 
 
 def _leaves(section: type) -> list[dataclasses.Field]:

@@ -58,6 +58,19 @@ def meta(of: dataclasses.Field) -> Meta:
   return of.metadata.get(KEY, Meta())
 
 
+def recorded_name(of: dataclasses.Field) -> str:
+  """The name of a field in identities: the one that it had at first."""
+  return meta(of).formerly or of.name
+
+
+def sections(kind: type, prefix: str = '') -> Iterator[tuple[type, str]]:
+  """(section, prefix of its fields' dotted names) of a config and of all sections in it."""
+  yield kind, prefix
+  for each in dataclasses.fields(kind):
+    if dataclasses.is_dataclass(each.default):
+      yield from sections(type(each.default), f'{prefix}{each.name}.')
+
+
 def names(section: Any, holds: Callable[[Meta], bool]) -> tuple[str, ...]:
   """Names of the fields of a config section (a class or an instance) whose declaration satisfies `holds`."""
   return tuple(each.name for each in dataclasses.fields(section) if holds(meta(each)))
@@ -78,32 +91,31 @@ def identity(section: Any) -> dict[str, Any]:
       if not value:  # a section without such fields
         continue
     if declared.result and (declared.implied is ABSENT or value != declared.implied):
-      kept[declared.formerly or each.name] = value
+      kept[recorded_name(each)] = value
   return kept
 
 
-def former_names(kind: type, prefix: str = '') -> dict[str, str]:
+def former_names(kind: type) -> dict[str, str]:
   """Map each former dotted name of a config's fields to the name of today."""
-  found: dict[str, str] = {}
-  for each in dataclasses.fields(kind):
-    if dataclasses.is_dataclass(each.default):
-      found |= former_names(type(each.default), f'{prefix}{each.name}.')
-    elif meta(each).formerly:
-      found[prefix + meta(each).formerly] = prefix + each.name
-  return found
+  return {
+    prefix + meta(each).formerly: prefix + each.name
+    for section, prefix in sections(kind)
+    for each in dataclasses.fields(section)
+    if meta(each).formerly
+  }
 
 
 def without_implied(known: Mapping[str, Any], section: Any) -> dict[str, Any]:
   """A recorded identity of a section of this class as `identity` would give it: some versions recorded fields at their implied value."""
   kept = dict(known)
   for each in dataclasses.fields(section):
-    if each.name not in kept:
+    name, declared, inner = recorded_name(each), meta(each), each.default
+    if name not in kept:
       continue
-    declared, inner = meta(each), each.default
-    if not declared.result or (declared.implied is not ABSENT and _plain(declared.implied) == _plain(kept[each.name])):
-      del kept[each.name]
-    elif dataclasses.is_dataclass(inner) and isinstance(kept[each.name], Mapping):
-      kept[each.name] = without_implied(kept[each.name], inner)
+    if not declared.result or (declared.implied is not ABSENT and _plain(declared.implied) == _plain(kept[name])):
+      del kept[name]
+    elif dataclasses.is_dataclass(inner) and isinstance(kept[name], Mapping):
+      kept[name] = without_implied(kept[name], inner)
   return kept
 
 

@@ -109,7 +109,7 @@ def leaves(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
 def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
   """The dataclass of a section; a field that is wrong adds a problem and keeps its default."""
   hints = typing.get_type_hints(cls)
-  values = _with_names_of_today(cls, values)
+  values = _with_names_of_today(cls, values, prefix, problems)
   known = {field.name for field in dataclasses.fields(cls)}
   problems += [f'{prefix}{key}: no such field{_nearest(key, known)}' for key in values if key not in known]
   built = {}
@@ -132,14 +132,16 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str
     return cls()
 
 
-def _with_names_of_today(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-  """A section's values, those under a former name under the name of today, unless that has another value than its default."""
+def _with_names_of_today(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
+  """Move a section's values from former names to the names of today. Two different values for one field are a problem."""
   renamed = dict(values)
   for each in dataclasses.fields(cls):
     former = fields.meta(each).formerly
     if former in renamed:
       value = renamed.pop(former)
-      if renamed.get(each.name, each.default) == each.default:
+      if renamed.get(each.name, each.default) not in (each.default, value):
+        problems.append(f'{prefix}{former}: is called {each.name} now, which has another value; leave {former} out')
+      else:
         renamed[each.name] = value
   return renamed
 

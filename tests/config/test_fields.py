@@ -123,6 +123,9 @@ def test_a_former_name_is_accepted_with_a_note_and_kept_in_identities(caplog):
     resolved = config_lib.resolve(each)
     assert resolved.loss.divergence == 'hard_label'
     assert fields.identity(resolved.loss)['kd'] == 'hard_label'
+  in_a_file.loss.divergence = 'nonsense'
+  with pytest.raises(ConfigError, match=r'loss\.kd: is called divergence now, which has another value; leave kd out'):
+    config_lib.resolve(in_a_file)
   assert fields.former_names(GridConfig) == {'base.loss.kd': 'base.loss.divergence'}
 
 
