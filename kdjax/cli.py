@@ -63,6 +63,9 @@ def load_as(kind: type[T], check: Callable[[T], Iterable[str]], spec: str, overr
       [f'{path} is no config for this command: it knows nothing of {", ".join(sorted(unknown)[:4])}, ...']
     )
   with config_file.convert_errors(path):  # references between fields are resolved only here
+    for former, name in config_lib.fields.former_names(kind).items():
+      if _has(config, former):
+        log.warning('note: %s: %s is called %s now', path, former, name)
     problems = config_lib.override(config, overrides, kind)
     try:
       resolved = config_lib.resolve_as(kind, check, config)
@@ -71,6 +74,12 @@ def load_as(kind: type[T], check: Callable[[T], Iterable[str]], spec: str, overr
   if problems:
     raise ConfigError(problems)
   return resolved
+
+
+def _has(config: Any, key: str) -> bool:
+  """Return whether a ConfigDict has a field of this dotted name."""
+  name, _, rest = key.partition('.')
+  return name in config and (not rest or (hasattr(config[name], 'keys') and _has(config[name], rest)))
 
 
 def split_args(argv: Sequence[str]) -> tuple[str | None, dict[str, str], list[str]]:

@@ -28,6 +28,22 @@ def pid_namespace() -> str:
   return ''
 
 
+def start_time(pid: int) -> str | None:
+  """When a process began (clock ticks since boot), so that a reused pid is not taken for the old process; None if there is none."""
+  try:
+    fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+    return None if fields[0] in 'ZX' else fields[19]
+  except OSError:
+    pass
+  if pathlib.Path('/proc/self/stat').exists():
+    return None
+  try:  # no /proc: whether it runs at all
+    os.kill(pid, 0)
+    return 'running'
+  except OSError:
+    return None
+
+
 def versions() -> dict[str, str]:
   names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'tokenizers')
   return {'python': platform.python_version(), **{name: metadata.version(name) for name in names}}

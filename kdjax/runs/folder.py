@@ -13,7 +13,6 @@ import contextlib
 import json
 import logging
 import os
-import pathlib
 import secrets
 import socket
 import sys
@@ -217,7 +216,7 @@ class RunFolder:
     if not owner:  # killed in the middle of its claim
       return True
     if all(owner.get(name) == here[name] for name in ('host', 'boot', 'pids')):
-      return _start_time(owner['pid']) != owner.get('started')
+      return machine.start_time(owner['pid']) != owner.get('started')
     print(
       f'{self.path}: owned by a process on {owner.get("host")}; waiting up to {timeout:.0f} s to see whether it is alive',
       flush=True,
@@ -334,20 +333,4 @@ def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
 def _this_process() -> dict[str, Any]:
   """Return what identifies this process, and from where it is visible."""
   where = {'host': socket.gethostname(), 'boot': machine.boot_id(), 'pids': machine.pid_namespace()}
-  return where | {'pid': os.getpid(), 'started': _start_time(os.getpid())}
-
-
-def _start_time(pid: int) -> str | None:
-  """When a process began (clock ticks since boot), so that a reused pid is not taken for the old process; None if there is none."""
-  try:
-    fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
-    return None if fields[0] in 'ZX' else fields[19]
-  except OSError:
-    pass
-  if pathlib.Path('/proc/self/stat').exists():
-    return None
-  try:  # no /proc: whether it runs at all
-    os.kill(pid, 0)
-    return 'running'
-  except OSError:
-    return None
+  return where | {'pid': os.getpid(), 'started': machine.start_time(os.getpid())}

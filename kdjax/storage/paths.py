@@ -195,18 +195,8 @@ def _remove_leftovers(folder: pathlib.Path, name: str) -> None:
   """Remove temporary files for this file that killed processes of this machine have left."""
   for path in folder.glob(f'.{_here()}*.{glob.escape(name)}'):
     pid = path.name.split('-')[1]
-    if pid.isdigit() and not _is_alive(int(pid)):
+    if pid.isdigit() and machine.start_time(int(pid)) is None:
       path.unlink(missing_ok=True)
-
-
-def _is_alive(pid: int) -> bool:
-  try:
-    os.kill(pid, 0)
-  except ProcessLookupError:
-    return False
-  except OSError:  # another user's
-    return True
-  return True
 
 
 def flush(path: str | os.PathLike) -> None:

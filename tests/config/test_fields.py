@@ -5,6 +5,7 @@ import typing
 
 import pytest
 
+from kdjax import cli
 from kdjax import config as config_lib
 from kdjax.config import Config, fields
 from kdjax.config.fields import ABSENT, Meta
@@ -127,6 +128,15 @@ def test_a_former_name_is_accepted_with_a_note_and_kept_in_identities(caplog):
   with pytest.raises(ConfigError, match=r'loss\.kd: is called divergence now, which has another value; leave kd out'):
     config_lib.resolve(in_a_file)
   assert fields.former_names(GridConfig) == {'base.loss.kd': 'base.loss.divergence'}
+
+
+def test_a_former_name_in_a_config_file_is_noted(tmp_path, caplog):
+  file = tmp_path / 'old.py'
+  file.write_text(
+    'from kdjax import config\n\ndef get_config(arg=None):\n  c = config.default()\n  c.loss.kd = "hard_label"\n  return c\n'
+  )
+  assert cli.load_config(str(file)).loss.divergence == 'hard_label'
+  assert f'note: {file}: loss.kd is called loss.divergence now' in caplog.text
 
 
 def test_an_identity_that_was_recorded_with_such_fields_equals_one_without():
